@@ -1,0 +1,1 @@
+"""Configuration as frozen data: one dataclass per group of options."""

@@ -1,0 +1,119 @@
+"""From command-line overrides to a frozen configuration: Hydra composes, the schema checks what Hydra lets pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from nla_megatron.errors import ConfigError, MissingFile
+
+
+def conf_dir() -> Path:
+    """The `conf` directory: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if candidate.is_dir():
+            return candidate
+    raise MissingFile(f"no 'conf' directory beside {package}", "the configuration shipped with the package", "reinstall nla_megatron")
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> Any:
+    """The frozen configuration of `command` with Hydra overrides applied.
+
+    Raises:
+        ConfigError: unknown key (also one added with `+`), wrong type, missing group, missing required value.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nla_megatron.config.schema import SCHEMAS
+
+    if command not in SCHEMAS:
+        raise ConfigError(f"command {command!r}", f"one of {', '.join(SCHEMAS)}", "run `nla-megatron --help`")
+    schema = SCHEMAS[command]
+    try:
+        _store_schemas()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):
+            composed = hydra_compose(config_name=command, overrides=list(overrides))
+        # Hydra lets `+extra=1` pass; merging into the structured schema refuses it, and converts types.
+        merged = OmegaConf.merge(_writable(schema), OmegaConf.create(OmegaConf.to_container(composed)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(
+                f"no value for {', '.join(missing)}", f"a value for every required key of `{command}`",
+                f"add {' '.join(f'{key}=...' for key in missing)}",
+            )  # fmt: skip
+        return OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _named(command, schema, error) from None
+
+
+def _store_schemas() -> None:
+    """Make every command's schema known to Hydra as `{command}_schema`, the first entry of each root's defaults."""
+    from hydra.core.config_store import ConfigStore
+
+    from nla_megatron.config.schema import SCHEMAS
+
+    for command, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{command}_schema", node=_writable(schema))
+
+
+def _writable(schema: type) -> Any:
+    """The structured configuration of a frozen dataclass, which OmegaConf would treat as read-only at every level."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def thaw(node: Any) -> None:
+        OmegaConf.set_readonly(node, None)
+        for child in node._content.values():
+            if isinstance(child, DictConfig) and isinstance(child._content, dict):
+                thaw(child)
+
+    structured = OmegaConf.structured(schema)
+    thaw(structured)
+    return structured
+
+
+def _named(command: str, schema: type, error: Exception) -> ConfigError:
+    """One line of Hydra's message, with the nearest known key as a remedy."""
+    text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
+    text = text.split("Config search path")[0]
+    found = " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
+    known = _keys(schema)
+    words = found.replace("'", " ").replace("=", " ").replace("+", " ").split()
+    near = [match for word in words for match in difflib.get_close_matches(word.strip(".,"), known, n=1, cutoff=0.75)]
+    remedy = f"did you mean {near[0]}? " if near and near[0] not in words else ""
+    return ConfigError(found, f"keys and types of `nla-megatron {command}`", f"{remedy}`nla-megatron {command} --help` lists them")
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    hints, names = get_type_hints(schema), []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        if is_dataclass(hints[item.name]):
+            names += _keys(hints[item.name], f"{prefix}{item.name}.")
+    return names
+
+
+def describe(command: str) -> str:
+    """Every key of a command with its default as YAML; `???` marks what must be given."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    _store_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):
+        composed = hydra_compose(config_name=command)
+    return OmegaConf.to_yaml(composed)
+
+
+def as_yaml(config: Any) -> str:
+    """A composed configuration as YAML, for the run's directory and for `--help`."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

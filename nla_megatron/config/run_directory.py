@@ -1,0 +1,72 @@
+"""An output directory belongs to one run: the same command resumes it, another is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nla_megatron.config.compose import as_yaml
+from nla_megatron.errors import RunDirectoryError
+
+RECORD = "run.yaml"
+DONE = "done"
+# What may change between a run and its resumption: where and how fast it runs, never what it computes.
+_FREE = ("parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "rollout.tp", "rollout.gpu_memory_utilization",
+         "rollout.cpu_kv_cache_gib", "rollout.record", "rollout.max_num_seqs", "rollout.max_num_batched_tokens", "rollout.max_logprob_gap")  # fmt: skip
+
+
+def check_run_directory(command: str, config: Any) -> None:
+    """Raises RunDirectoryError where `config.out` holds another run, or files of nobody's run; writes nothing."""
+    out = Path(config.out)
+    record = out / RECORD
+    if not record.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunDirectoryError(f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out=")
+        return
+    found, expected = yaml.safe_load(record.read_text()), _record(command, config)
+    for key in sorted({*_flat(found), *_flat(expected)}):
+        if any(key == free or key.startswith(free + ".") for free in _FREE):
+            continue
+        before, now = _flat(found).get(key), _flat(expected).get(key)
+        if before != now:
+            raise RunDirectoryError(
+                f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
+                "choose another out=, or repeat the run's own command to resume it",
+            )  # fmt: skip
+
+
+def claim_run_directory(command: str, config: Any) -> None:
+    """Make the directory this run's, with the configuration that made it beside the results. One process calls it."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RECORD).write_text(yaml.safe_dump(_record(command, config), sort_keys=False))
+
+
+def is_done(config: Any) -> bool:
+    return (Path(config.out) / DONE).is_file()
+
+
+def mark_done(config: Any) -> None:
+    """The last thing a stage does."""
+    (Path(config.out) / DONE).write_text("")
+
+
+def _record(command: str, config: Any) -> dict[str, Any]:
+    values = yaml.safe_load(as_yaml(config))
+    values.pop("out")
+    return {"command": command, **values}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return dict(_items(values, prefix))
+
+
+def _items(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

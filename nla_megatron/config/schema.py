@@ -1,0 +1,355 @@
+"""The configuration of every command as frozen dataclasses: Hydra's structured schemas, and what the code receives.
+
+A YAML file of `conf/` gives values, these classes give names, types, defaults and their reasons. Nothing mutates a
+configuration after it is composed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from nla_megatron.config.logger import LoggerOptions
+from nla_megatron.errors import ConfigError
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}={value!r}", f"one of {', '.join(choices)}", f"set {key}= to one of these")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{key}={value}", f"at least {least:g}", f"raise {key}=")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Training layout: world = tp x pp x dp."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int | None = None
+    """None: what the world size leaves over (1 when the command starts its own processes)."""
+    timeout_minutes: float = 10.0
+    """A collective that waits longer ends the run: a lost rank is never waited for for ever."""
+
+    def __post_init__(self) -> None:
+        for key in ("tp", "pp", "dp"):
+            if getattr(self, key) is not None:
+                _at_least(f"parallel.{key}", getattr(self, key), 1)
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """A new Qwen3-shaped model, for `pretrain`."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 512
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine decay (nla.md, section 4)."""
+
+    lr: float = 2e-5
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 20
+    schedule: str = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, ("cosine", "constant"))
+        _at_least("lr", self.lr, 0.0)
+
+
+@dataclass(frozen=True)
+class InterventionConfig:
+    """How the activation enters the AV's residual stream (nla.md, section 2)."""
+
+    method: str = "norm_add"
+    layer: int = 1
+    """Output of this block, 0-based: 1 is the second block, where the published recipe injects."""
+    scale: float = 1.0
+    """alpha of norm_add and add; the norm s of replace."""
+
+    def __post_init__(self) -> None:
+        _one_of("intervention.method", self.method, ("norm_add", "replace", "add"))
+        _at_least("intervention.layer", self.layer, 0)
+
+
+@dataclass(frozen=True)
+class TemplateConfig:
+    """Prompt templates; None takes the contract's own (`nla_megatron.contract.prompts`)."""
+
+    av: str | None = None
+    ar: str | None = None
+    marker: str | None = None
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Group-relative policy optimisation and its regularisers."""
+
+    name: str = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.01
+    kl_clamp: float = 12.0
+    """Bound on the log-ratio inside k3: one outlier token cannot dominate a step."""
+    normalise_std: bool = True
+    minibatches: int = 1
+    """Optimizer steps per rollout batch; above 1 the clipped ratio starts to matter."""
+
+    def __post_init__(self) -> None:
+        _at_least("algorithm.minibatches", self.minibatches, 1)
+        _at_least("algorithm.kl_coef", self.kl_coef, 0.0)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the AR's error becomes the AV's reward (nla.md, section 2)."""
+
+    name: str = "reconstruction"
+    transform: str = "negative"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("reward.transform", self.transform, ("negative", "log", "exp", "bounded"))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """vLLM in the trainer's own processes."""
+
+    tp: int = 1
+    max_new_tokens: int = 150
+    temperature: float = 1.0
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    gpu_memory_utilization: float = 0.3
+    """The rest of the device belongs to training."""
+    cpu_kv_cache_gib: int = 1
+    max_logprob_gap: float | None = None
+    """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
+    record: bool = False
+    """Write every step's rollouts to `rollouts/step_*.jsonl` in the run's directory."""
+    replay: str | None = None
+    """A run directory with recorded rollouts: the engine scores those token for token in place of sampling."""
+
+    def __post_init__(self) -> None:
+        _at_least("rollout.tp", self.tp, 1)
+        _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.temperature={self.temperature}", "0 (greedy) or above", "raise it")
+
+
+@dataclass(frozen=True)
+class ProviderConfig:
+    """Which provider explains, and its own options."""
+
+    name: str = "keywords"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage has."""
+
+    out: str = MISSING
+    seed: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logger: LoggerOptions = field(default_factory=LoggerOptions)
+
+
+@dataclass(frozen=True)
+class TrainingStageConfig(StageConfig):
+    """What every training stage has."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    micro_batch_size: int = 8
+    dtype: str = "float32"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    export: bool = True
+    """Write the Hugging Face directories at the end."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("micro_batch_size", self.micro_batch_size, 1)
+        _at_least("save_every", self.save_every, 1)
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingStageConfig):
+    """A base model from nothing: next-token prediction on a corpus."""
+
+    corpus: str = MISSING
+    tokenizer: str = MISSING
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    sequence_length: int = 256
+    held_out: float = 0.1
+
+
+@dataclass(frozen=True)
+class ExtractConfig(StageConfig):
+    """Activations of a model at sampled positions of a corpus."""
+
+    model: str = MISSING
+    corpus: str = MISSING
+    """A parquet or JSONL file with the columns `doc_id` and `text`."""
+    layer: int | None = None
+    """K: the output of this block. None: two thirds of the depth, rounded down."""
+    max_length: int = 2048
+    long_documents: str = "truncate"
+    """truncate: the first max_length tokens. window: consecutive windows, each sampled like a document of its own."""
+    min_position: int = 50
+    positions_per_doc: int = 10
+    documents_start: int = 0
+    documents_length: int | None = None
+    batch_size: int = 8
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("long_documents", self.long_documents, ("truncate", "window"))
+        _at_least("positions_per_doc", self.positions_per_doc, 1)
+        _at_least("max_length", self.max_length, self.min_position + 1)
+
+
+@dataclass(frozen=True)
+class ExplainConfig(StageConfig):
+    """Gold explanations for the rows of a base table."""
+
+    input: str = MISSING
+    provider: ProviderConfig = field(default_factory=ProviderConfig)
+    max_failures: float = 0.2
+    """A larger share of failed rows stops the stage (nla.md, section 3)."""
+
+
+@dataclass(frozen=True)
+class BuildConfig(StageConfig):
+    """Document-level splits of an explained table into the tables of the training stages."""
+
+    input: str = MISSING
+    model: str = MISSING
+    held_out: float = 0.05
+    fractions: dict[str, float] = field(default_factory=lambda: {"av_sft": 0.25, "ar_sft": 0.25, "rl": 0.5})
+    templates: TemplateConfig = field(default_factory=TemplateConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainingStageConfig):
+    """Supervised warm start of one of the two models."""
+
+    role: str = MISSING
+    model: str = MISSING
+    data: str = MISSING
+    max_length: int = 512
+    """Longer rows are refused by name, never cut: a cut explanation has no end tag."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("role", self.role, ("av", "ar"))
+
+
+@dataclass(frozen=True)
+class RlConfig(TrainingStageConfig):
+    """On-policy training of AV and AR. `batch_size` is prompts per step, `optim` the AV's."""
+
+    av: str = MISSING
+    ar: str = MISSING
+    data: str = MISSING
+    held_out: str | None = None
+    eval_every: int = 0
+    eval_rows: int = 128
+    samples_per_prompt: int = 8
+    ar_optim: OptimConfig = field(default_factory=OptimConfig)
+    ar_updates: int = 1
+    """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rollout.temperature == 0:
+            raise ConfigError("rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike")
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt={self.samples_per_prompt}", "at least 2", "a group of one has no relative advantage"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig(StageConfig):
+    """Held-out FVE with its controls."""
+
+    av: str = MISSING
+    ar: str = MISSING
+    data: str = MISSING
+    rows: int = 400
+    micro_batch_size: int = 32
+    dtype: str = "float32"
+    examples: int = 20
+    bootstrap: int = 1000
+    compare: str | None = None
+    """Another evaluation's directory: the paired difference in FVE is reported too."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
+
+
+@dataclass(frozen=True)
+class ConvertConfig(StageConfig):
+    """Between a Hugging Face directory and a megatron-core distributed checkpoint."""
+
+    direction: str = "import"
+    input: str = MISSING
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("direction", self.direction, ("import", "export"))
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole loop on text that is on every machine with Python."""
+
+    out: str = "runs/demo"
+    seed: int = 0
+    vocab_size: int = 2048
+    corpus_limit: int | None = None
+    """Documents; None takes all."""
+    stages: dict[str, list[str]] = field(default_factory=dict)
+    """Overrides of each stage's command, as they would be typed."""
+
+
+SCHEMAS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "extract": ExtractConfig,
+    "explain": ExplainConfig,
+    "build": BuildConfig,
+    "sft": SftConfig,
+    "rl": RlConfig,
+    "eval": EvalConfig,
+    "convert": ConvertConfig,
+    "demo": DemoConfig,
+}

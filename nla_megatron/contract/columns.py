@@ -1,0 +1,129 @@
+"""Column names and types of every table, in one place.
+
+The names are shared with other NLA trainers, so a table written here is read there and the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nla_megatron.errors import ColumnError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import pyarrow as pa
+
+N_RAW_TOKENS = "n_raw_tokens"  # position of the activation + 1
+TEXT = "detokenized_text_truncated"  # the text up to and including that position
+VECTOR = "activation_vector"  # raw float32, never normalised in a file
+LAYER = "activation_layer"  # block index K
+DOC_ID = "doc_id"  # "{corpus}:{split}:{index}"
+EXPLANATION = "api_explanation"
+PROMPT = "prompt"
+RESPONSE = "response"
+
+STAGES = ("base", "explained", "av_sft", "ar_sft", "rl")
+
+_PROVENANCE = (N_RAW_TOKENS, TEXT, LAYER, DOC_ID, VECTOR)
+_COLUMNS = {
+    "base": _PROVENANCE,
+    "explained": (*_PROVENANCE, EXPLANATION),
+    "av_sft": (PROMPT, RESPONSE, *_PROVENANCE, EXPLANATION),
+    "ar_sft": (PROMPT, *_PROVENANCE),
+    "rl": (PROMPT, *_PROVENANCE, EXPLANATION),
+}
+# Tables of other trainers carry no gold text in these stages and may leave the source text out to save space.
+_OPTIONAL = {"av_sft": {TEXT, EXPLANATION}, "ar_sft": {TEXT}, "rl": {TEXT, EXPLANATION}}
+
+
+def schema(stage: str, d_model: int) -> pa.Schema:
+    """The schema of the table that `stage` writes, with vectors of `d_model` float32.
+
+    Args:
+        stage: `base`, `explained`, `av_sft`, `ar_sft` or `rl`.
+        d_model: the hidden size of the model the vectors come from.
+
+    Raises:
+        ValueError: an unknown stage or a width below 1.
+    """
+    import pyarrow as pa
+
+    if d_model < 1:
+        raise ValueError(f"d_model must be at least 1, got {d_model}")
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    types = {
+        N_RAW_TOKENS: pa.int64(),
+        LAYER: pa.int64(),
+        VECTOR: pa.list_(pa.float32(), d_model),
+        PROMPT: pa.string() if stage == "ar_sft" else messages,
+    }
+    return pa.schema([(name, types.get(name, pa.string())) for name in _columns(stage)])
+
+
+def check_columns(found: pa.Schema, stage: str, path: Path | str) -> int:
+    """Compare a table's schema with the contract and return the width of its vectors.
+
+    Other columns than the contract's are allowed. In the training stages `detokenized_text_truncated` and
+    `api_explanation` may be absent (tables of other trainers); when present their types are checked.
+
+    Args:
+        found: the schema read from the file.
+        stage: the stage the table should be of.
+        path: where the schema was read, for the message.
+
+    Raises:
+        ColumnError: a column is missing or has another type.
+    """
+    for name in _columns(stage):
+        if name not in found.names:
+            if name in _OPTIONAL.get(stage, set()):
+                continue
+            raise ColumnError(
+                f"no column {name!r} in {str(path)!r}; it has {', '.join(found.names) or 'none'}",
+                f"the columns of a {stage!r} table: {', '.join(_columns(stage))}",
+                f"give the table that the {stage!r} stage writes, or write it again",
+            )
+        expected, fits = _rule(name, stage)
+        if not fits(found.field(name).type):
+            raise ColumnError(
+                f"column {name!r} in {str(path)!r} has type {found.field(name).type}",
+                f"{expected} in a {stage!r} table",
+                "write the table again with this type, or give the table of the right stage",
+            )
+    return int(found.field(VECTOR).type.list_size)
+
+
+def _columns(stage: str) -> tuple[str, ...]:
+    if stage not in _COLUMNS:
+        raise ValueError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return _COLUMNS[stage]
+
+
+def _rule(name: str, stage: str) -> tuple[str, Callable[[pa.DataType], bool]]:
+    """What a column must be, in words and as a test of its Arrow type."""
+    import pyarrow.types as pt
+
+    if name == VECTOR:
+        return "fixed_size_list<float32>", lambda t: pt.is_fixed_size_list(t) and pt.is_float32(t.value_type)
+    if name in (N_RAW_TOKENS, LAYER):
+        return "int64", pt.is_int64
+    if name == PROMPT and stage != "ar_sft":
+        return "list<struct<role: string, content: string>>", _is_messages
+    return "string", _is_text
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow.types as pt
+
+    return bool(pt.is_string(kind) or pt.is_large_string(kind))
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    import pyarrow.types as pt
+
+    if not (pt.is_list(kind) or pt.is_large_list(kind)) or not pt.is_struct(kind.value_type):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))

@@ -1,0 +1,46 @@
+"""Files that appear whole or not at all, and the commit of the code that writes them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A hidden temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    Readers and concurrent writers see the old file or the new one, never a part. The bytes reach the disk before the
+    rename, so the claim also holds after a power cut. Missing parent directories are made.
+
+    Example:
+        >>> with atomic_path("report.yaml") as temporary:
+        ...     temporary.write_text("ok: true")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def git_commit() -> str:
+    """The short commit of this code, or "" where it does not run from a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,0 +1,185 @@
+"""Between our sidecar fields and the shared YAML layout, in both directions, foreign spellings included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nla_megatron.contract.blocks import PromptTemplates, as_yaml_block
+from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.prompts import INJECT
+from nla_megatron.errors import MissingFile, SidecarError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nla_megatron.contract.sidecar import DatasetSidecar, ModelSidecar
+
+_VERSIONS = {"nla_dataset": (1,), "nla_model": (1, 2)}  # the last is the one written
+TRAINING_STAGES = ("av_sft", "ar_sft", "rl")
+_POLICIES = (None, "none", "tokenizer")
+_ROLES = {"actor": "av", "critic": "ar"}
+_FIELD = "{injection_char}"  # what the shared layout calls <INJECT>; the template around it is a format string
+_REMEDY = "mend this key in the sidecar, or write the file again with the stage that made it"
+
+
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """The YAML of a sidecar as a mapping, kind and version checked.
+
+    Raises:
+        MissingFile: no such file.
+        SidecarError: not YAML, not a mapping, another kind or version.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        remedy = "copy the sidecar along with its table or checkpoint, or make both again"
+        raise MissingFile(f"no file at {str(path)!r}", f"a sidecar of kind {kind}", remedy) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SidecarError(f"{str(path)!r} is not readable YAML: {error}", "a YAML mapping", _REMEDY) from error
+    if not isinstance(raw, Mapping):
+        raise SidecarError(f"{str(path)!r} holds {raw!r}", "a YAML mapping", _REMEDY)
+    if raw.get("kind") != kind:
+        raise SidecarError(f"'kind' in {str(path)!r} is {raw.get('kind')!r}", repr(kind), "give a file of this kind")
+    if raw.get("schema_version") not in _VERSIONS[kind]:
+        expected = " or ".join(str(version) for version in _VERSIONS[kind])
+        raise SidecarError(f"'schema_version' in {str(path)!r} is {raw.get('schema_version')!r}", expected, _REMEDY)
+    return dict(raw)
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a sidecar so that it appears whole or not at all."""
+    import yaml
+
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def dataset_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a `DatasetSidecar` as plain values."""
+    templates = _templates_in(raw.get("prompt_templates"), path)
+    return {**raw, "prompt_templates": templates}
+
+
+def model_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a `ModelSidecar` as plain values. The block index has several homes in foreign files."""
+    extraction = raw.get("extraction") or {}
+    if not isinstance(extraction, Mapping):
+        raise SidecarError(f"'extraction' in {str(path)!r} is {extraction!r}", "a mapping", _REMEDY)
+    places = {"extraction.layer_index": extraction.get("layer_index")}
+    places["extraction_layer_index"] = raw.get("extraction_layer_index")
+    for block in ("critic", "ar"):
+        for key in ("extraction_layer_index", "num_hidden_layers"):
+            content = raw.get(block)
+            places[f"{block}.{key}"] = content.get(key) if isinstance(content, Mapping) else None
+    given = {place: index for place, index in places.items() if index is not None}
+    layer_index = next(iter(given.values()), None)
+    if any(index != layer_index for index in given.values()):
+        raise SidecarError(f"{str(path)!r} names several block indices: {given}", "one block index", _REMEDY)
+    return {
+        **raw,
+        "role": _ROLES.get(str(raw.get("role")), raw.get("role")),
+        "prompt_templates": _templates_in(raw.get("prompt_templates"), path),
+        "extraction": {**extraction, "layer_index": layer_index},
+    }
+
+
+def dataset_yaml(sidecar: DatasetSidecar) -> dict[str, Any]:
+    """A data set's sidecar in the shared layout; unset blocks are left out, as strict readers want it."""
+    block = as_yaml_block(sidecar)
+    block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "actor", "critic")
+    head = {"kind": "nla_dataset", "schema_version": _VERSIONS["nla_dataset"][-1], "dataset_id": block["dataset_id"]}
+    return {key: value for key, value in {**head, **block}.items() if value is not None}
+
+
+def model_yaml(sidecar: ModelSidecar) -> dict[str, Any]:
+    """A model's sidecar in the shared layout."""
+    block = as_yaml_block(sidecar)
+    block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "av", "ar")
+    block["critic"] = {"extraction_layer_index": sidecar.extraction.layer_index}
+    head = {"kind": "nla_model", "schema_version": _VERSIONS["nla_model"][-1]}
+    return {key: value for key, value in {**head, **block}.items() if value is not None}
+
+
+def dataset_id(sidecar: DatasetSidecar) -> str:
+    """The same fields give the same id, whenever and from whichever commit they are written."""
+    content = dataset_yaml(replace(sidecar, dataset_id="", created_at="", git_commit=""))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{sidecar.stage}_{digest[:16]}"
+
+
+def check_dataset_values(sidecar: DatasetSidecar, path: Path, ours: bool = False) -> None:
+    """Values the contract knows; `ours` adds what other trainers do not record.
+
+    Raises:
+        SidecarError: the first key with another value.
+    """
+    _one_of(path, "stage", sidecar.stage, ("base", *TRAINING_STAGES))
+    _one_of(path, "extraction.norm", sidecar.extraction.norm, ("none",))
+    _one_of(path, "bos_policy", sidecar.bos_policy, _POLICIES)
+    if sidecar.stage in TRAINING_STAGES:
+        needed = {"tokens": sidecar.tokens, "prompt_templates": sidecar.prompt_templates}
+        _present(path, {**needed, "bos_policy": sidecar.bos_policy} if ours else needed)
+
+
+def check_model_values(sidecar: ModelSidecar, path: Path, ours: bool = False) -> None:
+    """Values the contract knows; `ours` adds what other trainers do not record.
+
+    Raises:
+        SidecarError: the first key with another value.
+    """
+    _one_of(path, "role", sidecar.role, ("av", "ar"))
+    _one_of(path, "stage", sidecar.stage, ("init", "sl", "rl"))
+    _one_of(path, "bos_policy", sidecar.bos_policy, _POLICIES)
+    if ours:
+        needed: dict[str, object] = {"bos_policy": sidecar.bos_policy}
+        _present(path, {**needed, "injection": sidecar.injection} if sidecar.role == "av" else needed)
+
+
+def _one_of(path: Path, key: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        expected = " or ".join("null" if one is None else one for one in allowed)
+        raise SidecarError(f"{key!r} in {str(path)!r} is {value!r}", expected, _REMEDY)
+
+
+def _present(path: Path, values: Mapping[str, object]) -> None:
+    for key, value in values.items():
+        if value is None:
+            raise SidecarError(f"no key {key!r} in {str(path)!r}", f"the keys {', '.join(values)}", _REMEDY)
+
+
+def _templates_out(templates: PromptTemplates | None, av_key: str, ar_key: str) -> dict[str, str]:
+    if templates is None:
+        return {}
+    literal = templates.av.replace("{", "{{").replace("}", "}}")
+    named = {av_key: literal.replace(INJECT, _FIELD), ar_key: templates.ar}
+    return {key: template for key, template in named.items() if template is not None}
+
+
+def _templates_in(raw: object, path: Path) -> dict[str, Any] | None:
+    """Our templates from the shared layout; None when the file has none, as a base table's."""
+    if not raw:
+        return None
+    if not isinstance(raw, Mapping):
+        raise SidecarError(f"'prompt_templates' in {str(path)!r} is {raw!r}", "a mapping", _REMEDY)
+    unknown = [key for key in raw if key not in ("av", "ar", "actor", "critic")]
+    if unknown:
+        raise SidecarError(f"unknown key 'prompt_templates.{unknown[0]}' in {str(path)!r}", "av, ar", _REMEDY)
+    av = raw.get("av", raw.get("actor"))
+    try:
+        shown = av.format(injection_char=INJECT) if isinstance(av, str) else ""
+    except (KeyError, IndexError, ValueError):  # another field, a positional field, an unbalanced brace
+        shown = ""
+    if shown.count(INJECT) != 1:
+        raise SidecarError(
+            f"the AV template under 'prompt_templates' in {str(path)!r} is {av!r}",
+            f"a format string with {_FIELD} exactly once and every literal brace doubled",
+            _REMEDY,
+        )
+    return {"av": shown, "ar": raw.get("ar", raw.get("critic"))}

@@ -1,0 +1,280 @@
+"""The two prompts, the injection marker, and everything about them that a tokenizer can get wrong.
+
+The AV's prompt is a chat turn holding `<concept>{marker}</concept>`; the activation is injected at the marker's position.
+The AR's prompt is plain text with a fixed end; the reconstruction is read at its last token. `PromptContract` records the
+token ids both depend on, and `check` compares them with the live tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING
+
+from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, single_id, stable_suffix, templated_ids
+from nla_megatron.errors import ConfigError, MarkerError, SidecarError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerFast
+
+INJECT = "<INJECT>"  # stands for the marker in tables and templates, which then fit every tokenizer
+
+AV_TEMPLATE = """Below, between <concept> tags, stands an activation vector: the state of a language model at the last \
+token of a text it was reading. Describe what the vector says about that text. Name two or three features that would help \
+to predict how the text goes on, the last of them about its final token, in about 80 to 100 words.
+
+<concept><INJECT></concept>
+
+Write your explanation inside <explanation> tags, and nothing outside of them."""
+AR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
+
+_MARKERS = range(0x3200, 0x3400)  # enclosed CJK letters and squared words: one character each, almost absent from text
+_OPEN, _CLOSE = "<explanation>", "</explanation>"
+
+
+def wrap_explanation(text: str) -> str:
+    """The response that supervised training teaches: the explanation on its own lines between the tags."""
+    return f"{_OPEN}\n{text}\n{_CLOSE}"
+
+
+def extract_explanation(response: str) -> str | None:
+    """The text between the tags, stripped, or None when the response is not exactly one tagged explanation.
+
+    Strict on purpose: text outside the tags, a second tag, an open end (truncation) or an empty body all fail, because
+    whatever passes here is rewarded.
+    """
+    body = response.strip()
+    if not (body.startswith(_OPEN) and body.endswith(_CLOSE)):
+        return None
+    if body.count(_OPEN) != 1 or body.count(_CLOSE) != 1:
+        return None
+    return body[len(_OPEN) : -len(_CLOSE)].strip() or None
+
+
+def choose_marker(tokenizer: PreTrainedTokenizerFast, av_template: str) -> str:
+    """The first character of U+3200..U+33FF that is one known token, decodes to itself, and is once in the prompt.
+
+    Raises:
+        MarkerError: this tokenizer has no such character.
+        ConfigError: the template lacks `<INJECT>`, or the tokenizer lacks a chat template.
+    """
+    _check_av_template(av_template)
+    for code_point in _MARKERS:
+        marker = chr(code_point)
+        marker_id = single_id(tokenizer, marker)
+        if marker_id is not None and _prompt_ids(tokenizer, _messages(av_template), marker).count(marker_id) == 1:
+            return marker
+    raise MarkerError(
+        f"no character of U+3200..U+33FF is a single token of tokenizer {name_of(tokenizer)!r}",
+        "one character that encodes to exactly one id and decodes to itself",
+        "name a rare single-token character as the marker, or add one to the tokenizer",
+    )
+
+
+def marker_neighbours(tokenizer: PreTrainedTokenizerFast, av_template: str, marker: str) -> tuple[int, int]:
+    """The token ids just before and after the marker in the chat-templated AV prompt.
+
+    Raises:
+        MarkerError: the marker is not exactly one token, not exactly once in the prompt, or at its edge.
+    """
+    marker_id = single_id(tokenizer, marker)
+    if marker_id is None:
+        raise MarkerError(
+            f"marker {marker!r} encodes to {encode(tokenizer, marker)} with tokenizer {name_of(tokenizer)!r}",
+            "exactly one id, not the unknown token, that decodes to the marker",
+            "use the tokenizer the sidecar was written for, or build the data again with this one",
+        )
+    ids = _prompt_ids(tokenizer, _messages(av_template), marker)
+    if ids.count(marker_id) != 1:
+        raise MarkerError(
+            f"marker {marker!r} (id {marker_id}) is {ids.count(marker_id)} times in the AV prompt",
+            "exactly once",
+            "check the AV template and the tokenizer's chat template",
+        )
+    position = ids.index(marker_id)
+    if not 0 < position < len(ids) - 1:
+        raise MarkerError(
+            f"marker {marker!r} stands at position {position} of {len(ids)} in the AV prompt",
+            "a token on either side of it",
+            "put text around <INJECT> in the AV template",
+        )
+    return ids[position - 1], ids[position + 1]
+
+
+@dataclass(frozen=True)
+class PromptContract:
+    """Both templates and the token ids they give with one tokenizer.
+
+    Attributes:
+        templates_av: user message with `<INJECT>` where the marker goes.
+        templates_ar: format string with one `{explanation}`; literal braces are doubled.
+        marker, marker_id, left_id, right_id: the marker, its id, and the ids at ±1 in the templated prompt.
+        ar_suffix_ids: the last ids of every AR prompt, whatever the explanation. Empty only when a sidecar of another
+            trainer did not record them.
+        bos_policy: `"tokenizer"`: AR prompts get the special tokens the tokenizer adds; `"none"`: they get none.
+
+    Example:
+        >>> contract = PromptContract.derive(tokenizer, AV_TEMPLATE, AR_TEMPLATE)
+        >>> ids = contract.av_prompt_ids(tokenizer)
+        >>> ids[contract.marker_position(ids)] == contract.marker_id
+        True
+    """
+
+    templates_av: str
+    templates_ar: str
+    marker: str
+    marker_id: int
+    left_id: int
+    right_id: int
+    ar_suffix_ids: tuple[int, ...]
+    bos_policy: str
+
+    @classmethod
+    def derive(
+        cls,
+        tokenizer: PreTrainedTokenizerFast,
+        av_template: str = AV_TEMPLATE,
+        ar_template: str = AR_TEMPLATE,
+        marker: str | None = None,
+        bos_policy: str | None = None,
+    ) -> PromptContract:
+        """Compute the contract from the live tokenizer.
+
+        Args:
+            tokenizer: a fast tokenizer with a chat template.
+            av_template: holds `<INJECT>` exactly once.
+            ar_template: holds `{explanation}` exactly once, with text after it.
+            marker: None chooses it by `choose_marker`.
+            bos_policy: None takes the tokenizer's own habit; `"none"` keeps special tokens out of AR prompts.
+
+        Raises:
+            MarkerError: no usable marker, or the given one is not.
+            ConfigError: a malformed template, an unknown policy, or no chat template.
+        """
+        _check_av_template(av_template)
+        _check_ar_template(ar_template)
+        if bos_policy not in (None, "none", "tokenizer"):
+            raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
+        marker = choose_marker(tokenizer, av_template) if marker is None else marker
+        left_id, right_id = marker_neighbours(tokenizer, av_template, marker)
+        policy = "none" if bos_policy == "none" else live_bos_policy(tokenizer)
+        suffix_ids = stable_suffix(tokenizer, ar_template, policy)
+        marker_id = encode(tokenizer, marker)[0]
+        return cls(av_template, ar_template, marker, marker_id, left_id, right_id, suffix_ids, policy)
+
+    def check(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Compare the recorded ids with those of the live tokenizer.
+
+        `bos_policy: none` holds with every tokenizer, since nothing is asked of it. How many ids of the AR prompt's end
+        are recorded differs between trainers, so these are compared with the end of a plain prompt.
+
+        Raises:
+            MarkerError: the marker is not one token, or not once in the prompt.
+            SidecarError: the first difference, with the recorded and the live value.
+        """
+        live = PromptContract.derive(tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy)
+        plain_ids = live.ar_ids(tokenizer, "A plain sentence.")
+        for name in ("marker_id", "left_id", "right_id", "ar_suffix_ids", "bos_policy"):
+            recorded, actual = getattr(self, name), getattr(live, name)
+            if name == "ar_suffix_ids":
+                actual = tuple(plain_ids[len(plain_ids) - len(recorded) :])
+            if recorded != actual:
+                raise SidecarError(
+                    f"the sidecar records {name} = {recorded} for marker {self.marker!r}",
+                    f"{name} = {actual}, as tokenizer {name_of(tokenizer)!r} gives it",
+                    "use the tokenizer the sidecar was written for, or build the data again with this one",
+                )
+
+    def messages(self) -> list[dict[str, str]]:
+        """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""
+        return _messages(self.templates_av)
+
+    def av_prompt_ids(
+        self, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]] | None = None
+    ) -> list[int]:
+        """Token ids of the AV prompt, marker in place, up to where the response starts.
+
+        The chat template writes every special token itself, so the tokenizer adds none: there is never a second BOS.
+        """
+        return _prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
+
+    def marker_position(self, ids: Sequence[int], prompt_length: int | None = None) -> int:
+        """Where to inject: the one position of the prompt with the marker and both its neighbours.
+
+        Args:
+            ids: a prompt, or a prompt followed by a response.
+            prompt_length: how many of `ids` are the prompt; None means all. Give it for a whole sequence, since the
+                policy can write the marker, neighbours included, into its response.
+
+        Raises:
+            MarkerError: no such position in the prompt, or several.
+        """
+        prompt = list(ids if prompt_length is None else ids[:prompt_length])
+        wanted = [self.left_id, self.marker_id, self.right_id]
+        positions = [p for p in range(1, len(prompt) - 1) if prompt[p - 1 : p + 2] == wanted]
+        if len(positions) != 1:
+            raise MarkerError(
+                f"ids {wanted} stand at positions {positions} of a prompt of {len(prompt)} tokens "
+                f"(the marker {self.marker!r} alone: {prompt.count(self.marker_id)} times)",
+                "exactly one position",
+                "check that the row's prompt holds <INJECT> once, between the template's own neighbours",
+            )
+        return positions[0]
+
+    def ar_ids(self, tokenizer: PreTrainedTokenizerFast, explanation: str) -> list[int]:
+        """Token ids of the AR prompt; the reconstruction is read at the last one.
+
+        Raises:
+            SidecarError: the ids do not end with `ar_suffix_ids`.
+        """
+        return self.ar_prompt_ids(tokenizer, self.templates_ar.format(explanation=explanation))
+
+    def ar_prompt_ids(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+        """Token ids of a fully formatted AR prompt, as an ar_sft table holds it. Raises SidecarError as `ar_ids` does."""
+        ids = encode(tokenizer, prompt, special=self.bos_policy != "none")
+        tail = tuple(ids[len(ids) - len(self.ar_suffix_ids) :])
+        if tail != self.ar_suffix_ids:
+            raise SidecarError(
+                f"an AR prompt ends with the ids {tail}; its text ends with {prompt[-40:]!r}",
+                f"the recorded ar_suffix_ids {self.ar_suffix_ids}",
+                "use the tokenizer the sidecar was written for, or an AR template that ends in plain words",
+            )
+        return ids
+
+    def av_response_ids(self, tokenizer: PreTrainedTokenizerFast, response: str) -> list[int]:
+        """Token ids of a response, end token included, as supervised training appends them to the prompt."""
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {name_of(tokenizer)!r} has no EOS token", "an EOS token", "set its eos_token")
+        return [*encode(tokenizer, response), int(tokenizer.eos_token_id)]
+
+
+def _messages(av_template: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": av_template}]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], marker: str) -> list[int]:
+    return templated_ids(tokenizer, [{**turn, "content": turn["content"].replace(INJECT, marker)} for turn in messages])
+
+
+def _check_av_template(template: str) -> None:
+    if template.count(INJECT) != 1:
+        raise ConfigError(
+            f"the AV template holds {INJECT} {template.count(INJECT)} times",
+            "exactly once",
+            f"write <concept>{INJECT}</concept> where the activation goes",
+        )
+
+
+def _check_ar_template(template: str) -> None:
+    try:
+        fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError:  # a single brace somewhere
+        fields = []
+    if fields != [("explanation", "", None)]:
+        raise ConfigError(
+            f"the AR template {template!r}",
+            "{explanation} exactly once and no other single brace",
+            "write {explanation} where the explanation goes and double every literal brace",
+        )

@@ -1,0 +1,232 @@
+"""Tables: written in a stream, read through a memory map, vectors never as Python objects.
+
+Parquet is the exchange format. For random access the first reader puts an uncompressed Arrow copy beside it, and every rank
+maps that one file, so that the page cache holds the vectors once per machine however many ranks read them. Shapes: N rows
+asked for, D width.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nla_megatron.contract.columns import VECTOR, check_columns
+from nla_megatron.contract.files import atomic_path
+from nla_megatron.errors import ColumnError, MissingFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ROWS_PER_GROUP = 2048  # 64 MiB of vectors at width 8192: large enough to scan fast, small enough to hold
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def vector_array(v_ND: np.ndarray) -> pa.FixedSizeListArray:
+    """Vectors (N, D) as an Arrow column of float32 lists, without a Python object per number."""
+    import pyarrow as pa
+
+    if v_ND.ndim != 2:
+        raise ValueError(f"vectors must have the shape (N, D), got {v_ND.shape}")
+    flat = np.ascontiguousarray(v_ND, dtype=np.float32).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), v_ND.shape[1])
+
+
+def write_table(
+    path: Path | str,
+    batches: Iterable[pa.RecordBatch | pa.Table | Mapping[str, Any]],
+    schema: pa.Schema,
+) -> int:
+    """Write batches as they come; the file appears when all are written, or not at all.
+
+    Args:
+        path: the parquet file.
+        batches: record batches, tables, or mappings from column name to values (a NumPy array (N, D) for vectors).
+        schema: from `columns.schema`; columns are put in its order, others are left out.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        ColumnError: a batch lacks a column, or has one of another type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, held = 0, []
+    # A dictionary of floats only costs time; strings such as `doc_id` shrink a lot.
+    texts = [name for name in schema.names if name != VECTOR]
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=texts) as writer:
+        for batch in batches:
+            held.append(_as_table(batch, schema, path))
+            rows += held[-1].num_rows
+            if sum(table.num_rows for table in held) >= _ROWS_PER_GROUP:
+                writer.write_table(pa.concat_tables(held), row_group_size=_ROWS_PER_GROUP)
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held), row_group_size=_ROWS_PER_GROUP)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of one stage, opened for random access.
+
+    Attributes:
+        path: the parquet file.
+        n_rows: its rows.
+        d_model: D, the width of its vectors.
+
+    Example:
+        >>> table = Table.open("data/rl.parquet", "rl")
+        >>> table.vectors([0, 7]).shape == (2, table.d_model)
+        True
+    """
+
+    path: Path
+    n_rows: int
+    d_model: int
+    _data: pa.Table = field(repr=False)
+    _chunks: tuple[np.ndarray, ...] = field(repr=False)  # zero-copy views (rows of the chunk, D)
+    _starts: np.ndarray = field(repr=False)  # first row of each chunk
+
+    @classmethod
+    def open(cls, path: Path | str, stage: str) -> Table:
+        """Check the columns and map the table; values are read when asked for.
+
+        Raises:
+            MissingFile: no such file.
+            ColumnError: not a parquet file, a column that is missing or of another type, or null vectors.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFile(f"no file at {str(path)!r}", f"a {stage!r} table", f"run the stage that writes {stage!r}")
+        try:
+            found = pq.read_schema(path)
+        except pa.ArrowInvalid as error:
+            remedy = "write the table again; the file may have been cut short while it was copied"
+            raise ColumnError(f"{str(path)!r} is not readable: {error}", "a parquet file", remedy) from error
+        d_model = check_columns(found, stage, path)
+        data = _mapped(path)
+        column = data.column(VECTOR)
+        if column.null_count or any(chunk.flatten().null_count for chunk in column.chunks):
+            raise ColumnError(
+                f"column {VECTOR!r} in {str(path)!r} has nulls", "a number everywhere", "extract the activations again"
+            )
+        # `flatten` honours a chunk's offset, `values` does not.
+        chunks = tuple(chunk.flatten().to_numpy().reshape(-1, d_model) for chunk in column.chunks if len(chunk))
+        starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1]
+        return cls(path, data.num_rows, d_model, data, chunks, starts)
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column other than the vectors, as Python objects.
+
+        Raises:
+            ColumnError: no such column.
+            ValueError: the vector column, which `vectors` reads.
+        """
+        if name == VECTOR:
+            raise ValueError(f"{VECTOR!r} as Python objects would stall the garbage collector; use vectors()")
+        if name not in self._data.column_names:
+            raise ColumnError(
+                f"no column {name!r} in {str(self.path)!r}; it has {', '.join(self._data.column_names)}",
+                f"a column {name!r}",
+                "write the table again with this column",
+            )
+        values: list[Any] = self._data.column(name).to_pylist()
+        return values
+
+    def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Vectors of the given rows, in that order, repeats allowed: a fresh float32 array (N, D).
+
+        Rows are copied one chunk at a time from the map: Arrow's `take` corrupts fixed-size lists above 4 GiB.
+
+        Raises:
+            ValueError: rows that are not whole numbers from 0 to below `n_rows`.
+            ColumnError: a vector holds NaN or infinity, with its row.
+        """
+        rows_N = np.asarray(rows)
+        if rows_N.ndim != 1 or (rows_N.size and rows_N.dtype.kind not in "iu"):
+            raise ValueError(f"rows must be a flat sequence of integers, got {rows_N.dtype} of shape {rows_N.shape}")
+        rows_N = rows_N.astype(np.int64)
+        outside = rows_N[(rows_N < 0) | (rows_N >= self.n_rows)]
+        if outside.size:
+            raise ValueError(
+                f"row {outside[0]} is outside of {str(self.path)!r}, which has rows 0 to {self.n_rows - 1}"
+            )
+        out_ND = np.empty((rows_N.size, self.d_model), dtype=np.float32)
+        chunk_N = np.searchsorted(self._starts, rows_N, side="right") - 1
+        for index in np.unique(chunk_N):
+            here = chunk_N == index
+            out_ND[here] = self._chunks[index][rows_N[here] - self._starts[index]]
+        bad = rows_N[~np.isfinite(out_ND).all(axis=1)]
+        if bad.size:
+            raise ColumnError(
+                f"column {VECTOR!r} in {str(self.path)!r} is not finite in row {bad[0]}",
+                "finite numbers",
+                "extract the activations again, in a wider dtype if the model overflows",
+            )
+        return out_ND
+
+
+def _as_table(batch: Any, schema: pa.Schema, path: Path | str) -> pa.Table:
+    import pyarrow as pa
+
+    columns = batch if isinstance(batch, Mapping) else {name: batch.column(name) for name in batch.schema.names}
+    missing = [name for name in schema.names if name not in columns]
+    remedy = "this is what the stage before should have written; run it again"
+    if missing:
+        raise ColumnError(f"no column {missing[0]!r} in a batch for {str(path)!r}", ", ".join(schema.names), remedy)
+    arrays = {}
+    for expected in schema:
+        values = columns[expected.name]
+        values = vector_array(values) if isinstance(values, np.ndarray) and values.ndim == 2 else values
+        try:
+            if isinstance(values, pa.Array | pa.ChunkedArray):
+                arrays[expected.name] = values.cast(expected.type)
+            else:
+                arrays[expected.name] = pa.array(values, type=expected.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            found = f"column {expected.name!r} of a batch for {str(path)!r}: {error}"
+            raise ColumnError(found, f"values of type {expected.type}", remedy) from error
+    return pa.table(arrays, schema=schema)
+
+
+def _mapped(path: Path) -> pa.Table:
+    """The whole table from a memory map, or from memory where no copy can be written beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    stat = path.stat()
+    # Size and time are in the name, so a rewritten table never meets an old copy.
+    copy = path.with_name(f".{path.name}.{stat.st_size}-{stat.st_mtime_ns}.arrow")
+    if not copy.is_file():
+        try:
+            _write_copy(path, copy)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            return pq.ParquetFile(path).read()  # `read_table` would add columns for `key=value` folders
+    return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
+
+
+def _write_copy(path: Path, copy: Path) -> None:
+    """Convert in a stream. Ranks that come here together write the same bytes, and the last rename wins."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = pq.ParquetFile(path)
+    with atomic_path(copy) as temporary, pa.ipc.new_file(str(temporary), source.schema_arrow) as sink:
+        for batch in source.iter_batches(batch_size=_ROWS_PER_GROUP):
+            sink.write_batch(batch)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.arrow"):
+        if stale != copy:
+            stale.unlink(missing_ok=True)

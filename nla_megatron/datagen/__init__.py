@@ -1,0 +1,1 @@
+"""From a corpus to the tables of the training stages."""

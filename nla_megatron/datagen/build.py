@@ -1,0 +1,97 @@
+"""`build`: document-level splits of an explained table into the tables of the training stages, with their sidecars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
+from nla_megatron.config.schema import BuildConfig
+from nla_megatron.contract import columns
+from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
+from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.contract.splits import assign_split, held_out
+from nla_megatron.contract.tables import Table, write_table
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.errors import ConfigError, MissingFile, WidthError
+from nla_megatron.tasks.nla import load_tokenizer
+
+STAGES = {"av_sft": "av_sft", "ar_sft": "ar_sft", "rl": "rl", "held_out": "rl"}
+"""Each table and the stage whose columns it has: the held-out rows are evaluated as RL rows are."""
+_ROWS_PER_BATCH = 4096
+
+
+def check(config: BuildConfig, world_size: int) -> None:
+    """Everything that can be known before the first row; raises a named error."""
+    if not Path(config.input).is_file():
+        raise MissingFile(f"no {config.input}", "the table that `explain` writes", "run `nla-megatron explain`, or correct input=")
+    if set(config.fractions) != {"av_sft", "ar_sft", "rl"}:
+        raise ConfigError(f"fractions of {', '.join(config.fractions)}", "av_sft, ar_sft and rl", "correct fractions=")
+    assign_split("", config.fractions, config.seed)
+    held_out("", config.held_out)
+    table, sidecar, shape = Table.open(config.input, "explained"), read_dataset_sidecar(config.input), read_shape(config.model)
+    if table.d_model != shape.hidden_size:
+        raise WidthError(
+            f"vectors of width {table.d_model} in {config.input}", f"{shape.hidden_size}, the hidden size of {config.model}",
+            "give the model the activations were extracted from",
+        )  # fmt: skip
+    if not config.intervention.layer < shape.num_layers:
+        raise ConfigError(f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it")
+    _contract(config)
+    assert sidecar.extraction.d_model == table.d_model
+    check_run_directory("build", config)
+
+
+def run(config: BuildConfig) -> None:
+    claim_run_directory("build", config)
+    table, source, contract = Table.open(config.input, "explained"), read_dataset_sidecar(config.input), _contract(config)
+    spec = config.intervention
+    for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
+        stage = STAGES[split]
+        out = Path(config.out) / f"{split}.parquet"
+        written = write_table(out, _batches(table, rows, stage, contract), columns.schema(stage, table.d_model))
+        sidecar = DatasetSidecar.from_contract(
+            contract, stage=stage, row_count=written, extraction=source.extraction, api_summaries=source.api_summaries,
+            injection=InjectionSpec(spec.method, spec.layer, spec.scale), parent_datasets=(source.dataset_id,),
+        )  # fmt: skip
+        write_dataset_sidecar(out, sidecar)
+    mark_done(config)
+
+
+def _contract(config: BuildConfig) -> PromptContract:
+    templates = config.templates
+    return PromptContract.derive(
+        load_tokenizer(config.model), templates.av or AV_TEMPLATE, templates.ar or AR_TEMPLATE, templates.marker
+    )
+
+
+def split_rows(config: BuildConfig, doc_ids: list[str]) -> dict[str, list[int]]:
+    """Rows of each table. Raises ConfigError where a split gets no document."""
+    rows: dict[str, list[int]] = {split: [] for split in STAGES}
+    for row, doc_id in enumerate(doc_ids):
+        split = "held_out" if held_out(doc_id, config.held_out) else assign_split(doc_id, config.fractions, config.seed)
+        rows[split].append(row)
+    for split, chosen in rows.items():
+        if not chosen and not (split == "held_out" and config.held_out == 0):
+            raise ConfigError(
+                f"no document of {len(set(doc_ids))} falls into {split}", "at least one", "extract more documents, or change fractions"
+            )
+    return rows
+
+
+def _batches(table: Table, rows: list[int], stage: str, contract: PromptContract) -> Iterator[dict[str, Any]]:
+    names = (columns.N_RAW_TOKENS, columns.TEXT, columns.LAYER, columns.DOC_ID, columns.EXPLANATION)
+    values = {name: table.column(name) for name in names}
+    for start in range(0, len(rows), _ROWS_PER_BATCH):
+        chunk = rows[start : start + _ROWS_PER_BATCH]
+        explanations = [values[columns.EXPLANATION][row] for row in chunk]
+        batch: dict[str, Any] = {name: [values[name][row] for row in chunk] for name in names}
+        batch[columns.VECTOR] = table.vectors(chunk)
+        if stage == "ar_sft":
+            batch[columns.PROMPT] = [contract.templates_ar.format(explanation=text) for text in explanations]
+        else:
+            batch[columns.PROMPT] = [contract.messages()] * len(chunk)
+        if stage == "av_sft":
+            batch[columns.RESPONSE] = [wrap_explanation(text) for text in explanations]
+        yield batch

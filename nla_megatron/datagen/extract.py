@@ -1,0 +1,178 @@
+"""`extract`: raw activations of a model at sampled positions of a corpus.
+
+Every data-parallel share of ranks takes a contiguous part of the documents and writes its own part of the table; the
+parts are joined in order. Which positions are sampled depends on (seed, doc_id) alone, so no layout changes a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
+from nla_megatron.config.schema import ExtractConfig
+from nla_megatron.contract import columns
+from nla_megatron.contract.blocks import CorpusSlice, DatasetExtraction
+from nla_megatron.contract.corpus import read_corpus
+from nla_megatron.contract.sidecar import DatasetSidecar, write_dataset_sidecar
+from nla_megatron.contract.tables import write_table
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.errors import ConfigError
+from nla_megatron.models.batching import Batch, microbatches
+from nla_megatron.models.builder import check_layout
+from nla_megatron.models.pipeline import forward_each
+from nla_megatron.models.reconstructor import build_backbone
+from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.progress import progress
+from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.tasks.nla import load_tokenizer
+from nla_megatron.types import Microbatch, ModelShape
+
+TABLE = "base.parquet"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that go through the model together, and the positions sampled from them, ascending."""
+
+    doc_id: str
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def layer_of(config: ExtractConfig, shape: ModelShape) -> int:
+    """K: as configured, or two thirds of the depth. Raises ConfigError outside the model."""
+    layer = 2 * shape.num_layers // 3 if config.layer is None else config.layer
+    if not 0 <= layer < shape.num_layers:
+        raise ConfigError(f"layer={layer}", f"a block of the model, 0 to {shape.num_layers - 1}", "correct layer=")
+    return layer
+
+
+def check(config: ExtractConfig, world_size: int) -> None:
+    """Everything that can be known before the first forward; raises a named error."""
+    data_parallel_size(config.parallel, world_size)
+    shape = read_shape(config.model)
+    check_layout(shape.truncated(layer_of(config, shape) + 1), config.parallel.tp, config.parallel.pp)
+    if config.max_length > shape.max_positions:
+        raise ConfigError(
+            f"max_length={config.max_length}", f"at most the model's {shape.max_positions} positions", "lower max_length"
+        )
+    load_tokenizer(config.model)
+    read_corpus(config.corpus)
+    check_run_directory("extract", config)
+
+
+def run(config: ExtractConfig, world: World) -> None:
+    if world.is_main:
+        claim_run_directory("extract", config)
+    barrier(world)
+    full = read_shape(config.model)
+    layer = layer_of(config, full)
+    shape = full.truncated(layer + 1)
+    model = build_backbone(shape, world, config.dtype)
+    load_from_hf(model, config.model, shape, world, with_head=False)
+    documents = _documents(config)
+    bounds = [len(documents) * share // world.dp for share in range(world.dp + 1)]
+    passages = list(_passages(config, documents[bounds[world.dp_rank] : bounds[world.dp_rank + 1]]))
+
+    batches = _activations(config, world, model, passages, layer)
+    if world.speaks_for_its_rows:
+        write_table(_part(config, world.dp_rank), batches, columns.schema("base", shape.hidden_size))
+    else:
+        for _ in batches:
+            pass
+    barrier(world)
+    if world.is_main:
+        _join(config, world, shape, layer, len(documents))
+
+
+def _documents(config: ExtractConfig) -> list[tuple[str, str]]:
+    documents = read_corpus(config.corpus)[config.documents_start :]
+    return documents[: config.documents_length]
+
+
+def _passages(config: ExtractConfig, documents: Sequence[tuple[str, str]]) -> Iterator[Passage]:
+    tokenizer = load_tokenizer(config.model)
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer([text for _, text in documents], add_special_tokens=True)["input_ids"] if documents else []
+    for (doc_id, _), ids in zip(documents, encoded, strict=True):
+        starts = range(0, len(ids), config.max_length) if config.long_documents == "window" else [0]
+        for start in starts:
+            window = ids[start : start + config.max_length]
+            positions = sample_positions(config, doc_id, start, window, special)
+            if positions:
+                yield Passage(doc_id, tuple(window), positions)
+
+
+def sample_positions(config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int]) -> tuple[int, ...]:
+    """Ascending positions of one passage, drawn by a generator keyed by (seed, doc_id, start) from those that qualify."""
+    candidates = [at for at in range(config.min_position, len(ids)) if ids[at] not in special]
+    key = hashlib.sha256(f"{config.seed}\0{doc_id}\0{start}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
+    chosen = rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False) if candidates else []
+    return tuple(sorted(candidates[index] for index in chosen))
+
+
+def _activations(config: ExtractConfig, world: World, model: Any, passages: list[Passage], layer: int) -> Iterator[dict[str, Any]]:
+    """Column values, a few passages at a time; empty ones on ranks that do not hold the last block."""
+    tokenizer = load_tokenizer(config.model)
+    alone = replace(world, dp=1, dp_rank=0)
+    bar = progress("extract", active=world.is_main, total=len(passages), bar=config.logger.progress)
+    with bar:
+        for start in range(0, len(passages), config.batch_size):
+            chunk = passages[start : start + config.batch_size]
+            found: dict[int, np.ndarray] = {}
+
+            def keep(hidden_TBD: Tensor, part: Microbatch, chunk: list[Passage] = chunk, found: dict[int, np.ndarray] = found) -> None:
+                for column, (row, weight) in enumerate(zip(part.rows.tolist(), part.weights.tolist(), strict=True)):
+                    if weight:
+                        found[row] = hidden_TBD[list(chunk[row].positions), column].float().cpu().numpy()
+
+            batch = Batch(ids=[passage.ids for passage in chunk])
+            forward_each(model, microbatches(batch, alone, len(chunk)), world, keep)
+            bar.advance(len(chunk))
+            if world.speaks_for_its_rows:
+                yield _columns(chunk, [found[row] for row in range(len(chunk))], layer, tokenizer)
+
+
+def _columns(chunk: list[Passage], vectors: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
+    rows = [(passage, position) for passage in chunk for position in passage.positions]
+    return {
+        columns.N_RAW_TOKENS: [position + 1 for _, position in rows],
+        columns.TEXT: tokenizer.batch_decode([passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True),
+        columns.VECTOR: np.concatenate(vectors),
+        columns.LAYER: [layer] * len(rows),
+        columns.DOC_ID: [passage.doc_id for passage, _ in rows],
+    }
+
+
+def _part(config: ExtractConfig, share: int) -> Path:
+    return Path(config.out) / f"part-{share:05d}.parquet"
+
+
+def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, documents: int) -> None:
+    import pyarrow.parquet as pq
+
+    parts = [_part(config, share) for share in range(world.dp)]
+    batches = (batch for part in parts for batch in pq.ParquetFile(part).iter_batches())
+    table = Path(config.out) / TABLE
+    rows = write_table(table, batches, columns.schema("base", shape.hidden_size))
+    if not rows:
+        raise ConfigError(
+            f"no position of {config.corpus} qualifies", f"documents longer than min_position={config.min_position} tokens", "lower min_position"
+        )
+    extraction = DatasetExtraction(
+        base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,
+        corpus_slice=CorpusSlice(config.documents_start, documents), positions_per_doc=config.positions_per_doc,
+    )  # fmt: skip
+    write_dataset_sidecar(table, DatasetSidecar(stage="base", row_count=rows, extraction=extraction))
+    for part in parts:
+        part.unlink()
+    mark_done(config)

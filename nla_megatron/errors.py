@@ -1,0 +1,83 @@
+"""One base error; each mistake a user can make has a named subclass with what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class NlaError(Exception):
+    """A mistake that ends the run before it starts, told in one message.
+
+    Args:
+        found: what is there, with the value and where it was read.
+        expected: what should have been there.
+        remedy: what the user can do now.
+
+    Example:
+        >>> raise MissingFile("no file at 'data/rl.parquet'", "the table `build` writes", "run `nla-megatron build` first")
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(found, expected, remedy)
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: {self.found}\n  expected: {self.expected}\n  to do:    {self.remedy}"
+
+
+class ConfigError(NlaError):
+    """An unknown key, a wrong type, a value out of range, or two options that contradict each other."""
+
+
+class MissingFile(NlaError):
+    """A file or directory named in the configuration is not there."""
+
+
+class ColumnError(NlaError):
+    """A table lacks a column, or a column has another type than the data contract says."""
+
+
+class WidthError(NlaError):
+    """Vectors of another width than the model's hidden size."""
+
+
+class SidecarError(NlaError):
+    """A sidecar is missing, malformed, or was written for another tokenizer, model or layer."""
+
+
+class MarkerError(NlaError):
+    """The injection marker is not exactly one token, or not where the sidecar says."""
+
+
+class LayoutError(NlaError):
+    """A parallel layout that does not fit the world size or the model."""
+
+
+class UnsupportedModel(NlaError):
+    """An architecture or a model feature that conversion does not honour."""
+
+
+class CheckpointError(NlaError):
+    """A checkpoint that is incomplete, of another stage, or does not fit the model."""
+
+
+class RunDirectoryError(NlaError):
+    """The output directory holds another run."""
+
+
+class ProviderError(NlaError):
+    """An explanation provider refused the request or failed for too many rows."""
+
+
+class RunError(NlaError):
+    """Something went wrong while the run was under way: the step stops on all ranks."""
+
+    exit_code = 1
+
+
+class InjectionError(RunError):
+    """An activation that should have been injected was not, or was injected somewhere else."""
+
+
+class RolloutError(RunError):
+    """Ranks disagree about the rollouts, or the sampler and the trainer disagree about their log-probs."""

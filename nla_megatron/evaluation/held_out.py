@@ -1,0 +1,168 @@
+"""`eval`: how much the words carry on documents nobody trained on, with the controls that make the number mean it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nla_megatron import geometry
+from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
+from nla_megatron.config.schema import EvalConfig
+from nla_megatron.contract import columns
+from nla_megatron.contract.files import atomic_path
+from nla_megatron.conversion.hf import read_shape, read_value_head
+from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.models.builder import check_layout
+from nla_megatron.models.pipeline import forward_rows
+from nla_megatron.models.reconstructor import build_reconstructor
+from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
+from nla_megatron.types import InjectionCount
+
+RESULTS, ROWS, EXAMPLES = "eval.json", "rows.json", "examples.jsonl"
+
+
+def check(config: EvalConfig, world_size: int) -> None:
+    """Everything that can be known before the first sample; raises a named error."""
+    data_parallel_size(config.parallel, world_size)
+    task = NlaTask.open(config.data, "rl", config.av)
+    task.check_model(config.av, "av")
+    task.check_model(config.ar, "ar")
+    check_layout(read_shape(config.ar), config.parallel.tp, config.parallel.pp)
+    check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
+    if config.compare is not None and not (Path(config.compare) / ROWS).is_file():
+        raise MissingFile(f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first")
+    if min(config.rows, task.table.n_rows) < 2:
+        raise ConfigError(f"{min(config.rows, task.table.n_rows)} rows to evaluate", "at least 2", "raise rows=, or hold out more")
+    check_run_directory("eval", config)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way of getting texts: what the AR made of each (N,) and the texts themselves."""
+
+    mse_N: Tensor
+    texts: tuple[str | None, ...]
+    injections: InjectionCount | None = None
+
+
+def run(config: EvalConfig, world: World) -> None:
+    if world.is_main:
+        claim_run_directory("eval", config)
+    barrier(world)
+    task = NlaTask.open(config.data, "rl", config.av)
+    rows = _chosen_rows(config, task)
+    reader = _reader(config, world)
+    eos_id = int(task.tokenizer.eos_token_id)
+    engine = Engine(config.av, read_shape(config.av), config.rollout, task.intervention, world, eos_id, config.seed)
+    conditions = {
+        "av": _verbalised(task, engine, reader, rows, rows, config.seed),
+        "shuffled": _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),
+        "gold": _gold(task, reader, rows),
+    }
+    if world.is_main:
+        _write(config, task, rows, conditions)
+        mark_done(config)
+
+
+def deranged(rows: Sequence[int], seed: int) -> list[int]:
+    """The rows in an order in which no row keeps its place: every text is written for another row's activation."""
+    order = np.random.default_rng([seed, 4]).permutation(len(rows))
+    turned = [0] * len(rows)
+    for place, following in zip(order, np.roll(order, -1), strict=True):
+        turned[place] = rows[following]
+    return turned
+
+
+def _chosen_rows(config: EvalConfig, task: NlaTask) -> list[int]:
+    order = np.random.default_rng([config.seed, 5]).permutation(task.table.n_rows)
+    return order[: config.rows].tolist()
+
+
+def _reader(config: EvalConfig, world: World) -> RowRunner:
+    shape = read_shape(config.ar)
+    model = build_reconstructor(shape, world, config.dtype)
+    load_from_hf(model, config.ar, shape, world, with_head=False)
+    head = read_value_head(config.ar)
+    if head is not None and model.value_head is not None:
+        model.value_head.load_state_dict({"weight": head})
+    return lambda batch, collect: forward_rows(model, batch, world, config.micro_batch_size, collect)
+
+
+def _verbalised(task: NlaTask, engine: Engine, reader: RowRunner, targets: list[int], sources: list[int], seed: int) -> Condition:
+    """Texts written for the activations of `sources`, scored against those of `targets`."""
+    batch = engine.generate(task.requests(sources, seed, 0), task.table.vectors, 1)
+    texts = explanations_of(batch.rollouts)
+    mse_N, _ = task.score(reader, targets, texts)
+    return Condition(mse_N, tuple(texts), batch.injections)
+
+
+def _gold(task: NlaTask, reader: RowRunner, rows: list[int]) -> Condition:
+    texts = [task.gold_explanations[row] for row in rows]
+    mse_N, _ = task.score(reader, rows, texts)
+    return Condition(mse_N, tuple(texts))
+
+
+def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]) -> None:
+    documents = [task.table.column(columns.DOC_ID)[row] for row in rows]
+    targets_ND = task.normalised_targets(rows).numpy()
+    interval = partial(geometry.fve_bootstrap, targets_normalised=targets_ND, doc_ids=documents, n=config.bootstrap, seed=config.seed)
+    results: dict[str, Any] = {"rows": len(rows), "documents": len(set(documents)), "fve_mean_predictor": 0.0}
+    for name, condition in conditions.items():
+        value, low, high = interval(condition.mse_N.numpy())
+        results |= {f"fve_{name}": value, f"fve_{name}_ci95": [low, high]}
+        results[f"extraction_failed_{name}"] = sum(text is None for text in condition.texts) / len(rows)
+    counts = [condition.injections for condition in conditions.values() if condition.injections is not None]
+    results |= {"injected": sum(c.injected for c in counts), "expected_injections": sum(c.expected for c in counts)}
+    if config.compare is not None:
+        results |= _difference(config, rows, conditions["av"].mse_N, targets_ND, documents)
+    _write_json(config, RESULTS, results)
+    mses = {f"mse_{name}": condition.mse_N.tolist() for name, condition in conditions.items()}
+    _write_json(config, ROWS, {"rows": rows, "doc_ids": documents, **mses})
+    with atomic_path(Path(config.out) / EXAMPLES) as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
+
+
+def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]) -> dict[str, Any]:
+    """This evaluation's FVE over another's of the same rows, resampled together."""
+    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    if other["rows"] != rows:
+        raise ConfigError(f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed=")
+    value, low, high = geometry.paired_fve_difference(
+        mse_N.numpy(), np.asarray(other["mse_av"], dtype=np.float32), targets_ND, documents, n=config.bootstrap, seed=config.seed
+    )
+    return {"fve_gain": value, "fve_gain_ci95": [low, high]}
+
+
+def _examples(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]) -> list[dict[str, Any]]:
+    contexts, doc_ids = task.table.column(columns.TEXT), task.table.column(columns.DOC_ID)
+    # Under the contract's scale the error is 2 (1 - cosine).
+    cosine = {name: (1 - condition.mse_N / 2).tolist() for name, condition in conditions.items()}
+    return [
+        {
+            "doc_id": doc_ids[row],
+            "context": contexts[row],
+            "explanation": conditions["av"].texts[index],
+            "gold": conditions["gold"].texts[index],
+            "failed": conditions["av"].texts[index] is None,
+            "cosine": cosine["av"][index],
+            "cosine_shuffled": cosine["shuffled"][index],
+            "cosine_gold": cosine["gold"][index],
+        }
+        for index, row in enumerate(rows[: config.examples])
+    ]
+
+
+def _write_json(config: EvalConfig, name: str, values: dict[str, Any]) -> None:
+    with atomic_path(Path(config.out) / name) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")

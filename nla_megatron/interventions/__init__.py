@@ -1,0 +1,1 @@
+"""What happens to the residual stream, as data and as pure functions: no hook, no process group, no engine."""

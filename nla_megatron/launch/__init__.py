@@ -1,0 +1,1 @@
+"""Starting things: processes on this machine, and the demo."""

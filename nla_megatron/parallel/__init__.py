@@ -1,0 +1,1 @@
+"""Process groups, the CPU stand-ins, small collectives, and failing together."""

@@ -1,0 +1,1 @@
+"""A task brings rows, prompts, interventions and rewards; the training loop knows none of it."""

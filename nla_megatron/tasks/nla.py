@@ -1,0 +1,220 @@
+"""The NLA task: activations to prompts, responses to AR texts, and how well those rebuild the activations.
+
+Legend: N rows or rollouts, B rows of a microbatch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nla_megatron import geometry
+from nla_megatron.config.schema import InterventionConfig
+from nla_megatron.contract import columns
+from nla_megatron.contract.prompts import PromptContract, extract_explanation
+from nla_megatron.contract.sidecar import (
+    DatasetSidecar,
+    ModelSidecar,
+    check_dataset,
+    prompt_contract,
+    read_dataset_sidecar,
+    read_model_sidecar,
+)
+from nla_megatron.contract.tables import Table
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.errors import MissingFile, SidecarError
+from nla_megatron.models.batching import Batch, next_token_targets, response_mask
+from nla_megatron.models.logprobs import token_logprobs
+from nla_megatron.models.pipeline import Collect
+from nla_megatron.rollout.engine import PromptRequest
+from nla_megatron.types import Microbatch, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MSE_SCALE = "sqrt_d_model"
+RowRunner = Callable[[Batch, Collect], Tensor]
+"""Numbers per row of a batch: `TrainModule.rows`, or `models.pipeline.forward_rows` with a model in it."""
+
+
+def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face directory. Raises MissingFile."""
+    from transformers import AutoTokenizer
+
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise MissingFile(f"no tokenizer.json in {directory}", "a Hugging Face directory with a fast tokenizer", "copy the tokenizer there")
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class NlaTask:
+    """A table with the prompts, tokenizer and intervention that go with it."""
+
+    table: Table
+    sidecar: DatasetSidecar
+    contract: PromptContract
+    tokenizer: PreTrainedTokenizerFast
+    intervention: InterventionConfig
+
+    @classmethod
+    def open(cls, data: str, stage: str, model: str) -> NlaTask:
+        """Open a table for a model, after checking everything the sidecar promises against tokenizer and model.
+
+        Raises:
+            MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
+        """
+        if not Path(data).is_file():
+            raise MissingFile(f"no {data}", f"the {stage} table that `build` writes", "run `nla-megatron build`, or correct data=")
+        sidecar, tokenizer = read_dataset_sidecar(data), load_tokenizer(model)
+        if sidecar.injection is None:
+            raise SidecarError(f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again")
+        check_dataset(
+            sidecar, d_model=read_shape(model).hidden_size, layer_index=sidecar.extraction.layer_index, tokenizer=tokenizer
+        )
+        spec = sidecar.injection
+        scale = 1.0 if spec.scale is None else float(spec.scale)
+        return cls(
+            table=Table.open(data, stage),
+            sidecar=sidecar,
+            contract=prompt_contract(sidecar),
+            tokenizer=tokenizer,
+            intervention=InterventionConfig(spec.method, spec.layer, scale),
+        )
+
+    def check_model(self, directory: str, role: str) -> ModelSidecar:
+        """The sidecar of an AV or AR directory, after checking that it was trained for this very table's contract.
+
+        Raises:
+            MissingFile, SidecarError.
+        """
+        model = read_model_sidecar(directory)
+        pairs = {
+            "role": (model.role, role),
+            "prompt contract": (prompt_contract(model), self.contract),
+            "extraction.layer_index": (model.extraction.layer_index, self.sidecar.extraction.layer_index),
+        }
+        if role == "av":
+            pairs["injection"] = (model.injection, self.sidecar.injection)
+        for key, (found, expected) in pairs.items():
+            if found != expected:
+                raise SidecarError(
+                    f"{key} = {found} in the sidecar of {directory}", f"{expected}, as in the sidecar of {self.table.path}",
+                    "use a model and a table of the same build",
+                )  # fmt: skip
+        return model
+
+    @cached_property
+    def _prompt(self) -> tuple[tuple[int, ...], int]:
+        ids = self.contract.av_prompt_ids(self.tokenizer)
+        return tuple(ids), self.contract.marker_position(ids)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The AV's prompt: the same tokens for every row, another activation in each."""
+        return self._prompt[0]
+
+    @property
+    def mse_scale(self) -> float | str | None:
+        """The scale at which errors and variances are taken."""
+        return MSE_SCALE
+
+    @property
+    def marker_position(self) -> int:
+        return self._prompt[1]
+
+    def requests(self, rows: Sequence[int], seed: int, step: int) -> list[PromptRequest]:
+        """One prompt per row; sampling seeds depend on (seed, step, row) alone, on no layout."""
+        return [
+            PromptRequest(group, row, self.prompt_ids, self.marker_position, _sampling_seed(seed, step, row))
+            for group, row in enumerate(rows)
+        ]
+
+    def response_batch(self, rows: Sequence[int], responses: Sequence[Sequence[int]], **fields: Tensor) -> Batch:
+        """AV sequences (prompt + response) with their activations; `fields` are added to the mask and targets."""
+        ids = [[*self.prompt_ids, *response] for response in responses]
+        lengths = [len(row) for row in ids]
+        mask = response_mask([len(self.prompt_ids)] * len(ids), lengths, max(lengths))
+        return Batch(
+            ids=ids,
+            fields={"mask": mask, **fields},
+            positions=[self.marker_position] * len(ids),
+            vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]),
+        )
+
+    def text_batch(self, rows: Sequence[int], explanations: Sequence[str]) -> Batch:
+        """AR sequences with their target activations."""
+        return self._targets(rows, [self.contract.ar_ids(self.tokenizer, text) for text in explanations])
+
+    def gold_text_batch(self, rows: Sequence[int]) -> Batch:
+        """AR sequences of an ar_sft table's own prompts with their target activations."""
+        return self._targets(rows, [self.contract.ar_prompt_ids(self.tokenizer, self._gold_prompts[row]) for row in rows])
+
+    def _targets(self, rows: Sequence[int], ids: list[list[int]]) -> Batch:
+        return Batch(ids=ids, vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]))
+
+    def gold_response_ids(self, row: int) -> list[int]:
+        """The response that supervised training teaches for a row of an av_sft table, end token included."""
+        return self.contract.av_response_ids(self.tokenizer, self._gold_responses[row])
+
+    @cached_property
+    def _gold_responses(self) -> list[str]:
+        return self.table.column(columns.RESPONSE)
+
+    @cached_property
+    def _gold_prompts(self) -> list[str]:
+        return self.table.column(columns.PROMPT)
+
+    @cached_property
+    def gold_explanations(self) -> list[str]:
+        return self.table.column(columns.EXPLANATION)
+
+    def normalised_targets(self, rows: Sequence[int]) -> Tensor:
+        """Activations (N, D) fp32 at the scale of the loss."""
+        return geometry.normalise(torch.from_numpy(self.table.vectors(rows)), MSE_SCALE)
+
+    def score(self, run: RowRunner, rows: Sequence[int], explanations: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """The AR's squared error per rollout (N,) and which rollouts have no explanation (N,) bool.
+
+        A failed one counts as the orthogonal prediction: its error is 2.
+        """
+        good = [index for index, text in enumerate(explanations) if text is not None]
+        mse_N = torch.full((len(explanations),), 2.0)
+        if good:
+            batch = self.text_batch([rows[index] for index in good], [str(explanations[index]) for index in good])
+            mse_N[good] = run(batch, squared_error)
+        failed_N = torch.ones(len(explanations), dtype=torch.bool)
+        failed_N[good] = False
+        return mse_N, failed_N
+
+
+def squared_error(predicted_BD: Tensor, part: Microbatch) -> Tensor:
+    """Mean squared error per row (B,) at the scale of the loss: 2 (1 - cosine)."""
+    assert part.vectors is not None
+    return geometry.row_mse(predicted_BD, part.vectors, MSE_SCALE)
+
+
+def response_logprobs(temperature: float) -> Collect:
+    """A collector of log p(token) at the positions that predict a response token, 0 elsewhere: (B, T)."""
+
+    def collect(logits_BTV: Tensor, part: Microbatch) -> Tensor:
+        return token_logprobs(logits_BTV, next_token_targets(part.ids), temperature) * part.fields["mask"]
+
+    return collect
+
+
+def explanations_of(rollouts: Sequence[Rollout]) -> list[str | None]:
+    """The explanation of each finished, well-formed response; None for the others."""
+    return [extract_explanation(rollout.text) if rollout.finished else None for rollout in rollouts]
+
+
+def _sampling_seed(seed: int, step: int, row: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{row}".encode()).digest()[:4], "big") >> 1
+
+

@@ -1,0 +1,1 @@
+"""Training: the loops, the optimizer, checkpoints and metrics."""

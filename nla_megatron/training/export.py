@@ -1,0 +1,75 @@
+"""A trained model as an ordinary Hugging Face directory, appearing whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nla_megatron.contract.sidecar import ModelSidecar, write_model_sidecar
+from nla_megatron.conversion.hf import copy_companions, read_config, truncated_config, write_shards, write_value_head
+from nla_megatron.conversion.live import Exporter
+from nla_megatron.models.reconstructor import Reconstructor
+from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.world import World
+
+
+def export(
+    model: Any, companions: str, out: str | Path, world: World, sidecar: ModelSidecar | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write `model` with the tokenizer files of `companions`; collective, rank 0 writes.
+
+    Args:
+        companions: a Hugging Face directory whose config (cut to the AR's depth for an AR) and tokenizer go along.
+        sidecar: the NLA sidecar; None for a plain language model.
+        config: config.json for a model that has no directory yet.
+    """
+    is_ar = isinstance(model, Reconstructor)
+    out, partial = Path(out), Path(f"{out}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    head = _value_head(model, world) if is_ar else None
+    dtype = next(model.parameters()).dtype
+    tensors = Exporter(model, model.shape, world, with_head=not is_ar).tensors(dtype)
+    if world.is_main:
+        write_shards(partial, tensors)
+        written = config or read_config(companions)
+        copy_companions(Path(companions), partial, truncated_config(written, model.shape.num_layers) if is_ar else written, dtype)
+        if head is not None:
+            write_value_head(partial, head)
+        if sidecar is not None:
+            write_model_sidecar(partial, sidecar)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    else:
+        for _ in tensors:
+            pass
+    barrier(world)
+
+
+def _value_head(model: Reconstructor, world: World) -> torch.Tensor:
+    """The head on every rank, from the last pipeline stage."""
+    from megatron.core import parallel_state
+
+    if model.value_head is not None:
+        head = model.value_head.weight.detach().clone()
+    else:
+        head = torch.empty(model.shape.hidden_size, model.shape.hidden_size, device=world.device)
+    if world.pp > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(head, src=dist.get_global_rank(group, world.pp - 1), group=group)
+    return head
+
+
+def descended(sidecar: ModelSidecar, stage: str, parent: str, data: str, training: dict[str, Any]) -> ModelSidecar:
+    """The sidecar of a model trained on from `parent`."""
+    return replace(
+        sidecar, stage=stage, parent_checkpoints=(parent,), trained_on=(*sidecar.trained_on, data), training=training,
+        created_at="", git_commit="",
+    )  # fmt: skip

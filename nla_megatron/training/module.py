@@ -1,0 +1,126 @@
+"""A model that learns: DDP wrapper, optimizer and schedule around a Megatron model. Every stage updates through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla_megatron.config.schema import OptimConfig
+from nla_megatron.models.batching import Batch
+from nla_megatron.models.builder import DTYPES
+from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_rows
+from nla_megatron.parallel.collectives import max_over_world, sum_statistics
+from nla_megatron.parallel.cpu import megatron_device
+from nla_megatron.parallel.world import World
+from nla_megatron.training.optimizer import RESHARDABLE, build_optimizer, learning_rate, materialise_state, separate_steps
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step reports: sums (and maxima, `*_max`) over the global batch."""
+
+    statistics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class TrainModule:
+    """One model's forward, backward, optimizer step and state, on any layout."""
+
+    def __init__(self, model: Any, world: World, config: OptimConfig, total_steps: int, micro_batch_size: int, dtype: str):
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+        self.model, self.world, self.config, self.total_steps = model, world, config, total_steps
+        self.micro_batch_size = micro_batch_size
+        model.config.finalize_model_grads_func = finalize_model_grads
+        with megatron_device():
+            self.wrapped = DistributedDataParallel(
+                model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
+            )
+        self.optimizer = build_optimizer(self.wrapped, config, DTYPES[dtype])
+
+    def update(
+        self, batch: Batch, loss: Loss, names: tuple[str, ...], step: int, check: Callable[[dict[str, float]], None] | None = None
+    ) -> Update:
+        """One optimizer step of `loss` over a global batch.
+
+        Args:
+            batch: the global batch, the same on every rank.
+            loss: per microbatch; see `models.pipeline.Loss`.
+            names: the statistics that `loss` reports, `*_max` by maximum and the rest by sum.
+            step: the schedule's step, 0-based.
+            check: sees the statistics before the parameters change; raising stops the run on all ranks.
+
+        Gradients that are not finite skip the step, on all ranks alike, because their norm is global.
+        """
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        seen = forward_backward(self.wrapped, batch, self.world, self.micro_batch_size, loss)
+        statistics = self._reduce(seen, names)
+        if check is not None:
+            check(statistics)
+        rate = learning_rate(self.config, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with megatron_device():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            finite = norm == norm and norm != float("inf")
+            if finite:
+                self.optimizer.step()
+        return Update(statistics, norm, rate, skipped=not finite)
+
+    def rows(self, batch: Batch, collect: Collect, width: int | None = None) -> Tensor:
+        """Per-row numbers without gradients; see `models.pipeline.forward_rows`."""
+        return forward_rows(self.wrapped, batch, self.world, self.micro_batch_size, collect, width)
+
+    def _reduce(self, seen: list[Mapping[str, Tensor]], names: tuple[str, ...]) -> dict[str, float]:
+        speaks = self.world.speaks_for_its_rows
+        sums = {name: sum(float(part[name]) for part in seen) if speaks else 0.0 for name in names if not name.endswith("_max")}
+        reduced = sum_statistics(sums, tuple(sums), self.world)
+        for name in names:
+            if name.endswith("_max"):
+                reduced[name] = max_over_world(max((float(part[name]) for part in seen), default=0.0) if speaks else 0.0, self.world)
+        return reduced
+
+    def state(self, loading: bool) -> dict[str, Any]:
+        """The sharded state of model and optimizer, for `dist_checkpointing`."""
+        materialise_state(self.optimizer)
+        weights = self.model.sharded_state_dict(metadata=RESHARDABLE)
+        return {"model": weights, "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=RESHARDABLE)}
+
+    def load_state(self, loaded: dict[str, Any]) -> None:
+        self.model.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        separate_steps(self.optimizer)
+
+
+class FrozenCopy:
+    """A module's weights as they were, kept on the CPU: the KL reference costs no device memory."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.kept = [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model computes with the kept weights; afterwards with its own, to the bit."""
+        own = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._fill(self.kept)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=True):
+            parameter.copy_(value)

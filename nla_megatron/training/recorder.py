@@ -1,0 +1,44 @@
+"""Rollouts on disk: written step by step, or read back in place of sampling."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.errors import MissingFile
+from nla_megatron.parallel.world import World
+from nla_megatron.types import Rollout, RolloutBatch
+
+
+def _file(run_dir: str, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"step_{step:08d}.jsonl"
+
+
+class RolloutRecorder:
+    """`rollout.record` writes `rollouts/step_*.jsonl`, one line per rollout; `rollout.replay` names a run to read."""
+
+    def __init__(self, config: RlConfig, world: World):
+        self.config, self.world = config, world
+
+    def record(self, step: int, batch: RolloutBatch) -> None:
+        if not self.config.rollout.record or not self.world.is_main:
+            return
+        path = _file(self.config.out, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in batch.rollouts))
+
+    def replayed(self, step: int) -> list[Rollout] | None:
+        """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile."""
+        if self.config.rollout.replay is None:
+            return None
+        path = _file(self.config.rollout.replay, step)
+        if not path.is_file():
+            raise MissingFile(f"no {path}", "a run made with rollout.record=true", "record more steps, or lower steps=")
+        return [_rollout(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _rollout(fields: dict) -> Rollout:
+    lists = ("prompt_ids", "response_ids", "logprobs")
+    return Rollout(**{key: tuple(value) if key in lists else value for key, value in fields.items()})

@@ -1,30 +1,15 @@
-"""`nla-megatron COMMAND [key=value ...]`: compose the configuration, check it, start the ranks, run the stage."""
+"""`nla-megatron COMMAND [key=value ...]`: help, one message per mistake, exit codes."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from nla_megatron.config.compose import compose, describe
-from nla_megatron.config.run_directory import is_done
+from nla_megatron.config.compose import describe
 from nla_megatron.errors import NlaError
-
-# command -> (module with `check` and `run`, whether it runs on Megatron's ranks, what it does)
-COMMANDS: dict[str, tuple[str, bool, str]] = {
-    "demo": ("nla_megatron.launch.demo", False, "the whole loop on text that every Python has"),
-    "pretrain": ("nla_megatron.training.pretrain", True, "a small base model from nothing"),
-    "extract": ("nla_megatron.datagen.extract", True, "activations of a model at sampled positions of a corpus"),
-    "explain": ("nla_megatron.datagen.explain", False, "gold explanations for the rows of a base table"),
-    "build": ("nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"),
-    "sft": ("nla_megatron.training.sft", True, "warm start of one model: role=av or role=ar"),
-    "rl": ("nla_megatron.training.rl", True, "on-policy training of AV and AR with vLLM in the same processes"),
-    "eval": ("nla_megatron.evaluation.held_out", True, "held-out FVE with gold text and shuffled vectors beside it"),
-    "convert": ("nla_megatron.conversion.command", True, "between Hugging Face and megatron-core checkpoints"),
-}
+from nla_megatron.launch.commands import COMMANDS, execute
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,71 +18,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
-    command, overrides = arguments[0], arguments[1:]
+    name, overrides = arguments[0], arguments[1:]
     try:
-        if command in COMMANDS and {"-h", "--help"} & set(overrides):
-            print(f"nla-megatron {command}: {COMMANDS[command][2]}\n\n{describe(command)}")
+        if name in COMMANDS and {"-h", "--help"} & set(overrides):
+            print(f"nla-megatron {name}: {COMMANDS[name].about}\n\n{describe(name)}")
             return 0
-        return _execute(command, overrides)
+        return execute(name, overrides)
     except NlaError as error:
-        if _tells(error):
+        if _tells():
             print(error, file=sys.stderr, flush=True)
-        return _end(error.exit_code)
+        return _leave(error.exit_code)
 
 
-def _execute(command: str, overrides: list[str]) -> int:
-    # The libraries' notes about what is not installed or deprecated are not the user's concern.
-    for module in ("megatron", "torch", "vllm", "transformers"):
-        warnings.filterwarnings("ignore", module=rf"{module}\.")
-    config = compose(command, overrides)
-    module_name, on_ranks, _ = COMMANDS[command]
-    module = importlib.import_module(module_name)
-    if not on_ranks:
-        module.check(config, 1)
-        if not is_done(config):
-            module.run(config)
-        return 0
-    from nla_megatron.parallel.world import initialise, shut_down, world_size_from_environment
-
-    started = world_size_from_environment()
-    size = started or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
-    module.check(config, size)
-    if is_done(config):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{config.out} is finished already", file=sys.stderr)
-        return 0
-    if started is None and size > 1:
-        from nla_megatron.launch.local import launch
-
-        return launch([command, *overrides], size)
-    world = initialise(config.parallel)
-    module.run(config, world)
-    shut_down()
-    return 0
+def _tells() -> bool:
+    """One message whoever sees the mistake first: connected ranks ask a shared counter, others look at their rank."""
+    store = _store()
+    return os.environ.get("RANK", "0") == "0" if store is None else store.add("nla_megatron/told", 1) == 1
 
 
-def _tells(error: NlaError) -> bool:
-    """One message whoever sees the mistake first: ranks ask a shared counter, others look at their rank."""
-    import_dist = sys.modules.get("torch.distributed")
-    if import_dist is None or not import_dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    store: Any = import_dist.distributed_c10d._get_default_store()
-    return store.add("nla_megatron/told", 1) == 1
-
-
-def _end(code: int) -> int:
-    """Leave at once when ranks are up: an orderly exit would wait in a collective for those that are gone."""
-    import_dist = sys.modules.get("torch.distributed")
-    if import_dist is not None and import_dist.is_initialized():
+def _leave(code: int) -> int:
+    """Leave at once when ranks are connected: an orderly exit would wait in a collective for those that are gone."""
+    if _store() is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _usage() -> str:
-    lines = [f"  {name:<9} {text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: nla-megatron COMMAND [key=value ...]", "", *lines, "", "`nla-megatron COMMAND --help` lists a command's keys with their defaults."]
-    )
+def _store() -> Any:
+    """The process group's store; None before there is a group. Does not import torch."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
 
+
+def _usage() -> str:
+    lines = [f"  {name:<9} {command.about}" for name, command in COMMANDS.items()]
+    tail = "`nla-megatron COMMAND --help` lists a command's keys with their defaults."
+    return "\n".join(["usage: nla-megatron COMMAND [key=value ...]", "", *lines, "", tail])

@@ -121,7 +121,6 @@ class Table:
             raise ColumnError(
                 f"column {VECTOR!r} in {str(path)!r} has nulls", "a number everywhere", "extract the activations again"
             )
-        # `flatten` honours a chunk's offset, `values` does not.
         chunks = tuple(chunk.flatten().to_numpy().reshape(-1, d_model) for chunk in column.chunks if len(chunk))
         starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1]
         return cls(path, data.num_rows, d_model, data, chunks, starts)
@@ -214,7 +213,7 @@ def _mapped(path: Path) -> pa.Table:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            return pq.ParquetFile(path).read()  # `read_table` would add columns for `key=value` folders
+            return pq.ParquetFile(path).read()
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
 
 

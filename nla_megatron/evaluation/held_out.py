@@ -73,6 +73,7 @@ def run(config: EvalConfig, world: World) -> None:
     if world.is_main:
         _write(config, task, rows, conditions)
         mark_done(config)
+    engine.close()
 
 
 def deranged(rows: Sequence[int], seed: int) -> list[int]:

@@ -16,6 +16,7 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import DemoConfig
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
+from nla_megatron.launch.commands import COMMANDS, execute
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,15 @@ def _overrides(config: DemoConfig, stage: Stage) -> list[str]:
 
 
 def _run_stage(config: DemoConfig, stage: Stage) -> None:
-    command = ["nla_megatron", stage.command, *_overrides(config, stage)]
-    code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    """Stages on ranks get processes of their own; the others run here and save a start."""
+    overrides = _overrides(config, stage)
+    if not COMMANDS[stage.command].on_ranks:
+        execute(stage.command, overrides)
+        return
+    code = subprocess.run([sys.executable, "-m", "nla_megatron", stage.command, *overrides], check=False).returncode
     if code:
         raise RunError(
-            f"`nla-megatron {' '.join(command[1:])}` ended with exit code {code}", "exit code 0",
+            f"`nla-megatron {' '.join([stage.command, *overrides])}` ended with exit code {code}", "exit code 0",
             "see its message above; repeating the demo's command resumes it",
         )  # fmt: skip
 

@@ -75,14 +75,6 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     return dp
 
 
-def world_size_from_environment() -> int | None:
-    """Processes that torchrun or srun started; None when nobody did."""
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if os.environ.get(name) and (name == "WORLD_SIZE" or "SLURM_PROCID" in os.environ):
-            return int(os.environ[name])
-    return None
-
-
 def initialise(config: ParallelConfig) -> World:
     """Join the process group and build Megatron's groups; a process nobody launched is a world of one."""
     install_cpu_standins()
@@ -125,6 +117,7 @@ def shut_down() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # An engine that was here before has taken the default group down with its own.
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,7 +126,7 @@ def _fill_environment() -> None:
     """The variables torchrun would set: from bare srun, or for a world of one."""
     if "RANK" in os.environ:
         return
-    slurm = world_size_from_environment() is not None
+    slurm = "SLURM_PROCID" in os.environ
     os.environ["RANK"] = os.environ["SLURM_PROCID"] if slurm else "0"
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if slurm else "1"
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0") if slurm else "0"

@@ -126,6 +126,10 @@ class Engine:
             scored.append(self._rollout(request, rollout.sample, rollout.response_ids, logprobs))
         return self._exchange(scored, expected=len(recorded))
 
+    def close(self) -> None:
+        """Give back the engine's memory and groups; the process group of the trainer may go with them."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def _share(self, items: Sequence[Any]) -> list[Any]:
         """This replica's contiguous part; shares differ by at most one."""
         bounds = [len(items) * index // self.replicas for index in range(self.replicas + 1)]
@@ -209,6 +213,7 @@ def _start(model: str, shape: ModelShape, config: RolloutConfig, intervention: I
         logprobs_mode="processed_logprobs",
         seed=seed,
         disable_log_stats=True,
+        use_tqdm_on_load=False,
     )
 
 

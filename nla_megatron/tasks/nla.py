@@ -6,6 +6,7 @@ Legend: N rows or rollouts, B rows of a microbatch, T tokens, D hidden.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ from nla_megatron.types import Microbatch, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 MSE_SCALE = "sqrt_d_model"
 RowRunner = Callable[[Batch, Collect], Tensor]
 """Numbers per row of a batch: `TrainModule.rows`, or `models.pipeline.forward_rows` with a model in it."""
@@ -46,10 +48,16 @@ RowRunner = Callable[[Batch, Collect], Tensor]
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory. Raises MissingFile."""
-    from transformers import AutoTokenizer
-
     if not (Path(directory) / "tokenizer.json").is_file():
         raise MissingFile(f"no tokenizer.json in {directory}", "a Hugging Face directory with a fast tokenizer", "copy the tokenizer there")
+    # AutoTokenizer imports every model to find a special class; a plain one says so itself, and loads in a second.
+    config = Path(directory) / "tokenizer_config.json"
+    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_TOKENIZERS:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(directory)
 
 

@@ -68,6 +68,7 @@ def run(config: RlConfig, world: World) -> None:
         trainer.export()
     if world.is_main:
         mark_done(config)
+    trainer.engine.close()
 
 
 @dataclass

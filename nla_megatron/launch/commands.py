@@ -1,0 +1,89 @@
+"""The commands: which room runs each, and how a command becomes checked, started and run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nla_megatron.config.compose import compose
+from nla_megatron.config.run_directory import is_done
+from nla_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` offers `check(config, world_size)` and `run(config[, world])`; `on_ranks` commands run on Megatron's ranks."""
+
+    module: str
+    on_ranks: bool
+    about: str
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("nla_megatron.launch.demo", False, "the whole loop on text that every Python has"),
+    "pretrain": Command("nla_megatron.training.pretrain", True, "a small base model from nothing"),
+    "extract": Command("nla_megatron.datagen.extract", True, "activations of a model at sampled positions of a corpus"),
+    "explain": Command("nla_megatron.datagen.explain", False, "gold explanations for the rows of a base table"),
+    "build": Command("nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"),
+    "sft": Command("nla_megatron.training.sft", True, "warm start of one model: role=av or role=ar"),
+    "rl": Command("nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes"),
+    "eval": Command("nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it"),
+    "convert": Command("nla_megatron.conversion.command", True, "between Hugging Face and megatron-core checkpoints"),
+}
+
+
+def execute(name: str, overrides: Sequence[str]) -> int:
+    """Run one command to its end; returns the exit code, or raises a named error.
+
+    A command for ranks that nobody started (torchrun, srun) starts tp x pp x dp of them on this machine. Each rank
+    checks everything before it does anything.
+    """
+    if name not in COMMANDS:
+        raise ConfigError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", "run `nla-megatron --help`")
+    command, config = COMMANDS[name], compose(name, overrides)
+    # The libraries' notes on what is not installed or deprecated are not the user's concern.
+    for library in ("megatron", "torch", "vllm", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    if not command.on_ranks:
+        module = importlib.import_module(command.module)
+        module.check(config, 1)
+        if not _finished(config):
+            module.run(config)
+        return 0
+    started = _ranks_started()
+    size = started or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
+    if started is None and size > 1:
+        from nla_megatron.launch.local import launch
+
+        return launch([name, *overrides], size)
+    return _run_rank(command, config, size)
+
+
+def _run_rank(command: Command, config, size: int) -> int:  # type: ignore[no-untyped-def]
+    from nla_megatron.parallel.world import initialise, shut_down
+
+    module = importlib.import_module(command.module)
+    module.check(config, size)
+    if not _finished(config):
+        world = initialise(config.parallel)
+        module.run(config, world)
+        shut_down()
+    return 0
+
+
+def _ranks_started() -> int | None:
+    """Processes that torchrun or srun started; None when nobody did."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else None
+
+
+def _finished(config) -> bool:  # type: ignore[no-untyped-def]
+    done = is_done(config)
+    if done and os.environ.get("RANK", "0") == "0":
+        print(f"{config.out} is finished already", file=sys.stderr)
+    return done

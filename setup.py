@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-CONF = ["nla_megatron.conf", *(f"nla_megatron.conf.{path.name}" for path in sorted((ROOT / "conf").iterdir()) if path.is_dir())]
+GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+CONF = ["nla_megatron.conf", *(f"nla_megatron.conf.{group}" for group in GROUPS)]
 
 setup(
     name="nla_megatron",

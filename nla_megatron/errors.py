@@ -1,4 +1,4 @@
-"""One base error; each mistake a user can make has a named subclass with what was found, what was expected and what to do."""
+"""One base error; each mistake a user can make has a named subclass: what was found, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class NlaError(Exception):
         remedy: what the user can do now.
 
     Example:
-        >>> raise MissingFile("no file at 'data/rl.parquet'", "the table `build` writes", "run `nla-megatron build` first")
+        >>> raise MissingFile("no 'data/rl.parquet'", "the table `build` writes", "run `nla-megatron build` first")
     """
 
     exit_code = 2

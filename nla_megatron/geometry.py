@@ -24,7 +24,7 @@ _RESAMPLES_AT_ONCE = 64
 
 
 def normalise(v_ND: Tensor, scale: Scale) -> Tensor:
-    """Vectors of norm √D (`"sqrt_d_model"`) or `scale` (a number), or unchanged (None), in fp32. Zero vectors stay zero.
+    """Vectors of norm √D (`"sqrt_d_model"`) or `scale` (a number), or unchanged (None), in fp32. Zero stays zero.
 
     Raises:
         ValueError: another string, or a number that is not positive.
@@ -101,7 +101,7 @@ def reward(mse_N: Tensor, transform: str, temperature: float = 1.0) -> Tensor:
     raise ValueError(f"unknown reward transform {transform!r}; there are negative, log, exp and bounded")
 
 
-def FAILED_REWARD(transform: str, temperature: float = 1.0) -> float:
+def failed_reward(transform: str, temperature: float = 1.0) -> float:
     """The reward of a response without a valid explanation: that of an orthogonal reconstruction (-2, -log 2, ...)."""
     import torch
 

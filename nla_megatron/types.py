@@ -1,4 +1,4 @@
-"""Carriers that pass between rooms. Shapes: N rows, B rows of a microbatch, G samples of a group, T tokens, D hidden."""
+"""Carriers between rooms. Shapes: N rows, B rows of a microbatch, G samples of a group, T tokens, D hidden."""
 
 from __future__ import annotations
 

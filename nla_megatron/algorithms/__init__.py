@@ -1,4 +1,4 @@
-"""Algorithms write numbers: rewards become advantages, log-probs become per-token losses. The trainer knows no names."""
+"""Algorithms write numbers: rewards become advantages, log-probs per-token losses. The trainer knows no names."""
 
 from __future__ import annotations
 
@@ -42,5 +42,7 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
     from nla_megatron.algorithms import grpo  # noqa: F401 - registers itself
 
     if config.name not in _ALGORITHMS:
-        raise ConfigError(f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}", "set algorithm.name=")
+        raise ConfigError(
+            f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}", "set algorithm.name="
+        )
     return _ALGORITHMS[config.name](config)

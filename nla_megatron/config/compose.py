@@ -17,7 +17,9 @@ def conf_dir() -> Path:
     for candidate in (package / "conf", package.parent / "conf"):
         if candidate.is_dir():
             return candidate
-    raise MissingFile(f"no 'conf' directory beside {package}", "the configuration shipped with the package", "reinstall nla_megatron")
+    raise MissingFile(
+        f"no 'conf' directory beside {package}", "the configuration shipped with the package", "reinstall nla_megatron"
+    )
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
@@ -88,7 +90,9 @@ def _named(command: str, schema: type, error: Exception) -> ConfigError:
     words = found.replace("'", " ").replace("=", " ").replace("+", " ").split()
     near = [match for word in words for match in difflib.get_close_matches(word.strip(".,"), known, n=1, cutoff=0.75)]
     remedy = f"did you mean {near[0]}? " if near and near[0] not in words else ""
-    return ConfigError(found, f"keys and types of `nla-megatron {command}`", f"{remedy}`nla-megatron {command} --help` lists them")
+    return ConfigError(
+        found, f"keys and types of `nla-megatron {command}`", f"{remedy}`nla-megatron {command} --help` lists them"
+    )
 
 
 def _keys(schema: type, prefix: str = "") -> list[str]:

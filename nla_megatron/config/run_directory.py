@@ -14,8 +14,11 @@ from nla_megatron.errors import RunDirectoryError
 RECORD = "run.yaml"
 DONE = "done"
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
-_FREE = ("parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "rollout.tp", "rollout.gpu_memory_utilization",
-         "rollout.cpu_kv_cache_gib", "rollout.record", "rollout.max_num_seqs", "rollout.max_num_batched_tokens", "rollout.max_logprob_gap")  # fmt: skip
+_FREE = (
+    "parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "rollout.tp", "rollout.record",
+    "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib", "rollout.max_num_seqs",
+    "rollout.max_num_batched_tokens", "rollout.max_logprob_gap",
+)  # fmt: skip
 
 
 def check_run_directory(command: str, config: Any) -> None:
@@ -24,7 +27,9 @@ def check_run_directory(command: str, config: Any) -> None:
     record = out / RECORD
     if not record.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunDirectoryError(f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out=")
+            raise RunDirectoryError(
+                f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
+            )
         return
     found, expected = yaml.safe_load(record.read_text()), _record(command, config)
     for key in sorted({*_flat(found), *_flat(expected)}):

@@ -293,10 +293,14 @@ class RlConfig(TrainingStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rollout.temperature == 0:
-            raise ConfigError("rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike")
+            raise ConfigError(
+                "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
+            )
         if self.samples_per_prompt < 2:
             raise ConfigError(
-                f"samples_per_prompt={self.samples_per_prompt}", "at least 2", "a group of one has no relative advantage"
+                f"samples_per_prompt={self.samples_per_prompt}",
+                "at least 2",
+                "a group of one has no relative advantage",
             )
 
 

@@ -1,7 +1,7 @@
 """The nested blocks of a sidecar, and their strict reading.
 
-Readers of other trainers refuse an unknown key inside these blocks, so their keys are exactly the shared ones; what we add
-stands at the top level of a sidecar.
+Readers of other trainers refuse an unknown key inside these blocks, so their keys are exactly the shared ones; what we
+add stands at the top level of a sidecar.
 """
 
 from __future__ import annotations

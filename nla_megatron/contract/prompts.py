@@ -1,8 +1,8 @@
 """The two prompts, the injection marker, and everything about them that a tokenizer can get wrong.
 
-The AV's prompt is a chat turn holding `<concept>{marker}</concept>`; the activation is injected at the marker's position.
-The AR's prompt is plain text with a fixed end; the reconstruction is read at its last token. `PromptContract` records the
-token ids both depend on, and `check` compares them with the live tokenizer.
+The AV's prompt is a chat turn holding `<concept>{marker}</concept>`; the activation is injected at the marker. The AR's
+prompt is plain text with a fixed end; the reconstruction is read at its last token. `PromptContract` records the token
+ids both depend on, and `check` compares them with the live tokenizer.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 INJECT = "<INJECT>"  # stands for the marker in tables and templates, which then fit every tokenizer
 
 AV_TEMPLATE = """Below, between <concept> tags, stands an activation vector: the state of a language model at the last \
-token of a text it was reading. Describe what the vector says about that text. Name two or three features that would help \
-to predict how the text goes on, the last of them about its final token, in about 80 to 100 words.
+token of a text it was reading. Describe what the vector says about that text. Name two or three features that would \
+help to predict how the text goes on, the last of them about its final token, in about 80 to 100 words.
 
 <concept><INJECT></concept>
 
@@ -232,7 +232,7 @@ class PromptContract:
         return self.ar_prompt_ids(tokenizer, self.templates_ar.format(explanation=explanation))
 
     def ar_prompt_ids(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-        """Token ids of a fully formatted AR prompt, as an ar_sft table holds it. Raises SidecarError as `ar_ids` does."""
+        """Token ids of a fully formatted AR prompt, as ar_sft tables hold it; raises SidecarError as `ar_ids` does."""
         ids = encode(tokenizer, prompt, special=self.bos_policy != "none")
         tail = tuple(ids[len(ids) - len(self.ar_suffix_ids) :])
         if tail != self.ar_suffix_ids:

@@ -1,8 +1,7 @@
 """Sidecars: the YAML beside every table and checkpoint that says what it was made with.
 
-A data set's stands at `{parquet}.nla_meta.yaml`, a model's at `{directory}/nla_meta.yaml`. The layout is shared with other
-NLA trainers; `injection` and `bos_policy` at the top level are ours, and other readers pass over them. How the fields
-here map to that layout is in `layout.py`.
+A data set's stands at `{parquet}.nla_meta.yaml`, a model's at `{directory}/nla_meta.yaml`. The layout (`layout.py`)
+is shared with other NLA trainers, whose readers pass over our `injection` and `bos_policy` at the top level.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class ModelSidecar:
         base_checkpoint: the base language model.
         d_model: its hidden size.
         extraction: block index K of the activations, and the scales.
-        tokens, prompt_templates, bos_policy: the `PromptContract`. `bos_policy` is None only in files of other trainers.
+        tokens, prompt_templates, bos_policy: the `PromptContract`. `bos_policy` is None only in foreign files.
         injection: how the AV receives the vector; None for an AR, and in files of other trainers.
         training: whatever is worth recording; plain YAML values.
     """
@@ -196,7 +195,7 @@ def write_dataset_sidecar(parquet_path: Path | str, sidecar: DatasetSidecar) -> 
     """Write the sidecar of a table atomically, and return it as written, with id, time and commit filled in.
 
     Raises:
-        SidecarError: a stage, norm or policy the contract does not know, or a training stage without its prompt contract.
+        SidecarError: an unknown stage, norm or policy, or a training stage without its prompt contract.
     """
     path = dataset_sidecar_path(parquet_path)
     layout.check_dataset_values(sidecar, path, ours=True)
@@ -276,10 +275,9 @@ def check_dataset(
 
 
 def _recorded(contract: PromptContract) -> dict[str, Any]:
+    suffix_ids = contract.ar_suffix_ids
     return {
-        "tokens": Tokens(
-            contract.marker, contract.marker_id, contract.left_id, contract.right_id, contract.ar_suffix_ids
-        ),
+        "tokens": Tokens(contract.marker, contract.marker_id, contract.left_id, contract.right_id, suffix_ids),
         "prompt_templates": PromptTemplates(contract.templates_av, contract.templates_ar),
         "bos_policy": contract.bos_policy,
     }

@@ -1,8 +1,8 @@
 """Tables: written in a stream, read through a memory map, vectors never as Python objects.
 
-Parquet is the exchange format. For random access the first reader puts an uncompressed Arrow copy beside it, and every rank
-maps that one file, so that the page cache holds the vectors once per machine however many ranks read them. Shapes: N rows
-asked for, D width.
+Parquet is the exchange format. For random access the first reader puts an uncompressed Arrow copy beside it, and every
+rank maps that one file, so that the page cache holds the vectors once per machine however many ranks read them.
+Shapes: N rows asked for, D width.
 """
 
 from __future__ import annotations

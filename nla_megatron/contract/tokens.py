@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the prompts: encoding, the chat template, special tokens, and the stable end of the AR prompt."""
+"""What a tokenizer makes of the prompts: encoding, chat template, special tokens, the stable end of the AR prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def single_id(tokenizer: PreTrainedTokenizerFast, marker: str) -> int | None:
 
 
 def templated_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a chat up to where the assistant answers. The chat template writes the special tokens, the tokenizer none."""
+    """Ids of a chat up to where the assistant answers; all special tokens in it are the chat template's."""
     if not tokenizer.chat_template:
         raise ConfigError(
             f"tokenizer {name_of(tokenizer)!r} has no chat template",

@@ -1,7 +1,7 @@
 """`convert`: a Hugging Face directory to a megatron-core distributed checkpoint (`torch_dist`), and back.
 
-    out/weights/…                 the distributed checkpoint, readable at any TP x PP
-    out/config.json, tokenizer…   what goes with the weights in a Hugging Face directory
+out/weights/…                 the distributed checkpoint, readable at any TP x PP
+out/config.json, tokenizer…   what goes with the weights in a Hugging Face directory
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def check(config: ConvertConfig, world_size: int) -> None:
     data_parallel_size(config.parallel, world_size)
     check_layout(read_shape(config.input), config.parallel.tp, config.parallel.pp)
     if config.direction == "export" and not (Path(config.input) / WEIGHTS / "metadata.json").is_file():
-        raise MissingFile(f"no {Path(config.input) / WEIGHTS}", "a directory that `convert direction=import` wrote", "correct input=")
+        raise MissingFile(
+            f"no {Path(config.input) / WEIGHTS}", "a directory that `convert direction=import` wrote", "correct input="
+        )
     check_run_directory("convert", config)
 
 

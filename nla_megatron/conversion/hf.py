@@ -24,7 +24,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises MissingFile."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise MissingFile(f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json")
+        raise MissingFile(
+            f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json"
+        )
     return json.loads(path.read_text())
 
 
@@ -50,7 +52,9 @@ class SafetensorsReader:
             return json.loads(index.read_text())["weight_map"]
         files = [path for path in sorted(self.directory.glob("*.safetensors")) if path.name != VALUE_HEAD]
         if not files:
-            raise MissingFile(f"no *.safetensors in {self.directory}", "a Hugging Face checkpoint", "export it as safetensors")
+            raise MissingFile(
+                f"no *.safetensors in {self.directory}", "a Hugging Face checkpoint", "export it as safetensors"
+            )
         names = {}
         for path in files:
             with safe_open(path, "pt") as handle:
@@ -64,7 +68,9 @@ class SafetensorsReader:
         from safetensors import safe_open
 
         if name not in self._file_of:
-            raise CheckpointError(f"no tensor {name!r} in {self.directory}", "a complete checkpoint", "download or export it again")
+            raise CheckpointError(
+                f"no tensor {name!r} in {self.directory}", "a complete checkpoint", "download or export it again"
+            )
         file = self._file_of[name]
         if file not in self._open:
             path = self.directory / file
@@ -128,11 +134,15 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_b
 def truncated_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """config.json of the first blocks of a model: every per-layer list is cut with the layer count."""
     full = config["num_hidden_layers"]
-    cut = {key: value[:num_layers] if isinstance(value, list) and len(value) == full and key != "architectures" else value
-           for key, value in config.items()}  # fmt: skip
+    cut = {key: value[:num_layers] if _is_per_layer(key, value, full) else value for key, value in config.items()}
     if isinstance(cut.get("max_window_layers"), int):
         cut["max_window_layers"] = min(cut["max_window_layers"], num_layers)
     return {**cut, "num_hidden_layers": num_layers}
+
+
+def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
+    # Lists of something else can be as long as a small model is deep.
+    return isinstance(value, list) and len(value) == num_layers and key not in ("architectures", "eos_token_id")
 
 
 def copy_companions(source: Path, target: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -142,4 +152,6 @@ def copy_companions(source: Path, target: Path, config: dict[str, Any], dtype: t
             if path.name not in ("config.json", INDEX):
                 shutil.copyfile(path, target / path.name)
     written = {key: value for key, value in config.items() if key != "torch_dtype"}
-    (target / "config.json").write_text(json.dumps({**written, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    (target / "config.json").write_text(
+        json.dumps({**written, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+    )

@@ -50,13 +50,15 @@ def _check_tensors(reader: SafetensorsReader, rules: list[Rule], strict: bool) -
     extra = sorted(reader.names() - set(expected) - {"lm_head.weight"}) if strict else []
     if extra:
         raise CheckpointError(
-            f"{len(extra)} tensors that the model has no place for, first {extra[0]!r}", "exactly the tensors of its config.json",
-            "check that config.json belongs to these weights",
+            f"{len(extra)} tensors that the model has no place for, first {extra[0]!r}",
+            "exactly the tensors of its config.json", "check that config.json belongs to these weights",
         )  # fmt: skip
     for name, shape in expected.items():
         if reader.shape(name) != shape:
             raise CheckpointError(
-                f"{name} of shape {reader.shape(name)}", f"shape {shape}", "check that config.json belongs to these weights"
+                f"{name} of shape {reader.shape(name)}",
+                f"shape {shape}",
+                "check that config.json belongs to these weights",
             )
 
 
@@ -106,7 +108,9 @@ class Exporter:
         dist.all_gather(shards, mine.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
         return shards
 
-    def _over_pipeline(self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, dtype: torch.dtype | None) -> Tensor:
+    def _over_pipeline(
+        self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, dtype: torch.dtype | None
+    ) -> Tensor:
         if self.world.pp == 1:
             assert tensor is not None
             return tensor

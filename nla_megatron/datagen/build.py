@@ -25,19 +25,27 @@ _ROWS_PER_BATCH = 4096
 def check(config: BuildConfig, world_size: int) -> None:
     """Everything that can be known before the first row; raises a named error."""
     if not Path(config.input).is_file():
-        raise MissingFile(f"no {config.input}", "the table that `explain` writes", "run `nla-megatron explain`, or correct input=")
+        raise MissingFile(
+            f"no {config.input}", "the table that `explain` writes", "run `nla-megatron explain`, or correct input="
+        )
     if set(config.fractions) != {"av_sft", "ar_sft", "rl"}:
         raise ConfigError(f"fractions of {', '.join(config.fractions)}", "av_sft, ar_sft and rl", "correct fractions=")
     assign_split("", config.fractions, config.seed)
     held_out("", config.held_out)
-    table, sidecar, shape = Table.open(config.input, "explained"), read_dataset_sidecar(config.input), read_shape(config.model)
+    table, sidecar, shape = (
+        Table.open(config.input, "explained"),
+        read_dataset_sidecar(config.input),
+        read_shape(config.model),
+    )
     if table.d_model != shape.hidden_size:
         raise WidthError(
-            f"vectors of width {table.d_model} in {config.input}", f"{shape.hidden_size}, the hidden size of {config.model}",
-            "give the model the activations were extracted from",
+            f"vectors of width {table.d_model} in {config.input}",
+            f"{shape.hidden_size}, the hidden size of {config.model}", "give the model the activations were extracted from",
         )  # fmt: skip
     if not config.intervention.layer < shape.num_layers:
-        raise ConfigError(f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it")
+        raise ConfigError(
+            f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it"
+        )
     _contract(config)
     assert sidecar.extraction.d_model == table.d_model
     check_run_directory("build", config)
@@ -45,7 +53,11 @@ def check(config: BuildConfig, world_size: int) -> None:
 
 def run(config: BuildConfig) -> None:
     claim_run_directory("build", config)
-    table, source, contract = Table.open(config.input, "explained"), read_dataset_sidecar(config.input), _contract(config)
+    table, source, contract = (
+        Table.open(config.input, "explained"),
+        read_dataset_sidecar(config.input),
+        _contract(config),
+    )
     spec = config.intervention
     for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
         stage = STAGES[split]
@@ -75,7 +87,9 @@ def split_rows(config: BuildConfig, doc_ids: list[str]) -> dict[str, list[int]]:
     for split, chosen in rows.items():
         if not chosen and not (split == "held_out" and config.held_out == 0):
             raise ConfigError(
-                f"no document of {len(set(doc_ids))} falls into {split}", "at least one", "extract more documents, or change fractions"
+                f"no document of {len(set(doc_ids))} falls into {split}",
+                "at least one",
+                "extract more documents, or change fractions",
             )
     return rows
 

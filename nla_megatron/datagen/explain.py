@@ -30,7 +30,11 @@ _ROWS_PER_BATCH = 4096
 def check(config: ExplainConfig, world_size: int) -> None:
     """Everything that can be known before the first request; raises a named error."""
     if not Path(config.input).is_file():
-        raise MissingFile(f"no {config.input}", "the base table that `extract` writes", "run `nla-megatron extract`, or correct input=")
+        raise MissingFile(
+            f"no {config.input}",
+            "the base table that `extract` writes",
+            "run `nla-megatron extract`, or correct input=",
+        )
     read_dataset_sidecar(config.input)
     Table.open(config.input, "base")
     make_provider(config.provider.name, **config.provider.options)
@@ -86,7 +90,8 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
     if len(failures) > config.max_failures * len(texts):
         raise ProviderError(
             f"{len(failures)} of {len(texts)} rows without an explanation, the first because: {failures[0]}",
-            f"at most a share of max_failures={config.max_failures:g}", "repeat the command: finished rows are kept and only the others asked again",
+            f"at most a share of max_failures={config.max_failures:g}",
+            "repeat the command: finished rows are kept and only the others asked again",
         )  # fmt: skip
     return explained
 

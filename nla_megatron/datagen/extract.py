@@ -62,7 +62,9 @@ def check(config: ExtractConfig, world_size: int) -> None:
     check_layout(shape.truncated(layer_of(config, shape) + 1), config.parallel.tp, config.parallel.pp)
     if config.max_length > shape.max_positions:
         raise ConfigError(
-            f"max_length={config.max_length}", f"at most the model's {shape.max_positions} positions", "lower max_length"
+            f"max_length={config.max_length}",
+            f"at most the model's {shape.max_positions} positions",
+            "lower max_length",
         )
     load_tokenizer(config.model)
     read_corpus(config.corpus)
@@ -111,16 +113,22 @@ def _passages(config: ExtractConfig, documents: Sequence[tuple[str, str]]) -> It
                 yield Passage(doc_id, tuple(window), positions)
 
 
-def sample_positions(config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int]) -> tuple[int, ...]:
-    """Ascending positions of one passage, drawn by a generator keyed by (seed, doc_id, start) from those that qualify."""
+def sample_positions(
+    config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int]
+) -> tuple[int, ...]:
+    """Ascending positions of one passage, drawn from those that qualify by a generator keyed by (seed, doc_id, start)."""
     candidates = [at for at in range(config.min_position, len(ids)) if ids[at] not in special]
     key = hashlib.sha256(f"{config.seed}\0{doc_id}\0{start}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
-    chosen = rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False) if candidates else []
+    chosen = (
+        rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False) if candidates else []
+    )
     return tuple(sorted(candidates[index] for index in chosen))
 
 
-def _activations(config: ExtractConfig, world: World, model: Any, passages: list[Passage], layer: int) -> Iterator[dict[str, Any]]:
+def _activations(
+    config: ExtractConfig, world: World, model: Any, passages: list[Passage], layer: int
+) -> Iterator[dict[str, Any]]:
     """Column values, a few passages at a time; empty ones on ranks that do not hold the last block."""
     tokenizer = load_tokenizer(config.model)
     alone = replace(world, dp=1, dp_rank=0)
@@ -130,7 +138,9 @@ def _activations(config: ExtractConfig, world: World, model: Any, passages: list
             chunk = passages[start : start + config.batch_size]
             found: dict[int, np.ndarray] = {}
 
-            def keep(hidden_TBD: Tensor, part: Microbatch, chunk: list[Passage] = chunk, found: dict[int, np.ndarray] = found) -> None:
+            def keep(
+                hidden_TBD: Tensor, part: Microbatch, chunk: list[Passage] = chunk, found: dict[int, np.ndarray] = found
+            ) -> None:
                 for column, (row, weight) in enumerate(zip(part.rows.tolist(), part.weights.tolist(), strict=True)):
                     if weight:
                         found[row] = hidden_TBD[list(chunk[row].positions), column].float().cpu().numpy()
@@ -146,7 +156,9 @@ def _columns(chunk: list[Passage], vectors: list[np.ndarray], layer: int, tokeni
     rows = [(passage, position) for passage in chunk for position in passage.positions]
     return {
         columns.N_RAW_TOKENS: [position + 1 for _, position in rows],
-        columns.TEXT: tokenizer.batch_decode([passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True),
+        columns.TEXT: tokenizer.batch_decode(
+            [passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True
+        ),
         columns.VECTOR: np.concatenate(vectors),
         columns.LAYER: [layer] * len(rows),
         columns.DOC_ID: [passage.doc_id for passage, _ in rows],
@@ -166,7 +178,9 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
     rows = write_table(table, batches, columns.schema("base", shape.hidden_size))
     if not rows:
         raise ConfigError(
-            f"no position of {config.corpus} qualifies", f"documents longer than min_position={config.min_position} tokens", "lower min_position"
+            f"no position of {config.corpus} qualifies",
+            f"documents longer than min_position={config.min_position} tokens",
+            "lower min_position",
         )
     extraction = DatasetExtraction(
         base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,

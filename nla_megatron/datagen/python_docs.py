@@ -1,4 +1,4 @@
-"""A corpus of English prose that is on every machine with Python: the language reference and the library's docstrings."""
+"""English prose that is on every machine with Python, as a corpus: the language reference, the library's docstrings."""
 
 from __future__ import annotations
 

@@ -41,9 +41,13 @@ def check(config: EvalConfig, world_size: int) -> None:
     check_layout(read_shape(config.ar), config.parallel.tp, config.parallel.pp)
     check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
     if config.compare is not None and not (Path(config.compare) / ROWS).is_file():
-        raise MissingFile(f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first")
+        raise MissingFile(
+            f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first"
+        )
     if min(config.rows, task.table.n_rows) < 2:
-        raise ConfigError(f"{min(config.rows, task.table.n_rows)} rows to evaluate", "at least 2", "raise rows=, or hold out more")
+        raise ConfigError(
+            f"{min(config.rows, task.table.n_rows)} rows to evaluate", "at least 2", "raise rows=, or hold out more"
+        )
     check_run_directory("eval", config)
 
 
@@ -100,7 +104,9 @@ def _reader(config: EvalConfig, world: World) -> RowRunner:
     return lambda batch, collect: forward_rows(model, batch, world, config.micro_batch_size, collect)
 
 
-def _verbalised(task: NlaTask, engine: Engine, reader: RowRunner, targets: list[int], sources: list[int], seed: int) -> Condition:
+def _verbalised(
+    task: NlaTask, engine: Engine, reader: RowRunner, targets: list[int], sources: list[int], seed: int
+) -> Condition:
     """Texts written for the activations of `sources`, scored against those of `targets`."""
     batch = engine.generate(task.requests(sources, seed, 0), task.table.vectors, 1)
     texts = explanations_of(batch.rollouts)
@@ -117,7 +123,9 @@ def _gold(task: NlaTask, reader: RowRunner, rows: list[int]) -> Condition:
 def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]) -> None:
     documents = [task.table.column(columns.DOC_ID)[row] for row in rows]
     targets_ND = task.normalised_targets(rows).numpy()
-    interval = partial(geometry.fve_bootstrap, targets_normalised=targets_ND, doc_ids=documents, n=config.bootstrap, seed=config.seed)
+    interval = partial(
+        geometry.fve_bootstrap, targets_normalised=targets_ND, doc_ids=documents, n=config.bootstrap, seed=config.seed
+    )
     results: dict[str, Any] = {"rows": len(rows), "documents": len(set(documents)), "fve_mean_predictor": 0.0}
     for name, condition in conditions.items():
         value, low, high = interval(condition.mse_N.numpy())
@@ -134,18 +142,29 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
         path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
 
 
-def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]) -> dict[str, Any]:
+def _difference(
+    config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]
+) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
     other = json.loads((Path(str(config.compare)) / ROWS).read_text())
     if other["rows"] != rows:
-        raise ConfigError(f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed=")
+        raise ConfigError(
+            f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="
+        )
     value, low, high = geometry.paired_fve_difference(
-        mse_N.numpy(), np.asarray(other["mse_av"], dtype=np.float32), targets_ND, documents, n=config.bootstrap, seed=config.seed
+        mse_N.numpy(),
+        np.asarray(other["mse_av"], dtype=np.float32),
+        targets_ND,
+        documents,
+        n=config.bootstrap,
+        seed=config.seed,
     )
     return {"fve_gain": value, "fve_gain_ci95": [low, high]}
 
 
-def _examples(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]) -> list[dict[str, Any]]:
+def _examples(
+    config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]
+) -> list[dict[str, Any]]:
     contexts, doc_ids = task.table.column(columns.TEXT), task.table.column(columns.DOC_ID)
     # Under the contract's scale the error is 2 (1 - cosine).
     cosine = {name: (1 - condition.mse_N / 2).tolist() for name, condition in conditions.items()}

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import is_done
@@ -16,7 +17,7 @@ from nla_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Command:
-    """`module` offers `check(config, world_size)` and `run(config[, world])`; `on_ranks` commands run on Megatron's ranks."""
+    """`module` offers `check(config, world_size)`, `run(config[, world])`; `on_ranks` commands run on Megatron's ranks."""
 
     module: str
     on_ranks: bool
@@ -28,10 +29,14 @@ COMMANDS: dict[str, Command] = {
     "pretrain": Command("nla_megatron.training.pretrain", True, "a small base model from nothing"),
     "extract": Command("nla_megatron.datagen.extract", True, "activations of a model at sampled positions of a corpus"),
     "explain": Command("nla_megatron.datagen.explain", False, "gold explanations for the rows of a base table"),
-    "build": Command("nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"),
+    "build": Command(
+        "nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"
+    ),
     "sft": Command("nla_megatron.training.sft", True, "warm start of one model: role=av or role=ar"),
     "rl": Command("nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes"),
-    "eval": Command("nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it"),
+    "eval": Command(
+        "nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it"
+    ),
     "convert": Command("nla_megatron.conversion.command", True, "between Hugging Face and megatron-core checkpoints"),
 }
 
@@ -63,7 +68,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     return _run_rank(command, config, size)
 
 
-def _run_rank(command: Command, config, size: int) -> int:  # type: ignore[no-untyped-def]
+def _run_rank(command: Command, config: Any, size: int) -> int:
     from nla_megatron.parallel.world import initialise, shut_down
 
     module = importlib.import_module(command.module)
@@ -82,7 +87,7 @@ def _ranks_started() -> int | None:
     return int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else None
 
 
-def _finished(config) -> bool:  # type: ignore[no-untyped-def]
+def _finished(config: Any) -> bool:
     done = is_done(config)
     if done and os.environ.get("RANK", "0") == "0":
         print(f"{config.out} is finished already", file=sys.stderr)

@@ -32,7 +32,8 @@ def stages(out: Path) -> list[Stage]:
     """The demo's commands, in order."""
     base, table = out / "pretrain" / "hf", out / "build"
     av, ar = out / "sft_av" / "hf", out / "sft_ar" / "hf"
-    held = f"data={table / 'held_out.parquet'}"
+    rl, held_out_table = out / "rl", table / "held_out.parquet"
+    held = f"data={held_out_table}"
     return [
         Stage("pretrain", "pretrain", (f"corpus={out / 'corpus.parquet'}", f"tokenizer={out / 'tokenizer'}")),
         Stage("extract", "extract", (f"model={base}", f"corpus={out / 'corpus.parquet'}")),
@@ -41,9 +42,9 @@ def stages(out: Path) -> list[Stage]:
         Stage("sft_av", "sft", ("role=av", f"model={base}", f"data={table / 'av_sft.parquet'}")),
         Stage("sft_ar", "sft", ("role=ar", f"model={base}", f"data={table / 'ar_sft.parquet'}")),
         Stage("eval_sft", "eval", (f"av={av}", f"ar={ar}", held)),
-        Stage("rl", "rl", (f"av={av}", f"ar={ar}", f"data={table / 'rl.parquet'}", f"held_out={table / 'held_out.parquet'}")),
-        Stage("eval", "eval", (f"av={out / 'rl' / 'av'}", f"ar={out / 'rl' / 'ar'}", held, f"compare={out / 'eval_sft'}")),
-    ]  # fmt: skip
+        Stage("rl", "rl", (f"av={av}", f"ar={ar}", f"data={table / 'rl.parquet'}", f"held_out={held_out_table}")),
+        Stage("eval", "eval", (f"av={rl / 'av'}", f"ar={rl / 'ar'}", held, f"compare={out / 'eval_sft'}")),
+    ]
 
 
 def check(config: DemoConfig, world_size: int) -> None:
@@ -83,7 +84,12 @@ def _work(config: DemoConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _overrides(config: DemoConfig, stage: Stage) -> list[str]:
-    return [*stage.inputs, f"out={Path(config.out) / stage.name}", f"seed={config.seed}", *config.stages.get(stage.name, [])]
+    return [
+        *stage.inputs,
+        f"out={Path(config.out) / stage.name}",
+        f"seed={config.seed}",
+        *config.stages.get(stage.name, []),
+    ]
 
 
 def _run_stage(config: DemoConfig, stage: Stage) -> None:
@@ -107,7 +113,9 @@ def _make_corpus(config: DemoConfig) -> None:
 
     out = Path(config.out)
     write_corpus(out / "corpus.parquet", config.corpus_limit)
-    seen = [text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, _held_out_fraction(config))]
+    seen = [
+        text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, _held_out_fraction(config))
+    ]
     train_tokenizer(seen, config.vocab_size, out / "tokenizer")
     (out / "corpus").mkdir(exist_ok=True)
     (out / "corpus" / "done").write_text("")
@@ -137,7 +145,10 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "fve_shuffled": after["fve_shuffled"],
         "steps": len(steps),
         "world": {"tp": rl.parallel.tp, "pp": rl.parallel.pp, "dp": rl.parallel.dp or 1, "rollout_tp": rl.rollout.tp},
-        "seconds": {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(sum(seconds.values()), 1)},
+        "seconds": {
+            **{name: round(value, 1) for name, value in seconds.items()},
+            "total": round(sum(seconds.values()), 1),
+        },
         "logprob_gap_max": max(step["logprob_gap_max"] for step in steps),
         "injected": sum(step["injected"] for step in steps) + evaluated[0],
         "expected_injections": sum(step["expected_injections"] for step in steps) + evaluated[1],

@@ -19,13 +19,17 @@ def launch(argv: Sequence[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The failed rank has said what was wrong; the agent's own account would bury it.
-    for name in ("torch.distributed.elastic", "torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.elastic.multiprocessing.api",
+        "torch.distributed.elastic.agent.server.api",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # With several ranks on a machine, one thread each: more would only fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="nla", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.2,
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="nla", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "nla_megatron", *argv)
@@ -33,7 +37,9 @@ def launch(argv: Sequence[str], processes: int) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            print(f"rank {rank} was ended by {name}; all ranks are down. Repeat the command to resume.", file=sys.stderr)
+            print(
+                f"rank {rank} was ended by {name}; all ranks are down. Repeat the command to resume.", file=sys.stderr
+            )
             return 128 - failure.exitcode
         return failure.exitcode
     except SignalException as stopped:

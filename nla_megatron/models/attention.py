@@ -17,7 +17,13 @@ class SdpaCoreAttention(MegatronModule):
         self.scale = config.kv_channels**-0.5
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, packed_seq_params: Any = None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: Any = None,
+        **_: Any,
     ) -> Tensor:
         """(T, B, heads, hd), (T, B, groups, hd) x 2 -> (T, B, heads * hd), of this TP rank's heads."""
         if packed_seq_params is not None:

@@ -72,7 +72,9 @@ def _microbatch(batch: Batch, rows: list[int], world: World) -> Microbatch:
         weights=torch.tensor([float(row >= 0) for row in rows], device=device),
         rows=torch.tensor(real, device=device),
         vectors=_vectors(batch, real, device),
-        positions=None if batch.positions is None else torch.tensor([batch.positions[row] for row in real], device=device),
+        positions=None
+        if batch.positions is None
+        else torch.tensor([batch.positions[row] for row in real], device=device),
         fields={name: _cut(values[real], width).to(device) for name, values in batch.fields.items()},
     )
 
@@ -86,7 +88,9 @@ def _vectors(batch: Batch, rows: list[int], device: torch.device) -> Tensor | No
         return None
     vectors_BD = torch.from_numpy(np.ascontiguousarray(batch.vectors(rows)))
     if bad := check_vectors(vectors_BD):
-        raise ColumnError(f"{bad} activations that are zero or not finite", "finite activations", "extract the table again")
+        raise ColumnError(
+            f"{bad} activations that are zero or not finite", "finite activations", "extract the table again"
+        )
     return vectors_BD.to(device)
 
 
@@ -96,7 +100,7 @@ def next_token_targets(ids_BT: Tensor) -> Tensor:
 
 
 def response_mask(prompt_lengths: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
-    """(N, width) fp32, 1 at the positions that *predict* a response token: the last prompt token's to the last but one."""
+    """(N, width) fp32, 1 where a response token is *predicted*: from the last prompt token to the last token but one."""
     at = torch.arange(width)[None]
     first = torch.tensor(prompt_lengths)[:, None] - 1
     last = torch.tensor(lengths)[:, None] - 1

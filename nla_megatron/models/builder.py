@@ -15,13 +15,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def check_layout(shape: ModelShape, tp: int, pp: int) -> None:
     """Raises LayoutError where heads, groups, vocabulary or blocks do not fit the layout."""
-    for name, size in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads),
-                       ("feed-forward columns", shape.ffn_hidden_size), ("vocabulary rows (padded)", shape.padded_vocab_size)):  # fmt: skip
+    cut = {
+        "attention heads": shape.num_heads,
+        "key/value heads": shape.num_kv_heads,
+        "feed-forward columns": shape.ffn_hidden_size,
+        "vocabulary rows (padded)": shape.padded_vocab_size,
+    }
+    for name, size in cut.items():
         if size % tp:
-            raise LayoutError(f"{size} {name} at parallel.tp={tp}", f"a tp that divides {size}", "choose another parallel.tp")
+            raise LayoutError(
+                f"{size} {name} at parallel.tp={tp}", f"a tp that divides {size}", "choose another parallel.tp"
+            )
     if shape.num_layers < pp:
         raise LayoutError(
-            f"{shape.num_layers} blocks at parallel.pp={pp}", "at least one block for each pipeline stage", "lower parallel.pp"
+            f"{shape.num_layers} blocks at parallel.pp={pp}",
+            "at least one block for each pipeline stage",
+            "lower parallel.pp",
         )
 
 

@@ -21,7 +21,9 @@ Collect = Callable[[Tensor, Microbatch], Tensor]
 """(output, microbatch) -> one row of numbers per microbatch row, (B,) or (B, T)."""
 
 
-def forward_backward(model: Any, batch: Batch, world: World, micro_batch_size: int, loss: Loss) -> list[Mapping[str, Tensor]]:
+def forward_backward(
+    model: Any, batch: Batch, world: World, micro_batch_size: int, loss: Loss
+) -> list[Mapping[str, Tensor]]:
     """Accumulate gradients of the loss summed over the global batch; statistics per microbatch, on the last stage."""
     parts = microbatches(batch, world, micro_batch_size)
     seen: list[Mapping[str, Tensor]] = []
@@ -38,7 +40,9 @@ def forward_backward(model: Any, batch: Batch, world: World, micro_batch_size: i
 
 
 @torch.no_grad()
-def forward_each(model: Any, parts: Sequence[Microbatch], world: World, visit: Callable[[Tensor, Microbatch], None]) -> None:
+def forward_each(
+    model: Any, parts: Sequence[Microbatch], world: World, visit: Callable[[Tensor, Microbatch], None]
+) -> None:
     """Forward of microbatches without gradients; `visit` sees each output on the last stage."""
 
     def finish(output: Tensor, part: Microbatch) -> tuple[Tensor, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The process groups: world = tp x pp x dp for training, as megatron-core lays the ranks out (tp fastest, pp slowest)."""
+"""The process groups: world = tp x pp x dp for training, as megatron-core lays ranks out (tp fastest, pp slowest)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     if world_size % model:
         raise LayoutError(
             f"{world_size} processes for parallel.tp={config.tp} x parallel.pp={config.pp}",
-            f"a multiple of {model} processes", "start another number of processes, or change parallel.tp or parallel.pp",
+            f"a multiple of {model} processes",
+            "start another number of processes, or change parallel.tp or parallel.pp",
         )  # fmt: skip
     dp = world_size // model
     if config.dp not in (None, dp):

@@ -19,5 +19,5 @@ class Reconstruction:
 
     def __call__(self, mse_N: Tensor, failed_N: Tensor) -> Tensor:
         rewards = geometry.reward(mse_N, self.config.transform, self.config.temperature)
-        failed = geometry.FAILED_REWARD(self.config.transform, self.config.temperature)
+        failed = geometry.failed_reward(self.config.transform, self.config.temperature)
         return torch.where(failed_N, torch.full_like(rewards, failed), rewards)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron.errors import ConfigError, InjectionError, LayoutError, RolloutError
-from nla_megatron.parallel.collectives import gather_objects
+from nla_megatron.parallel.collectives import broadcast_object, gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.worker import LOAD_FORMAT, InjectingWorker, register_loader
 from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
@@ -205,6 +205,7 @@ def _start(model: str, shape: ModelShape, config: RolloutConfig, intervention: I
         gpu_memory_utilization=config.gpu_memory_utilization,
         tensor_parallel_size=config.tp,
         distributed_executor_backend="external_launcher",
+        worker_cls=_worker_class(world),
         # The op asks how many tokens it changes, which a captured graph cannot.
         enforce_eager=True,
         # Equal prompts hold different activations: a cache keyed on token ids alone would mix them up.
@@ -215,6 +216,18 @@ def _start(model: str, shape: ModelShape, config: RolloutConfig, intervention: I
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+
+
+def _worker_class(world: World) -> str:
+    """vLLM's own worker on a GPU; on a CPU one whose shared memory belongs to this run alone."""
+    if world.device.type != "cpu":
+        return "auto"
+    from nla_megatron.rollout import cpu_worker
+
+    if world.is_main:
+        cpu_worker.remove_stale_segments()
+    os.environ[cpu_worker.NAME_VARIABLE] = broadcast_object(cpu_worker.segment_name() if world.is_main else None, world)
+    return f"{cpu_worker.__name__}.{cpu_worker.IsolatedCpuWorker.__name__}"
 
 
 def _cores(ranks: int) -> str:

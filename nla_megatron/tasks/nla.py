@@ -49,7 +49,11 @@ RowRunner = Callable[[Batch, Collect], Tensor]
 def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a Hugging Face directory. Raises MissingFile."""
     if not (Path(directory) / "tokenizer.json").is_file():
-        raise MissingFile(f"no tokenizer.json in {directory}", "a Hugging Face directory with a fast tokenizer", "copy the tokenizer there")
+        raise MissingFile(
+            f"no tokenizer.json in {directory}",
+            "a Hugging Face directory with a fast tokenizer",
+            "copy the tokenizer there",
+        )
     # AutoTokenizer imports every model to find a special class; a plain one says so itself, and loads in a second.
     config = Path(directory) / "tokenizer_config.json"
     if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_TOKENIZERS:
@@ -79,12 +83,19 @@ class NlaTask:
             MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
         """
         if not Path(data).is_file():
-            raise MissingFile(f"no {data}", f"the {stage} table that `build` writes", "run `nla-megatron build`, or correct data=")
+            raise MissingFile(
+                f"no {data}", f"the {stage} table that `build` writes", "run `nla-megatron build`, or correct data="
+            )
         sidecar, tokenizer = read_dataset_sidecar(data), load_tokenizer(model)
         if sidecar.injection is None:
-            raise SidecarError(f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again")
+            raise SidecarError(
+                f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again"
+            )
         check_dataset(
-            sidecar, d_model=read_shape(model).hidden_size, layer_index=sidecar.extraction.layer_index, tokenizer=tokenizer
+            sidecar,
+            d_model=read_shape(model).hidden_size,
+            layer_index=sidecar.extraction.layer_index,
+            tokenizer=tokenizer,
         )
         spec = sidecar.injection
         scale = 1.0 if spec.scale is None else float(spec.scale)
@@ -113,7 +124,8 @@ class NlaTask:
         for key, (found, expected) in pairs.items():
             if found != expected:
                 raise SidecarError(
-                    f"{key} = {found} in the sidecar of {directory}", f"{expected}, as in the sidecar of {self.table.path}",
+                    f"{key} = {found} in the sidecar of {directory}",
+                    f"{expected}, as in the sidecar of {self.table.path}",
                     "use a model and a table of the same build",
                 )  # fmt: skip
         return model
@@ -162,7 +174,9 @@ class NlaTask:
 
     def gold_text_batch(self, rows: Sequence[int]) -> Batch:
         """AR sequences of an ar_sft table's own prompts with their target activations."""
-        return self._targets(rows, [self.contract.ar_prompt_ids(self.tokenizer, self._gold_prompts[row]) for row in rows])
+        return self._targets(
+            rows, [self.contract.ar_prompt_ids(self.tokenizer, self._gold_prompts[row]) for row in rows]
+        )
 
     def _targets(self, rows: Sequence[int], ids: list[list[int]]) -> Batch:
         return Batch(ids=ids, vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]))
@@ -224,5 +238,3 @@ def explanations_of(rollouts: Sequence[Rollout]) -> list[str | None]:
 
 def _sampling_seed(seed: int, step: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{row}".encode()).digest()[:4], "big") >> 1
-
-

@@ -55,7 +55,13 @@ class Checkpoints:
             with megatron_device():
                 dist_checkpointing.save(module.state(loading=False), str(partial / name), async_sharded_save=False)
         if self.world.is_main:
-            state = {"stage": self.stage, "step": step, "layout": self.world.layout(), "modules": sorted(modules), **extra}
+            state = {
+                "stage": self.stage,
+                "step": step,
+                "layout": self.world.layout(),
+                "modules": sorted(modules),
+                **extra,
+            }
             torch.save(torch.get_rng_state(), partial / "rng.pt")
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             partial.rename(final)
@@ -79,7 +85,9 @@ class Checkpoints:
         for key, value in {"stage": self.stage, "modules": sorted(modules), **expected}.items():
             if state.get(key) != value:
                 raise CheckpointError(
-                    f"{key}={state.get(key)!r} in {directory}", f"{key}={value!r}", "resume with the run's own command, or use another out="
+                    f"{key}={state.get(key)!r} in {directory}",
+                    f"{key}={value!r}",
+                    "resume with the run's own command, or use another out=",
                 )
         for name, module in modules.items():
             with megatron_device():

@@ -40,7 +40,9 @@ def export(
     if world.is_main:
         write_shards(partial, tensors)
         written = config or read_config(companions)
-        copy_companions(Path(companions), partial, truncated_config(written, model.shape.num_layers) if is_ar else written, dtype)
+        copy_companions(
+            Path(companions), partial, truncated_config(written, model.shape.num_layers) if is_ar else written, dtype
+        )
         if head is not None:
             write_value_head(partial, head)
         if sidecar is not None:

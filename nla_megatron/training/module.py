@@ -17,7 +17,13 @@ from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forwar
 from nla_megatron.parallel.collectives import max_over_world, sum_statistics
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
-from nla_megatron.training.optimizer import RESHARDABLE, build_optimizer, learning_rate, materialise_state, separate_steps
+from nla_megatron.training.optimizer import (
+    RESHARDABLE,
+    build_optimizer,
+    learning_rate,
+    materialise_state,
+    separate_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -33,20 +39,33 @@ class Update:
 class TrainModule:
     """One model's forward, backward, optimizer step and state, on any layout."""
 
-    def __init__(self, model: Any, world: World, config: OptimConfig, total_steps: int, micro_batch_size: int, dtype: str):
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    def __init__(
+        self, model: Any, world: World, config: OptimConfig, total_steps: int, micro_batch_size: int, dtype: str
+    ):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
 
         self.model, self.world, self.config, self.total_steps = model, world, config, total_steps
         self.micro_batch_size = micro_batch_size
         model.config.finalize_model_grads_func = finalize_model_grads
         with megatron_device():
             self.wrapped = DistributedDataParallel(
-                model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model
+                model.config,
+                DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+                model,
             )
         self.optimizer = build_optimizer(self.wrapped, config, DTYPES[dtype])
 
     def update(
-        self, batch: Batch, loss: Loss, names: tuple[str, ...], step: int, check: Callable[[dict[str, float]], None] | None = None
+        self,
+        batch: Batch,
+        loss: Loss,
+        names: tuple[str, ...],
+        step: int,
+        check: Callable[[dict[str, float]], None] | None = None,
     ) -> Update:
         """One optimizer step of `loss` over a global batch.
 
@@ -83,18 +102,27 @@ class TrainModule:
 
     def _reduce(self, seen: list[Mapping[str, Tensor]], names: tuple[str, ...]) -> dict[str, float]:
         speaks = self.world.speaks_for_its_rows
-        sums = {name: sum(float(part[name]) for part in seen) if speaks else 0.0 for name in names if not name.endswith("_max")}
+        sums = {
+            name: sum(float(part[name]) for part in seen) if speaks else 0.0
+            for name in names
+            if not name.endswith("_max")
+        }
         reduced = sum_statistics(sums, tuple(sums), self.world)
         for name in names:
             if name.endswith("_max"):
-                reduced[name] = max_over_world(max((float(part[name]) for part in seen), default=0.0) if speaks else 0.0, self.world)
+                reduced[name] = max_over_world(
+                    max((float(part[name]) for part in seen), default=0.0) if speaks else 0.0, self.world
+                )
         return reduced
 
     def state(self, loading: bool) -> dict[str, Any]:
         """The sharded state of model and optimizer, for `dist_checkpointing`."""
         materialise_state(self.optimizer)
         weights = self.model.sharded_state_dict(metadata=RESHARDABLE)
-        return {"model": weights, "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=RESHARDABLE)}
+        return {
+            "model": weights,
+            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=RESHARDABLE),
+        }
 
     def load_state(self, loaded: dict[str, Any]) -> None:
         self.model.load_state_dict(loaded["model"])

@@ -10,12 +10,15 @@ import torch
 from nla_megatron.config.schema import OptimConfig
 from nla_megatron.parallel.cpu import megatron_device
 
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 """The default sharding of the optimizer's state cannot be read back on another layout."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step` (0-based): linear warm-up, then cosine to `min_lr_ratio` at the last step, or constant."""
+    """The rate of `step` (0-based): linear warm-up, then cosine to `min_lr_ratio` at the last step, or constant."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

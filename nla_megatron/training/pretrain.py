@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from nla_megatron.training.loop import train
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def shape_of(config: PretrainConfig, vocab_size: int) -> ModelShape:
@@ -59,7 +63,9 @@ def run(config: PretrainConfig, world: World) -> None:
     stream = token_stream(config, tokenizer)
     width = config.sequence_length
     if len(stream) <= width:
-        raise ConfigError(f"{len(stream)} tokens in {config.corpus}", f"more than sequence_length={width}", "give a larger corpus")
+        raise ConfigError(
+            f"{len(stream)} tokens in {config.corpus}", f"more than sequence_length={width}", "give a larger corpus"
+        )
     torch.manual_seed(config.seed)
     shape = shape_of(config, len(tokenizer))
     model = build_verbalizer(shape, world, config.dtype)
@@ -80,14 +86,14 @@ def run(config: PretrainConfig, world: World) -> None:
     if config.export:
         hf_config = {
             **FAMILIES[shape.family].config_from_shape(shape),
-            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        }  # fmt: skip
+            **{name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
+        }
         export(model, config.tokenizer, Path(config.out) / "hf", world, config=hf_config)
     if world.is_main:
         mark_done(config)
 
 
-def token_stream(config: PretrainConfig, tokenizer) -> np.ndarray:  # type: ignore[no-untyped-def]
+def token_stream(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """All training documents, shuffled, one after another with an end token between: (tokens,) int32."""
     documents = [text for doc_id, text in read_corpus(config.corpus) if not held_out(doc_id, config.held_out)]
     order = np.random.default_rng([config.seed, 2]).permutation(len(documents))

@@ -75,7 +75,12 @@ def run(config: SftConfig, world: World) -> None:
 
     def step(number: int) -> dict[str, float]:
         done = update(number)
-        return {"loss": done.statistics["loss"], "lr": done.learning_rate, "grad_norm": done.grad_norm, "skipped": float(done.skipped)}
+        return {
+            "loss": done.statistics["loss"],
+            "lr": done.learning_rate,
+            "grad_norm": done.grad_norm,
+            "skipped": float(done.skipped),
+        }
 
     train("sft", f"sft {config.role}", config, world, {config.role: module}, step)
     if config.export:
@@ -107,7 +112,9 @@ def _ar_update(config: SftConfig, task: NlaTask, module: TrainModule) -> Callabl
 def _check_length(longest: int, config: SftConfig) -> None:
     if longest > config.max_length:
         raise ColumnError(
-            f"a row of {longest} tokens in {config.data}", f"at most max_length={config.max_length}", "raise max_length, or shorten the explanations"
+            f"a row of {longest} tokens in {config.data}",
+            f"at most max_length={config.max_length}",
+            "raise max_length, or shorten the explanations",
         )
 
 

@@ -125,7 +125,7 @@ def test_fve_without_variance_or_with_other_rows_is_refused() -> None:
 )
 def test_rewards_by_hand(transform: str, expected: list[float], failed: float) -> None:
     torch.testing.assert_close(g.reward(torch.tensor([0.5, 2.0]), transform), torch.tensor(expected))
-    assert g.FAILED_REWARD(transform) == pytest.approx(failed)
+    assert g.failed_reward(transform) == pytest.approx(failed)
 
 
 @pytest.mark.parametrize("transform", ["negative", "log", "exp", "bounded"])
@@ -137,8 +137,8 @@ def test_a_smaller_mse_is_a_larger_finite_reward(transform: str) -> None:
 
 def test_temperature_is_that_of_exp() -> None:
     assert g.reward(torch.tensor(0.5), "exp", 3.0).item() == pytest.approx(math.exp(-1.5))
-    assert g.FAILED_REWARD("exp", 3.0) == pytest.approx(math.exp(-6))
-    assert g.FAILED_REWARD("negative", 3.0) == -2.0
+    assert g.failed_reward("exp", 3.0) == pytest.approx(math.exp(-6))
+    assert g.failed_reward("negative", 3.0) == -2.0
 
 
 def test_an_unknown_transform_is_refused() -> None:
@@ -151,7 +151,7 @@ def documents(n: int, rows: int) -> list[str]:
 
 
 def test_documents_are_resampled_not_rows() -> None:
-    """Equal rows within a document: the interval is that of the documents, much wider than that of as many free rows."""
+    """Equal rows within a document: the interval is that of the documents, wider than that of as many free rows."""
     rng = np.random.default_rng(0)
     values = np.repeat(rng.standard_normal(40), 25)
     lo, hi = g.bootstrap_ci(values, documents(40, 25), lambda x: float(x.mean()), n=2000)

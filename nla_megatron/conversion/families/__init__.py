@@ -29,7 +29,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     names = config.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
         raise UnsupportedModel(
-            f"architecture {names[0]!r} in config.json", f"one of {', '.join(FAMILIES)}", "add a table to conversion/families"
+            f"architecture {names[0]!r} in config.json",
+            f"one of {', '.join(FAMILIES)}",
+            "add a table to conversion/families",
         )
     return FAMILIES[names[0]]
 

@@ -23,11 +23,15 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     }
     for key, value in refused.items():
         if value:
-            raise UnsupportedModel(f"{key}={value!r} in config.json", "a Qwen3 without it", "this feature is not converted yet")
+            raise UnsupportedModel(
+                f"{key}={value!r} in config.json", "a Qwen3 without it", "this feature is not converted yet"
+            )
     # transformers 5 keeps the rope base in rope_parameters; before, it was a key of its own.
     rope_theta = rope.get("rope_theta", config.get("rope_theta"))
     if rope_theta is None:
-        raise UnsupportedModel("no rope_theta in config.json", "rope_parameters.rope_theta or rope_theta", "complete config.json")
+        raise UnsupportedModel(
+            "no rope_theta in config.json", "rope_parameters.rope_theta or rope_theta", "complete config.json"
+        )
     return ModelShape(
         family=ARCHITECTURE,
         num_layers=config["num_hidden_layers"],
@@ -81,7 +85,9 @@ def rules(shape: ModelShape, with_head: bool) -> list[Rule]:
         table.append(Rule("decoder.final_layernorm.weight", (shape.hidden_size,), (Part("model.norm.weight"),)))
         head = embed if shape.tied_embeddings else Part("lm_head.weight")
         table.append(
-            Rule("output_layer.weight", embedding, (head,), tp_axis=0, rows=shape.vocab_size, alias=shape.tied_embeddings)
+            Rule(
+                "output_layer.weight", embedding, (head,), tp_axis=0, rows=shape.vocab_size, alias=shape.tied_embeddings
+            )
         )
     return table
 
@@ -90,8 +96,12 @@ def _block(shape: ModelShape, block: int) -> list[Rule]:
     ours, theirs = f"decoder.layers.{block}.", f"model.layers.{block}."
     d, ffn, hd = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     groups, per_group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-    q, k, v = (Part(f"{theirs}self_attn.{name}_proj.weight", slots) for name, slots in (("q", per_group), ("k", 1), ("v", 1)))
-    gate, up = (Part(f"{theirs}mlp.{name}_proj.weight") for name in ("gate", "up"))
+    q, k, v = (
+        Part(f"{theirs}self_attn.{name}_proj.weight", slots) for name, slots in (("q", per_group), ("k", 1), ("v", 1))
+    )
+    o = Part(f"{theirs}self_attn.o_proj.weight")
+    gate, up, down = (Part(f"{theirs}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+    attention = f"{ours}self_attention."
     norms = {
         "input_layernorm.weight": ("input_layernorm.weight", d),
         "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", d),
@@ -100,8 +110,8 @@ def _block(shape: ModelShape, block: int) -> list[Rule]:
     }
     return [
         *(Rule(ours + name, (width,), (Part(theirs + hf),)) for name, (hf, width) in norms.items()),
-        Rule(ours + "self_attention.linear_qkv.weight", (groups, per_group + 2, hd, d), (q, k, v), tp_axis=0, slot_axis=1),
-        Rule(ours + "self_attention.linear_proj.weight", (d, shape.num_heads * hd), (Part(theirs + "self_attn.o_proj.weight"),), tp_axis=1),
-        Rule(ours + "mlp.linear_fc1.weight", (2, ffn, d), (gate, up), tp_axis=1, slot_axis=0),
-        Rule(ours + "mlp.linear_fc2.weight", (d, ffn), (Part(theirs + "mlp.down_proj.weight"),), tp_axis=1),
-    ]  # fmt: skip
+        Rule(f"{attention}linear_qkv.weight", (groups, per_group + 2, hd, d), (q, k, v), tp_axis=0, slot_axis=1),
+        Rule(f"{attention}linear_proj.weight", (d, shape.num_heads * hd), (o,), tp_axis=1),
+        Rule(f"{ours}mlp.linear_fc1.weight", (2, ffn, d), (gate, up), tp_axis=1, slot_axis=0),
+        Rule(f"{ours}mlp.linear_fc2.weight", (d, ffn), (down,), tp_axis=1),
+    ]

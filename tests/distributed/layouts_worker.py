@@ -1,0 +1,176 @@
+"""What a model computes, learns and exports on every layout that four ranks can have, against transformers.
+
+Arguments: RESULT SCRATCH. Rank 0 writes, per layout, the largest differences found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.conversion.hf import SafetensorsReader, read_shape
+from nla_megatron.conversion.live import Exporter, load_from_hf
+from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.reconstructor import build_reconstructor
+from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.world import World, initialise
+from nla_megatron.tasks.nla import response_logprobs, squared_error
+from nla_megatron.training.losses import cross_entropy, reconstruction
+from nla_megatron.training.module import TrainModule
+from tests.support.tiny import tiny_model
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+LAYER, POSITION, PROMPT, STEPS = 1, 3, 6, 3
+LENGTHS = (9, 14, 7, 11, 12, 8, 10)
+OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant", clip_grad=0.5)
+
+
+def rows(shape: Any) -> SimpleNamespace:
+    """Seven rows of unequal length, so that no layout divides them evenly."""
+    rng = np.random.default_rng(7)
+    return SimpleNamespace(
+        ids=[rng.integers(3, shape.vocab_size, length).tolist() for length in LENGTHS],
+        vectors=rng.standard_normal((len(LENGTHS), shape.hidden_size)).astype(np.float32) * 5,
+    )
+
+
+def av_batch(data: SimpleNamespace) -> Batch:
+    lengths = [len(row) for row in data.ids]
+    return Batch(
+        ids=data.ids,
+        fields={"mask": response_mask([PROMPT] * len(lengths), lengths, max(lengths))},
+        positions=[POSITION] * len(lengths),
+        vectors=lambda chosen: data.vectors[list(chosen)],
+    )
+
+
+def on_layout(directory: Path, world: World) -> dict[str, Any]:
+    """Numbers of one layout: export, log-probs and vectors before and after a few updates, and the losses between."""
+    shape = read_shape(directory)
+    data = rows(shape)
+    batch, width = av_batch(data), max(LENGTHS)
+    av = build_verbalizer(shape, world, "float32")
+    load_from_hf(av, str(directory), shape, world, with_head=True)
+    exported = {name: tensor.clone() for name, tensor in Exporter(av, shape, world, with_head=True).tensors()}
+    reader = SafetensorsReader(directory)
+    exact = set(exported) == reader.names() and all(
+        torch.equal(tensor, reader.read(name, 0, 0, tensor.shape[0])) for name, tensor in exported.items()
+    )
+    av.inject_at(LAYER, "norm_add", 1.0)
+    module = TrainModule(av, world, OPTIM, STEPS, 2, "float32")
+    before = module.rows(batch, response_logprobs(1.0), width)
+    total = float(batch.fields["mask"].sum())
+    updates = [module.update(batch, cross_entropy(total), ("loss",), step) for step in range(STEPS)]
+    trained = {name: tensor.clone() for name, tensor in Exporter(av, shape, world, with_head=True).tensors()}
+
+    short = shape.truncated(3)
+    ar = build_reconstructor(short, world, "float32")
+    load_from_hf(ar, str(directory), short, world, with_head=False)
+    reader_module = TrainModule(ar, world, OPTIM, STEPS, 2, "float32")
+    targets = Batch(ids=data.ids, vectors=batch.vectors)
+    errors = reader_module.rows(targets, squared_error)
+    ar_updates = [reader_module.update(targets, reconstruction(len(LENGTHS)), ("loss",), step) for step in range(STEPS)]
+    return {
+        "exact": exact,
+        "logprobs": before,
+        "losses": [update.statistics["loss"] for update in updates],
+        "norms": [update.grad_norm for update in updates],
+        "trained": trained,
+        "errors": errors,
+        "ar_losses": [update.statistics["loss"] for update in ar_updates],
+        "ar_norms": [update.grad_norm for update in ar_updates],
+    }
+
+
+def reference(directory: Path) -> dict[str, Any]:
+    """The same by transformers, a forward hook and torch's AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    data = rows(read_shape(directory))
+    vectors = torch.from_numpy(data.vectors)
+
+    def run(row: int) -> torch.Tensor:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            stream = (output[0] if isinstance(output, tuple) else output).clone()
+            at = stream[0, POSITION]
+            stream[0, POSITION] = at + at.norm() * vectors[row] / vectors[row].norm()
+            return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+        handle = model.model.layers[LAYER].register_forward_hook(hook)
+        ids = torch.tensor(data.ids[row])
+        logits = model(ids[None]).logits[0]
+        handle.remove()
+        return torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None])[PROMPT - 1 :, 0]
+
+    def vector(row: int) -> torch.Tensor:
+        captured: list[torch.Tensor] = []
+        handle = model.model.layers[2].register_forward_hook(lambda m, i, o: captured.append(o[0] if isinstance(o, tuple) else o))
+        model(torch.tensor(data.ids[row])[None])
+        handle.remove()
+        return captured[0].reshape(-1, captured[0].shape[-1])[-1]
+
+    with torch.no_grad():
+        logprobs = [run(row) for row in range(len(LENGTHS))]
+        d = vectors.shape[1]
+        unit = torch.stack([vector(row) for row in range(len(LENGTHS))])
+        errors = (unit / unit.norm(dim=-1, keepdim=True) - vectors / vectors.norm(dim=-1, keepdim=True)).square().sum(-1) * d / d
+    optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=0.0)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        loss = -torch.cat([run(row) for row in range(len(LENGTHS))]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad)))
+        optimizer.step()
+        losses.append(float(loss))
+    return {"logprobs": logprobs, "errors": errors, "losses": losses, "norms": norms, "trained": model.state_dict()}
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    rows_of = [found["logprobs"][row, PROMPT - 1 : LENGTHS[row] - 1] for row in range(len(LENGTHS))]
+    return {
+        "exact": found["exact"],
+        "logprob": max(float((a - b).abs().max()) for a, b in zip(rows_of, expected["logprobs"], strict=True)),
+        "error": float((found["errors"] - expected["errors"]).abs().max()),
+        "loss": max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)),
+        "norm": max(abs(a - b) / b for a, b in zip(found["norms"], expected["norms"], strict=True)),
+        "weight": max(float((tensor - expected["trained"][name]).abs().max()) for name, tensor in found["trained"].items()),
+        "ar_losses": found["ar_losses"],
+        "ar_norms": found["ar_norms"],
+    }
+
+
+def main(result: str, scratch: str) -> None:
+    from megatron.core import parallel_state
+
+    out: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    # One more block than stages divide, a vocabulary that needs padding, tied and untied embeddings.
+    models = {"tied": {"tie_word_embeddings": True}, "untied": {"tie_word_embeddings": False}}
+    for tp, pp in LAYOUTS:
+        world = initialise(ParallelConfig(tp=tp, pp=pp))
+        for name, options in models.items():
+            directory = Path(scratch) / name
+            if world.is_main and not directory.exists():
+                tiny_model(directory, num_hidden_layers=5, vocab_size=1000, **options)
+            barrier(world)
+            found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
+        parallel_state.destroy_model_parallel()
+    if world.is_main:
+        for key, numbers in found.items():
+            out[key] = compare(numbers, reference(Path(scratch) / key.split()[0]))
+        Path(result).write_text(json.dumps(out))
+    barrier(world)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

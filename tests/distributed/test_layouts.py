@@ -1,0 +1,47 @@
+"""The same model on TP 1/2 x PP 1/2 (DP filling four ranks) exports, computes and learns what transformers does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.ranks import torchrun
+
+LAYOUTS = [f"{name} tp{tp} pp{pp}" for name in ("tied", "untied") for tp in (1, 2) for pp in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return torchrun("layouts_worker", 4, str(tmp_path_factory.mktemp("layouts")))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_import_then_export_is_bit_exact(found: Any, layout: str) -> None:
+    assert found[layout]["exact"] is True
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_injected_logprobs_equal_a_hooked_transformers_model(found: Any, layout: str) -> None:
+    assert found[layout]["logprob"] <= 2e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reconstructions_are_the_hidden_states_of_transformers(found: Any, layout: str) -> None:
+    assert found[layout]["error"] <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_updates_equal_adamw_on_transformers(found: Any, layout: str) -> None:
+    assert found[layout]["loss"] <= 2e-5
+    assert found[layout]["norm"] <= 1e-4
+    # Adam divides by the gradient's own size: where a gradient is rounding alone, so is the update's direction.
+    assert found[layout]["weight"] <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ar_learns_alike_on_every_layout(found: Any, layout: str) -> None:
+    single = found[f"{layout.split()[0]} tp1 pp1"]
+    assert found[layout]["ar_losses"] == pytest.approx(single["ar_losses"], rel=2e-5)
+    assert found[layout]["ar_norms"] == pytest.approx(single["ar_norms"], rel=1e-4)
+    assert single["ar_losses"][-1] < single["ar_losses"][0]

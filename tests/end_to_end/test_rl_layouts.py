@@ -1,0 +1,95 @@
+"""The same rollouts give the same rewards, losses and weights on every layout, with vLLM live in each of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from nla_megatron.tasks.nla import NlaTask
+from nla_megatron.training.data_order import rows_of_step
+from nla_megatron.types import Rollout
+from tests.support.ranks import command
+
+STEPS, PROMPTS, SAMPLES, SEED = 2, 3, 4, 5
+LAYOUTS = {
+    "single": [],
+    "tp2": ["parallel=tp2", "rollout=tp2"],
+    "pp2": ["parallel=pp2", "rollout=tp2"],
+    "dp2": ["parallel=dp2", "rollout=single"],
+    "tp2pp2": ["parallel=tp2pp2", "rollout=tp2"],
+}
+COMPARED = ("reward", "batch_fve", "av_loss", "kl", "entropy", "clipped", "ar_loss", "av_grad_norm", "ar_grad_norm", "extraction_failed")
+
+
+@pytest.fixture(scope="module")
+def recorded(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rollouts with real explanations, other rows' texts among them, and one response without an explanation."""
+    run = tmp_path_factory.mktemp("recorded")
+    task = NlaTask.open(str(toy / "build" / "rl.parquet"), "rl", str(toy / "sft_av" / "hf"))
+    (run / "rollouts").mkdir()
+    for step in range(STEPS):
+        rollouts = []
+        for group, row in enumerate(rows_of_step(task.table.n_rows, PROMPTS, step, SEED)):
+            for sample in range(SAMPLES):
+                text = f"<explanation>\n{task.gold_explanations[(row + 11 * sample) % task.table.n_rows]}\n</explanation>"
+                text = "no tags at all" if (group, sample) == (1, 3) else text
+                ids = task.contract.av_response_ids(task.tokenizer, text)
+                rollouts.append(Rollout(group, sample, row, task.prompt_ids, tuple(ids), tuple([0.0] * len(ids)), text, True))
+        lines = "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
+        (run / "rollouts" / f"step_{step:08d}.jsonl").write_text(lines)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(toy: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("layouts")
+    for name, layout in LAYOUTS.items():
+        done = command(
+            "rl", f"out={base / name}", f"av={toy / 'sft_av' / 'hf'}", f"ar={toy / 'sft_ar' / 'hf'}", f"data={toy / 'build' / 'rl.parquet'}",
+            f"rollout.replay={recorded}", f"seed={SEED}", f"steps={STEPS}", f"batch_size={PROMPTS}", f"samples_per_prompt={SAMPLES}",
+            "micro_batch_size=2", "rollout.max_new_tokens=64", "optim.lr=1e-3", "optim.warmup_steps=0", "ar_optim.lr=1e-3",
+            "ar_optim.warmup_steps=0", "ar_updates=2", "algorithm.minibatches=2", "algorithm.kl_coef=0.1", "rollout.max_logprob_gap=1e-3",
+            *layout,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{name}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
+    return {name: base / name for name in LAYOUTS}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_layout_gives_the_numbers_of_a_single_process(runs: dict[str, Path], layout: str) -> None:
+    for alone, spread in zip(metrics(runs["single"]), metrics(runs[layout]), strict=True):
+        for key in COMPARED:
+            assert spread[key] == pytest.approx(alone[key], rel=2e-4, abs=2e-5), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampler_and_trainer_agree_at_every_token(runs: dict[str, Path], layout: str) -> None:
+    for step in metrics(runs[layout]):
+        assert step["logprob_gap_max"] <= 1e-3
+        assert step["injected"] == step["expected_injections"] == PROMPTS * SAMPLES
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_layout_exports_the_weights_of_a_single_process(runs: dict[str, Path], layout: str, role: str) -> None:
+    alone, spread = (load_file(runs[name] / role / "model.safetensors") for name in ("single", layout))
+    assert set(alone) == set(spread)
+    # Adam's first steps have the gradient's sign alone; a gradient that is rounding may go either way by a step's size.
+    off = sum(int(((alone[name] - spread[name]).abs() > 1e-4).sum()) for name in alone)
+    assert off <= 1e-3 * sum(tensor.numel() for tensor in alone.values())
+
+
+def test_the_run_is_not_trivial(runs: dict[str, Path]) -> None:
+    first, second = metrics(runs["single"])
+    assert first["extraction_failed"] == pytest.approx(1 / (PROMPTS * SAMPLES))
+    assert first["reward_std"] > 0 and first["av_grad_norm"] > 0 and first["ar_grad_norm"] > 0
+    assert second["kl"] > 0

@@ -28,7 +28,7 @@ def group_advantages(rewards_N: Tensor, groups_N: Tensor, normalise_std: bool) -
 
 
 def k3(logprobs: Tensor, reference: Tensor, clamp: float) -> Tensor:
-    """exp(d) - d - 1, d = reference - policy, clamped: an unbiased estimate of KL(policy || reference), never below 0."""
+    """exp(d) - d - 1, d = reference - policy, clamped: unbiased for KL(policy || reference), never below 0."""
     difference = (reference - logprobs).clamp(-clamp, clamp)
     return difference.exp() - difference - 1
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from nla_megatron.errors import ConfigError, MissingFile
+
+# What Hydra and OmegaConf add for people who write configurations in Python; adding keys with `+` is refused here.
+_BESIDE_THE_POINT = re.compile(
+    r"To append to your config use \S+|(reference|object)_type=\S+|See https?://\S+ for details"
+)
 
 
 def conf_dir() -> Path:
@@ -56,6 +63,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         raise _named(command, schema, error) from None
 
 
+@cache
 def _store_schemas() -> None:
     """Make every command's schema known to Hydra as `{command}_schema`, the first entry of each root's defaults."""
     from hydra.core.config_store import ConfigStore
@@ -84,8 +92,8 @@ def _writable(schema: type) -> Any:
 def _named(command: str, schema: type, error: Exception) -> ConfigError:
     """One line of Hydra's message, with the nearest known key as a remedy."""
     text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
-    text = text.split("Config search path")[0]
-    found = " ".join(line.strip() for line in text.splitlines() if line.strip())[:400]
+    text = _BESIDE_THE_POINT.sub("", text.split("Config search path")[0])
+    found = " ".join(text.split())[:400]
     known = _keys(schema)
     words = found.replace("'", " ").replace("=", " ").replace("+", " ").split()
     near = [match for word in words for match in difflib.get_close_matches(word.strip(".,"), known, n=1, cutoff=0.75)]

@@ -13,6 +13,7 @@ from nla_megatron.errors import RunDirectoryError
 
 RECORD = "run.yaml"
 DONE = "done"
+_PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
     "parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "rollout.tp", "rollout.record",
@@ -26,7 +27,7 @@ def check_run_directory(command: str, config: Any) -> None:
     out = Path(config.out)
     record = out / RECORD
     if not record.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name != _PARTIAL for path in out.iterdir())):
             raise RunDirectoryError(
                 f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
             )
@@ -47,7 +48,8 @@ def claim_run_directory(command: str, config: Any) -> None:
     """Make the directory this run's, with the configuration that made it beside the results. One process calls it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / RECORD).write_text(yaml.safe_dump(_record(command, config), sort_keys=False))
+    (out / _PARTIAL).write_text(yaml.safe_dump(_record(command, config), sort_keys=False))
+    (out / _PARTIAL).replace(out / RECORD)
 
 
 def is_done(config: Any) -> bool:

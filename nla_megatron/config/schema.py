@@ -14,6 +14,8 @@ from omegaconf import MISSING
 from nla_megatron.config.logger import LoggerOptions
 from nla_megatron.errors import ConfigError
 
+_DTYPES = ("float32", "bfloat16")
+
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -21,7 +23,7 @@ def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
+    if not value >= least:  # so that NaN is refused too
         raise ConfigError(f"{key}={value}", f"at least {least:g}", f"raise {key}=")
 
 
@@ -196,7 +198,7 @@ class TrainingStageConfig(StageConfig):
         _at_least("batch_size", self.batch_size, 1)
         _at_least("micro_batch_size", self.micro_batch_size, 1)
         _at_least("save_every", self.save_every, 1)
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("dtype", self.dtype, _DTYPES)
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,10 @@ class ExtractConfig(StageConfig):
 
     def __post_init__(self) -> None:
         _one_of("long_documents", self.long_documents, ("truncate", "window"))
+        _one_of("dtype", self.dtype, _DTYPES)
+        _at_least("batch_size", self.batch_size, 1)
         _at_least("positions_per_doc", self.positions_per_doc, 1)
+        _at_least("min_position", self.min_position, 0)
         _at_least("max_length", self.max_length, self.min_position + 1)
 
 
@@ -292,6 +297,7 @@ class RlConfig(TrainingStageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _at_least("ar_updates", self.ar_updates, 1)
         if self.rollout.temperature == 0:
             raise ConfigError(
                 "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
@@ -320,6 +326,11 @@ class EvalConfig(StageConfig):
     """Another evaluation's directory: the paired difference in FVE is reported too."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
 
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, _DTYPES)
+        _at_least("micro_batch_size", self.micro_batch_size, 1)
+        _at_least("bootstrap", self.bootstrap, 1)
+
 
 @dataclass(frozen=True)
 class ConvertConfig(StageConfig):
@@ -331,6 +342,7 @@ class ConvertConfig(StageConfig):
 
     def __post_init__(self) -> None:
         _one_of("direction", self.direction, ("import", "export"))
+        _one_of("dtype", self.dtype, _DTYPES)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from nla_megatron.types import ModelShape
 VALUE_HEAD = "value_head.weight"
 
 
-def global_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by name, blocks numbered over the whole pipeline."""
     numbers = {str(local): block.layer_number - 1 for local, block in enumerate(model.decoder.layers)}
     return {

@@ -40,8 +40,9 @@ def check(config: BuildConfig, world_size: int) -> None:
     if table.d_model != shape.hidden_size:
         raise WidthError(
             f"vectors of width {table.d_model} in {config.input}",
-            f"{shape.hidden_size}, the hidden size of {config.model}", "give the model the activations were extracted from",
-        )  # fmt: skip
+            f"{shape.hidden_size}, the hidden size of {config.model}",
+            "give the model the activations were extracted from",
+        )
     if not config.intervention.layer < shape.num_layers:
         raise ConfigError(
             f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it"

@@ -7,6 +7,7 @@ provider goes on where it was, and nothing paid for is lost.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,7 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
             else:
                 explained[answer.row] = answer.text
                 lines.write(json.dumps({"row": answer.row, "text": answer.text}) + "\n")
+                lines.flush()  # line by line, so that a killed process loses no finished row
             bar.advance()
     if len(failures) > config.max_failures * len(texts):
         raise ProviderError(
@@ -101,10 +103,9 @@ def _read_journal(path: Path) -> dict[int, str]:
     done: dict[int, str] = {}
     if not path.is_file():
         return done
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
     for line in whole.splitlines():
         row = json.loads(line)
         done[row["row"]] = row["text"]

@@ -116,13 +116,13 @@ def _passages(config: ExtractConfig, documents: Sequence[tuple[str, str]]) -> It
 def sample_positions(
     config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int]
 ) -> tuple[int, ...]:
-    """Ascending positions of one passage, drawn from those that qualify by a generator keyed by (seed, doc_id, start)."""
+    """Ascending positions of one passage: those that qualify, drawn by a generator keyed by (seed, doc_id, start)."""
     candidates = [at for at in range(config.min_position, len(ids)) if ids[at] not in special]
+    if not candidates:
+        return ()
     key = hashlib.sha256(f"{config.seed}\0{doc_id}\0{start}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
-    chosen = (
-        rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False) if candidates else []
-    )
+    chosen = rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False)
     return tuple(sorted(candidates[index] for index in chosen))
 
 

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> int:
-    """Train on `texts` and write a directory for `AutoTokenizer`; returns the vocabulary's size, added tokens included."""
+    """Train on `texts` and write a directory for `AutoTokenizer`; returns the vocabulary's size, with added tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

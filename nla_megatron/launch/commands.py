@@ -17,7 +17,7 @@ from nla_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Command:
-    """`module` offers `check(config, world_size)`, `run(config[, world])`; `on_ranks` commands run on Megatron's ranks."""
+    """`module` offers `check(config, world_size)`, `run(config[, world])`; `on_ranks`: run by every Megatron rank."""
 
     module: str
     on_ranks: bool

@@ -113,9 +113,8 @@ def _make_corpus(config: DemoConfig) -> None:
 
     out = Path(config.out)
     write_corpus(out / "corpus.parquet", config.corpus_limit)
-    seen = [
-        text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, _held_out_fraction(config))
-    ]
+    fraction = _held_out_fraction(config)
+    seen = [text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, fraction)]
     train_tokenizer(seen, config.vocab_size, out / "tokenizer")
     (out / "corpus").mkdir(exist_ok=True)
     (out / "corpus" / "done").write_text("")

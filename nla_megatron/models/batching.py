@@ -100,7 +100,7 @@ def next_token_targets(ids_BT: Tensor) -> Tensor:
 
 
 def response_mask(prompt_lengths: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
-    """(N, width) fp32, 1 where a response token is *predicted*: from the last prompt token to the last token but one."""
+    """(N, width) fp32, 1 where a response token is *predicted*: last token of the prompt to last but one of the row."""
     at = torch.arange(width)[None]
     first = torch.tensor(prompt_lengths)[:, None] - 1
     last = torch.tensor(lengths)[:, None] - 1

@@ -37,7 +37,7 @@ class Backbone(GPTModel):
         )
         self.shape = shape
 
-    def forward(self, batch: Microbatch) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: Microbatch) -> Tensor:
         """The residual stream after this stage's last block, (T, B, D)."""
         positions_BT = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None].expand_as(batch.ids)
         return super().forward(batch.ids, positions_BT, attention_mask=None)

@@ -50,7 +50,7 @@ class Verbalizer(GPTModel):
             if block.layer_number == layer + 1:
                 block.register_forward_hook(hook)
 
-    def forward(self, batch: Microbatch) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: Microbatch) -> Tensor:
         """Logits of this TP rank's vocabulary rows, (B, T, V/tp), on the last stage; hidden states elsewhere."""
         positions_BT = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None].expand_as(batch.ids)
         self._injection = batch.injection

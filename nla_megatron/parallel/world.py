@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class World:
     pp_rank: int
     dp_rank: int
     device: torch.device
-    control: dist.ProcessGroup
+    control: dist.ProcessGroup | None
 
     @property
     def is_main(self) -> bool:
@@ -109,7 +109,7 @@ def initialise(config: ParallelConfig) -> World:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
-        control=dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD,
+        control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD),
     )
 
 

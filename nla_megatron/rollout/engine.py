@@ -39,10 +39,14 @@ class PromptRequest:
 def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:
     """Raises LayoutError where replicas of `tp` ranks do not tile the world, or heads do not divide."""
     if world_size % tp:
-        raise LayoutError(f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp")
+        raise LayoutError(
+            f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp"
+        )
     if shape.num_heads % tp:
         raise LayoutError(
-            f"{shape.num_heads} attention heads at rollout.tp={tp}", f"a tp that divides {shape.num_heads}", "change rollout.tp"
+            f"{shape.num_heads} attention heads at rollout.tp={tp}",
+            f"a tp that divides {shape.num_heads}",
+            "change rollout.tp",
         )
 
 
@@ -53,7 +57,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: str, shape: ModelShape, config: RolloutConfig, intervention: InterventionConfig, world: World, eos_id: int, seed: int
+        self,
+        model: str,
+        shape: ModelShape,
+        config: RolloutConfig,
+        intervention: InterventionConfig,
+        world: World,
+        eos_id: int,
+        seed: int,
     ):
         check_rollout_layout(shape, config.tp, world.size)
         self.config, self.world, self.eos_id = config, world, eos_id
@@ -82,16 +93,23 @@ class Engine:
             [request.prompt_ids for request in mine],
             [
                 SamplingParams(
-                    n=samples, max_tokens=self.config.max_new_tokens, temperature=self.config.temperature, seed=request.seed,
-                    logprobs=0, stop_token_ids=[self.eos_id], detokenize=False,
+                    n=samples,
+                    max_tokens=self.config.max_new_tokens,
+                    temperature=self.config.temperature,
+                    seed=request.seed,
+                    logprobs=0,
+                    stop_token_ids=[self.eos_id],
+                    detokenize=False,
                     extra_args={"slot": slot, "position": request.position},
                 )
                 for slot, request in enumerate(mine)
             ],
             vectors([request.row for request in mine]) if mine else None,
-        )  # fmt: skip
+        )
         rollouts = [
-            self._rollout(request, index, sample.token_ids, [next(iter(step.values())).logprob for step in sample.logprobs])
+            self._rollout(
+                request, index, sample.token_ids, [next(iter(step.values())).logprob for step in sample.logprobs]
+            )
             for request, output in zip(mine, outputs, strict=True)
             for index, sample in enumerate(output.outputs)
         ]
@@ -107,13 +125,17 @@ class Engine:
 
         if self.config.temperature != 1.0:
             raise ConfigError(
-                f"rollout.temperature={self.config.temperature} with rollout.replay", "temperature 1", "replay at temperature 1"
+                f"rollout.temperature={self.config.temperature} with rollout.replay",
+                "temperature 1",
+                "replay at temperature 1",
             )
         mine = self._share(list(zip(recorded, positions, strict=True)))
         outputs = self._run(
             [(*rollout.prompt_ids, *rollout.response_ids) for rollout, _ in mine],
             [
-                SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={"slot": slot, "position": position})
+                SamplingParams(
+                    max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={"slot": slot, "position": position}
+                )
                 for slot, (_, position) in enumerate(mine)
             ],
             vectors([rollout.row for rollout, _ in mine]) if mine else None,
@@ -174,24 +196,30 @@ class Engine:
         if requests != expected or marked != applied:
             raise InjectionError(
                 f"{requests} of {expected} requests injected, {applied} of {marked} marked tokens changed",
-                "every request's marker injected", "this is a defect of the rollout engine: report it with vLLM's version",
+                "every request's marker injected", "this is a defect of the rollout engine: report it",
             )  # fmt: skip
         rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
         return RolloutBatch(tuple(rollouts), InjectionCount(requests, expected))
 
 
-def _start(model: str, shape: ModelShape, config: RolloutConfig, intervention: InterventionConfig, world: World, seed: int) -> Any:
+def _start(
+    model: str, shape: ModelShape, config: RolloutConfig, intervention: InterventionConfig, world: World, seed: int
+) -> Any:
     """An `LLM` whose worker lives in this process."""
     os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        VLLM_CPU_KVCACHE_SPACE=str(config.cpu_kv_cache_gib), VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),
-    )  # fmt: skip
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        VLLM_CPU_KVCACHE_SPACE=str(config.cpu_kv_cache_gib),
+        VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),
+    )
     from vllm import LLM
 
     register_loader()
+    dtype: Any = config.dtype
     return LLM(
         model,
-        dtype=config.dtype,
+        dtype=dtype,
         load_format=LOAD_FORMAT,
         model_loader_extra_config={
             "layer": intervention.layer,

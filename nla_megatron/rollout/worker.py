@@ -70,7 +70,13 @@ def make_block_inject(block: torch.nn.Module, method: str, scale: float, max_tok
             hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
             return (
                 torch.ops.nla_megatron.inject(
-                    hidden_TD, residual_TD, buffers.slot_T, buffers.table_SD, buffers.applied, buffers.method, buffers.scale
+                    hidden_TD,
+                    residual_TD,
+                    buffers.slot_T,
+                    buffers.table_SD,
+                    buffers.applied,
+                    buffers.method,
+                    buffers.scale,
                 ),
                 residual_TD,
             )
@@ -91,7 +97,8 @@ def register_loader() -> None:
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
             spec = self.intervention
-            block = model.model.layers[spec["layer"]]
+            decoder: Any = model
+            block = decoder.model.layers[spec["layer"]]
             if not hasattr(block, "injection"):
                 device = next(model.parameters()).device
                 make_block_inject(block, spec["method"], spec["scale"], spec["max_tokens"], device)

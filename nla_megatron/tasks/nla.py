@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory)
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(directory))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,6 @@ def train(
         for number in range(start, config.steps):
             scalars = step(number)
             logger.log(number, scalars)
-            bar.advance(**{key: scalars[key] for key in ("loss", "reward") if key in scalars})
+            bar.advance(1, **{key: scalars[key] for key in ("loss", "reward") if key in scalars})
             if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
                 checkpoints.save(number + 1, modules, schedule)

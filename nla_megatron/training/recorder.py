@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import MissingFile
@@ -39,6 +40,7 @@ class RolloutRecorder:
         return [_rollout(json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _rollout(fields: dict) -> Rollout:
-    lists = ("prompt_ids", "response_ids", "logprobs")
-    return Rollout(**{key: tuple(value) if key in lists else value for key, value in fields.items()})
+def _rollout(fields: dict[str, Any]) -> Rollout:
+    # JSON has lists where a rollout has tuples.
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Rollout(**values)

@@ -93,7 +93,7 @@ class RlTrainer:
         self.held_out = None if config.held_out is None else NlaTask.open(config.held_out, "rl", config.av)
         self.algorithm, self.reward = make_algorithm(config.algorithm), make_reward(config.reward)
         av, ar = load_av(config.av, self.task, world, config.dtype), load_ar(config.ar, self.task, world, config.dtype)
-        # The reference is the policy this stage starts from, also after a resume: it is taken before a checkpoint loads.
+        # The reference is the policy this stage starts from, also after a resume: it is taken before one loads.
         self.reference = FrozenCopy(av) if config.algorithm.kl_coef > 0 else None
         steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
         self.av = TrainModule(av, world, config.optim, steps, micro, dtype)
@@ -135,8 +135,14 @@ class RlTrainer:
 
     def export(self) -> None:
         """The AV and the AR as Hugging Face directories with their sidecars."""
-        training = {"steps": self.config.steps, "prompts_per_step": self.config.batch_size, "samples": self.config.samples_per_prompt,
-                    "lr": self.config.optim.lr, "ar_lr": self.config.ar_optim.lr, "kl_coef": self.config.algorithm.kl_coef}  # fmt: skip
+        training = {
+            "steps": self.config.steps,
+            "prompts_per_step": self.config.batch_size,
+            "samples_per_prompt": self.config.samples_per_prompt,
+            "lr": self.config.optim.lr,
+            "ar_lr": self.config.ar_optim.lr,
+            "kl_coef": self.config.algorithm.kl_coef,
+        }
         for role, source, module in (("av", self.config.av, self.av), ("ar", self.config.ar, self.ar)):
             parent = self.task.check_model(source, role)
             sidecar = descended(parent, "rl", source, self.task.sidecar.dataset_id, training)
@@ -193,9 +199,10 @@ class RlTrainer:
         limit, gap = self.config.rollout.max_logprob_gap, statistics["logprob_gap_max"]
         if limit is not None and not gap <= limit:
             raise RolloutError(
-                f"log-probs of sampler and trainer differ by {gap:.3g} at one token", f"at most rollout.max_logprob_gap={limit:g}",
+                f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
+                f"at most rollout.max_logprob_gap={limit:g}",
                 "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
-            )  # fmt: skip
+            )
 
     def _update_ar(self, number: int, rows: list[int], explanations: list[str | None]) -> list[Update]:
         good = [index for index, text in enumerate(explanations) if text is not None]
@@ -204,7 +211,8 @@ class RlTrainer:
         for part in np.array_split(order, self.config.ar_updates):
             chosen = [good[index] for index in part]
             if chosen:
-                batch = self.task.text_batch([rows[index] for index in chosen], [str(explanations[index]) for index in chosen])
+                texts = [str(explanations[index]) for index in chosen]
+                batch = self.task.text_batch([rows[index] for index in chosen], texts)
                 updates.append(self.ar.update(batch, reconstruction(len(chosen)), ("loss",), number))
         return updates
 
@@ -212,21 +220,30 @@ class RlTrainer:
         """FVE of fresh samples on the first `eval_rows` held-out rows, with the models as they are now."""
         assert self.held_out is not None
         rows = list(range(min(self.config.eval_rows, self.held_out.table.n_rows)))
-        rollouts = self.engine.generate(self.held_out.requests(rows, self.config.seed, number), self.held_out.table.vectors, 1)
+        requests = self.held_out.requests(rows, self.config.seed, number)
+        rollouts = self.engine.generate(requests, self.held_out.table.vectors, 1)
         mse_N, _ = self.held_out.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
         return geometry.fve(mse_N, torch.from_numpy(self.held_out.table.vectors(rows)), self.held_out.mse_scale)
 
     def _scalars(
-        self, rollouts: RolloutBatch, mse_N: Tensor, failed_N: Tensor, rewards_N: Tensor, av: list[Update], ar: list[Update]
+        self,
+        rollouts: RolloutBatch,
+        mse_N: Tensor,
+        failed_N: Tensor,
+        rewards_N: Tensor,
+        av: list[Update],
+        ar: list[Update],
     ) -> dict[str, float]:
         samples = rollouts.rollouts
         tokens = sum(len(rollout.response_ids) for rollout in samples)
-        policy = {name: sum(update.statistics[name] for update in av) / len(av) for name in STATISTICS if not name.endswith("_max")}
+        means = [name for name in STATISTICS if not name.endswith("_max")]
+        policy = {name: sum(update.statistics[name] for update in av) / len(av) for name in means}
         rows = list(dict.fromkeys(rollout.row for rollout in samples))
+        spread = geometry.variance(torch.from_numpy(self.task.table.vectors(rows)), self.task.mse_scale)
         return {
             "reward": float(rewards_N.mean()),
             "reward_std": float(rewards_N.std()),
-            "batch_fve": 1 - float(mse_N.mean()) / geometry.variance(torch.from_numpy(self.task.table.vectors(rows)), self.task.mse_scale),
+            "batch_fve": 1 - float(mse_N.mean()) / spread,
             "response_length": tokens / len(samples),
             "truncated": sum(not rollout.finished for rollout in samples) / len(samples),
             "extraction_failed": float(failed_N.float().mean()),
@@ -237,12 +254,10 @@ class RlTrainer:
             "entropy": policy["entropy"],
             "clipped": policy["clipped"],
             "logprob_gap": policy["logprob_gap"],
-            "logprob_gap_max": av[0].statistics["logprob_gap_max"],
+            "logprob_gap_max": max(update.statistics["logprob_gap_max"] for update in av),
             "av_grad_norm": av[-1].grad_norm,
             "av_lr": av[-1].learning_rate,
             "ar_loss": sum(update.statistics["loss"] for update in ar) / max(1, len(ar)),
             "ar_grad_norm": ar[-1].grad_norm if ar else 0.0,
             "skipped": sum(update.skipped for update in (*av, *ar)),
         }
-
-

@@ -74,7 +74,7 @@ def main(result: str, scratch: str) -> None:
 
     directory, world = Path(scratch) / "model", initialise(ParallelConfig(tp=2))
     if world.is_main:
-        tiny_model(directory, num_hidden_layers=3)
+        tiny_model(directory, num_layers=3)
     barrier(world)
     shape = read_shape(directory)
     vectors = np.random.default_rng(3).standard_normal((GROUPS, shape.hidden_size)).astype(np.float32) * 4

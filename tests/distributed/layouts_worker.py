@@ -100,9 +100,10 @@ def reference(directory: Path) -> dict[str, Any]:
 
     def run(row: int) -> torch.Tensor:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
-            stream = (output[0] if isinstance(output, tuple) else output).clone()
-            at = stream[0, POSITION]
-            stream[0, POSITION] = at + at.norm() * vectors[row] / vectors[row].norm()
+            stream = output[0] if isinstance(output, tuple) else output
+            here = (torch.arange(stream.shape[1]) == POSITION)[None, :, None]
+            size = stream.norm(dim=-1, keepdim=True)
+            stream = torch.where(here, stream + size * vectors[row] / vectors[row].norm(), stream)
             return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
         handle = model.model.layers[LAYER].register_forward_hook(hook)
@@ -155,13 +156,13 @@ def main(result: str, scratch: str) -> None:
     out: dict[str, Any] = {}
     found: dict[str, Any] = {}
     # One more block than stages divide, a vocabulary that needs padding, tied and untied embeddings.
-    models = {"tied": {"tie_word_embeddings": True}, "untied": {"tie_word_embeddings": False}}
+    models = {"tied": {"tied_embeddings": True}, "untied": {"tied_embeddings": False}}
     for tp, pp in LAYOUTS:
         world = initialise(ParallelConfig(tp=tp, pp=pp))
         for name, options in models.items():
             directory = Path(scratch) / name
             if world.is_main and not directory.exists():
-                tiny_model(directory, num_hidden_layers=5, vocab_size=1000, **options)
+                tiny_model(directory, num_layers=5, vocab_size=1000, **options)
             barrier(world)
             found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
         parallel_state.destroy_model_parallel()

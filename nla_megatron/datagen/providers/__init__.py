@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nla_megatron.errors import ConfigError
 
@@ -67,7 +67,7 @@ class Provider(Protocol):
             ProviderError: no row can be explained (key refused, model unknown). What was yielded before stays valid.
         """
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """The sidecar's `api_summaries` block: `model`, `max_tokens`, `temperature`, `instruction_prompt`."""
 
 
@@ -82,7 +82,7 @@ class BaseProvider:
     def explain(self, requests: Sequence[ExplainRequest]) -> Iterator[Explanation]:
         raise NotImplementedError
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         raise NotImplementedError
 
 

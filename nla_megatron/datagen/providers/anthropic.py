@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nla_megatron.contract.prompts import extract_explanation
 from nla_megatron.datagen.providers import (
@@ -125,7 +125,7 @@ class AnthropicProvider(BaseProvider):
                 f"export {API_KEY_VARIABLE}, or choose the provider `keywords`, which needs none",
             )
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "max_tokens": self.max_tokens,

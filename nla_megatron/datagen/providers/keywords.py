@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nla_megatron.contract.prompts import extract_explanation, wrap_explanation
 from nla_megatron.datagen.providers import (
@@ -77,7 +78,7 @@ class KeywordsProvider(BaseProvider):
         for request in requests:
             yield self._explain_row(request)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """`max_tokens` is the largest number of words shown; nothing is sampled, so `temperature` is 0."""
         return {
             "model": self.name,

@@ -1,0 +1,21 @@
+"""What several rooms' tests share: a tiny model's directory and tables for it, made once and only read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import tiny_config, tiny_tables
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with tokenizer and config.json, without weights."""
+    return tiny_config(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, Path]:
+    """A table of every stage for `model_dir`, by stage."""
+    return tiny_tables(tmp_path_factory.mktemp("tables"), model_dir)

@@ -1,0 +1,126 @@
+"""A directory belongs to one run: whoever repeats its command goes on, whoever changes what it computes is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nla_megatron.config.compose import compose
+from nla_megatron.config.run_directory import (
+    RECORD,
+    check_run_directory,
+    claim_run_directory,
+    is_done,
+    mark_done,
+)
+from nla_megatron.errors import RunDirectoryError
+
+
+@cache
+def composed(*overrides: str) -> Any:
+    return compose("rl", ["out=somewhere", "av=av", "ar=ar", "data=rl.parquet", *overrides])
+
+
+def rl(out: Path, *overrides: str) -> Any:
+    """The configuration of `nla-megatron rl out=OUT OVERRIDES…`."""
+    return replace(composed(*overrides), out=str(out))
+
+
+@pytest.fixture
+def claimed(tmp_path: Path) -> Path:
+    claim_run_directory("rl", rl(tmp_path / "run", "steps=5"))
+    return tmp_path / "run"
+
+
+def test_the_same_command_resumes(claimed: Path) -> None:
+    check_run_directory("rl", rl(claimed, "steps=5"))
+    claim_run_directory("rl", rl(claimed, "steps=5"))
+    check_run_directory("rl", rl(claimed, "steps=5"))
+
+
+def test_a_run_may_be_moved(claimed: Path) -> None:
+    check_run_directory("rl", rl(claimed.rename(claimed.with_name("moved")), "steps=5"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "before", "now"),
+    [
+        ("steps=6", "steps", "5", "6"),
+        ("seed=3", "seed", "0", "3"),
+        ("optim.lr=1e-3", "optim.lr", "2e-05", "0.001"),
+        ("data=other.parquet", "data", "'rl.parquet'", "'other.parquet'"),
+        ("held_out=held.parquet", "held_out", "None", "'held.parquet'"),
+        ("rollout.temperature=0.5", "rollout.temperature", "1.0", "0.5"),
+    ],
+)
+def test_another_value_is_refused_with_key_and_both_values(
+    claimed: Path, override: str, key: str, before: str, now: str
+) -> None:
+    with pytest.raises(RunDirectoryError) as caught:
+        check_run_directory("rl", rl(claimed, "steps=5", override))
+    assert caught.value.found == f"{claimed} holds a run with {key}={before}"
+    assert caught.value.expected.startswith(f"{key}={now},")
+
+
+def test_another_command_is_refused(claimed: Path) -> None:
+    config = compose("sft", [f"out={claimed}", "role=av", "model=m", "data=d"])
+    with pytest.raises(RunDirectoryError) as caught:
+        check_run_directory("sft", config)
+    assert "holds a run with" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel=tp2pp2", "parallel.dp=8", "logger=tensorboard", "logger.progress=false", "micro_batch_size=2",
+        "save_every=1", "keep_checkpoints=9", "rollout=tp2", "rollout.gpu_memory_utilization=0.5", "rollout.record=true",
+        "rollout.max_num_seqs=4", "rollout.max_logprob_gap=0.1",
+    ],
+)  # fmt: skip
+def test_what_does_not_change_the_result_may_change(claimed: Path, override: str) -> None:
+    check_run_directory("rl", rl(claimed, "steps=5", override))
+
+
+def test_an_empty_or_absent_directory_is_anybodys(tmp_path: Path) -> None:
+    check_run_directory("rl", rl(tmp_path))
+    check_run_directory("rl", rl(tmp_path / "new" / "deep"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("twenty years of work")
+    with pytest.raises(RunDirectoryError, match="is not empty and no run's directory"):
+        check_run_directory("rl", rl(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirectoryError, match="run is not empty"):
+        check_run_directory("rl", rl(tmp_path / "run"))
+
+
+def test_a_record_that_a_kill_cut_short_does_not_lock_the_directory(tmp_path: Path) -> None:
+    (tmp_path / f".{RECORD}.partial").write_text("command: r")
+    check_run_directory("rl", rl(tmp_path))
+    claim_run_directory("rl", rl(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
+def test_the_record_holds_the_whole_configuration(claimed: Path) -> None:
+    record = yaml.safe_load((claimed / RECORD).read_text())
+    assert (record["command"], record["steps"], record["optim"]["beta2"]) == ("rl", 5, 0.95)
+    assert "out" not in record
+
+
+def test_a_run_is_done_once_marked(claimed: Path) -> None:
+    config = rl(claimed, "steps=5")
+    assert not is_done(config)
+    mark_done(config)
+    assert is_done(config)
+    check_run_directory("rl", config)

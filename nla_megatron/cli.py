@@ -10,6 +10,7 @@ from typing import Any
 from nla_megatron.config.compose import describe
 from nla_megatron.errors import NlaError
 from nla_megatron.launch.commands import COMMANDS, execute
+from nla_megatron.parallel import started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tells() -> bool:
     """One message whoever sees the mistake first: connected ranks ask a shared counter, others look at their rank."""
     store = _store()
-    return os.environ.get("RANK", "0") == "0" if store is None else store.add("nla_megatron/told", 1) == 1
+    return started.rank() == 0 if store is None else store.add("nla_megatron/told", 1) == 1
 
 
 def _leave(code: int) -> int:

@@ -14,7 +14,7 @@ from nla_megatron.errors import ConfigError, MissingFile
 
 # What Hydra and OmegaConf add for people who write configurations in Python; adding keys with `+` is refused here.
 _BESIDE_THE_POINT = re.compile(
-    r"To append to your config use \S+|(reference|object)_type=\S+|See https?://\S+ for details"
+    r"To append to your config use \S+|(reference|object)_type=.*|See https?://\S+ for details"
 )
 
 
@@ -75,11 +75,16 @@ def _store_schemas() -> None:
 
 
 def _writable(schema: type) -> Any:
-    """The structured configuration of a frozen dataclass, which OmegaConf would treat as read-only at every level."""
+    """The structured configuration of a frozen dataclass, which OmegaConf would treat as read-only at every level.
+
+    Mappings with free keys (a provider's options) stay open, where Hydra would refuse every key they do not have yet.
+    """
     from omegaconf import DictConfig, OmegaConf
 
     def thaw(node: Any) -> None:
         OmegaConf.set_readonly(node, None)
+        if not is_dataclass(OmegaConf.get_type(node)):
+            OmegaConf.set_struct(node, False)
         for child in node._content.values():
             if isinstance(child, DictConfig) and isinstance(child._content, dict):
                 thaw(child)

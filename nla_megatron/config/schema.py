@@ -61,7 +61,7 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine decay (nla.md, section 4)."""
+    """AdamW with a linear warm-up and a cosine decay (docs/method.md)."""
 
     lr: float = 2e-5
     min_lr_ratio: float = 0.1
@@ -79,7 +79,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    """How the activation enters the AV's residual stream (nla.md, section 2)."""
+    """How the activation enters the AV's residual stream (docs/method.md)."""
 
     method: str = "norm_add"
     layer: int = 1
@@ -122,7 +122,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How the AR's error becomes the AV's reward (nla.md, section 2)."""
+    """How the AR's error becomes the AV's reward (docs/method.md)."""
 
     name: str = "reconstruction"
     transform: str = "negative"
@@ -247,7 +247,7 @@ class ExplainConfig(StageConfig):
     input: str = MISSING
     provider: ProviderConfig = field(default_factory=ProviderConfig)
     max_failures: float = 0.2
-    """A larger share of failed rows stops the stage (nla.md, section 3)."""
+    """A larger share of failed rows stops the stage (docs/method.md)."""
 
 
 @dataclass(frozen=True)

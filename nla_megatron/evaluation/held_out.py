@@ -40,6 +40,8 @@ def check(config: EvalConfig, world_size: int) -> None:
     task.check_model(config.ar, "ar")
     check_layout(read_shape(config.ar), config.parallel.tp, config.parallel.pp)
     check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
+    for name in (columns.EXPLANATION, columns.TEXT):
+        task.table.column(name)
     if config.compare is not None and not (Path(config.compare) / ROWS).is_file():
         raise MissingFile(
             f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.errors import ConfigError
+from nla_megatron.parallel import started
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         if not _finished(config):
             module.run(config)
         return 0
-    started = _ranks_started()
-    size = started or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
-    if started is None and size > 1:
+    ranks = started.world_size()
+    size = ranks or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
+    if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
         return launch([name, *overrides], size)
@@ -80,15 +80,8 @@ def _run_rank(command: Command, config: Any, size: int) -> int:
     return 0
 
 
-def _ranks_started() -> int | None:
-    """Processes that torchrun or srun started; None when nobody did."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ["SLURM_NTASKS"]) if "SLURM_PROCID" in os.environ else None
-
-
 def _finished(config: Any) -> bool:
     done = is_done(config)
-    if done and os.environ.get("RANK", "0") == "0":
+    if done and started.rank() == 0:
         print(f"{config.out} is finished already", file=sys.stderr)
     return done

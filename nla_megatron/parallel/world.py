@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nla_megatron.errors import LayoutError
+from nla_megatron.parallel import started
 from nla_megatron.parallel.cpu import install_cpu_standins, megatron_device
 
 if TYPE_CHECKING:
@@ -124,20 +125,21 @@ def shut_down() -> None:
 
 
 def _fill_environment() -> None:
-    """The variables torchrun would set: from bare srun, or for a world of one."""
+    """The variables torchrun would set: from an srun step, or for a world of one."""
     if "RANK" in os.environ:
         return
-    slurm = "SLURM_PROCID" in os.environ
-    os.environ["RANK"] = os.environ["SLURM_PROCID"] if slurm else "0"
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"] if slurm else "1"
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0") if slurm else "0"
-    if not slurm:
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    elif "MASTER_ADDR" not in os.environ:
-        raise LayoutError(
-            "started by srun without MASTER_ADDR", "the first node's address in MASTER_ADDR and a port in MASTER_PORT",
-            "export both in the batch script before srun",
-        )  # fmt: skip
+    if started.by_srun():
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise LayoutError(
+                f"started by srun without {' and '.join(missing)}",
+                "the first node's address in MASTER_ADDR and a free port in MASTER_PORT",
+                "export both in the batch script before srun",
+            )
+        local = os.environ.get("SLURM_LOCALID", "0")
+        os.environ.update(RANK=str(started.rank()), LOCAL_RANK=local, WORLD_SIZE=str(started.world_size()))
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

@@ -1,4 +1,4 @@
-"""The NLA reward: how well the AR rebuilds the activation from the text (nla.md, section 2)."""
+"""The NLA reward: how well the AR rebuilds the activation from the text (docs/method.md)."""
 
 from __future__ import annotations
 

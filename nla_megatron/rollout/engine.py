@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Engine:
         seed: int,
     ):
         check_rollout_layout(shape, config.tp, world.size)
-        self.config, self.world, self.eos_id = config, world, eos_id
+        self.config, self.world, self.eos_id, self.tied = config, world, eos_id, shape.tied_embeddings
         self.replicas, self.replica = world.size // config.tp, world.rank // config.tp
         self.llm = _start(model, shape, config, intervention, world, seed)
         runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -77,7 +77,14 @@ class Engine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
-        self.runner.reload_weights(weights_iterator=iter(tensors), is_checkpoint_format=True)
+        self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
+
+    def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """vLLM packs a tied output layer apart from the embedding: not named, it would keep its old weights."""
+        for name, tensor in tensors:
+            yield name, tensor
+            if self.tied and name == "model.embed_tokens.weight":
+                yield "lm_head.weight", tensor
 
     def generate(self, requests: Sequence[PromptRequest], vectors: Vectors, samples: int) -> RolloutBatch:
         """`samples` responses per request, with the sampler's log-probs under the sampling temperature.

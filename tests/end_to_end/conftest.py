@@ -13,6 +13,6 @@ from tests.support.ranks import command
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of `nla-megatron demo scale=toy`."""
     out = tmp_path_factory.mktemp("demo") / "toy"
-    done = command("demo", f"out={out}", "scale=toy", timeout=420)
+    done = command("demo", f"out={out}", "scale=toy", timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

@@ -38,7 +38,7 @@ def kill_one_rank_at(step: int, run: Path, arguments: list[str]) -> tuple[int, s
     process = subprocess.Popen(
         [sys.executable, "-m", "nla_megatron", *arguments], env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         log = run / "metrics.jsonl"
         if log.is_file() and len(log.read_text().splitlines()) > step and list(run.glob("checkpoints/step_*/state.json")):

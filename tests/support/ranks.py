@@ -18,7 +18,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1", **extra}
 
 
-def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 280) -> Any:
+def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 500) -> Any:
     """Run `tests/distributed/{worker}.py RESULT arguments…` on `ranks` processes; returns the JSON that rank 0 wrote to RESULT."""
     result = Path(arguments[0]) / f"{worker}.json"
     command = [
@@ -30,7 +30,7 @@ def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 280) -> 
     return json.loads(result.read_text())
 
 
-def command(*arguments: str, timeout: float = 280, **extra: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, timeout: float = 500, **extra: str) -> subprocess.CompletedProcess[str]:
     """`nla-megatron arguments…` as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "nla_megatron", *arguments], env=environment(**extra), capture_output=True, text=True, timeout=timeout, cwd=ROOT

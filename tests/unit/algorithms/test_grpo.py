@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,15 +85,15 @@ def test_one_step_makes_the_better_sample_likelier_and_the_worse_less_likely() -
     assert credit.advantages[0] > 0 > credit.advantages[1]
     before_BT = logprobs()
     loss_BT, _ = algorithm.token_loss(before_BT, before_BT.detach(), before_BT.detach(), credit.advantages)
-    loss_BT.sum().backward()
+    [gradient_TV] = torch.autograd.grad(loss_BT.sum(), logits_TV)
     with torch.no_grad():
-        logits_TV -= 0.1 * logits_TV.grad
+        logits_TV -= 0.1 * gradient_TV
         change_BT = logprobs() - before_BT
     assert (change_BT[0] > 0).all() and (change_BT[1] < 0).all()
 
 
 def token_loss(
-    ratio: float, advantage: float, reference: float | None = None, **options: float
+    ratio: float, advantage: float, reference: float | None = None, **options: Any
 ) -> tuple[float, float, dict[str, float]]:
     """(loss, gradient with respect to the log-prob, statistics) of one token."""
     logprob = torch.tensor([[math.log(ratio) - 1.0]], requires_grad=True)

@@ -195,3 +195,14 @@ def test_nothing_is_suggested_where_nothing_is_near(override: str) -> None:
 def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"command 'dance'[\s\S]*pretrain, extract"):
         compose("dance")
+
+
+@pytest.mark.parametrize("override", ["provider.options={n_keywords:2}", "provider.options.n_keywords=2"])
+def test_a_providers_options_are_free_keys(override: str) -> None:
+    """The provider itself checks them."""
+    assert compose("explain", [*required("explain"), override]).provider.options == {"n_keywords": 2}
+
+
+def test_a_demos_stages_take_overrides_as_they_would_be_typed() -> None:
+    stages = compose("demo", ["stages.rl=['steps=3','optim.lr=1e-3']"]).stages
+    assert stages["rl"] == ["steps=3", "optim.lr=1e-3"] and stages["pretrain"]

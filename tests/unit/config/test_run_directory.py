@@ -78,8 +78,8 @@ def test_another_command_is_refused(claimed: Path) -> None:
     "override",
     [
         "parallel=tp2pp2", "parallel.dp=8", "logger=tensorboard", "logger.progress=false", "micro_batch_size=2",
-        "save_every=1", "keep_checkpoints=9", "rollout=tp2", "rollout.gpu_memory_utilization=0.5", "rollout.record=true",
-        "rollout.max_num_seqs=4", "rollout.max_logprob_gap=0.1",
+        "save_every=1", "keep_checkpoints=9", "rollout=tp2", "rollout.gpu_memory_utilization=0.5",
+        "rollout.record=true", "rollout.max_num_seqs=4", "rollout.max_logprob_gap=0.1",
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_result_may_change(claimed: Path, override: str) -> None:

@@ -1,0 +1,165 @@
+"""One explained table becomes four, split by document, each with its columns and a complete sidecar."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nla_megatron.config.schema import BuildConfig, InterventionConfig, TemplateConfig
+from nla_megatron.contract import columns
+from nla_megatron.contract.prompts import INJECT
+from nla_megatron.contract.sidecar import prompt_contract, read_dataset_sidecar
+from nla_megatron.contract.tables import Table
+from nla_megatron.datagen import build
+from nla_megatron.errors import ConfigError, MissingFile, NlaError, WidthError
+from nla_megatron.tasks.nla import NlaTask, load_tokenizer
+from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, LAYER, tiny_config, tiny_rows, tiny_table
+
+DOCUMENTS, ROWS_PER_DOCUMENT = 40, 3
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> BuildConfig:
+    """A finished build."""
+    directory = tmp_path_factory.mktemp("build")
+    source = tiny_table(
+        directory / "explained.parquet", model_dir, "explained", tiny_rows(64, DOCUMENTS, ROWS_PER_DOCUMENT)
+    )
+    config = BuildConfig(
+        out=str(directory / "out"), input=str(source), model=str(model_dir), held_out=0.2,
+        templates=TemplateConfig(AV_TEMPLATE, AR_TEMPLATE), intervention=InterventionConfig("replace", 0, 150.0),
+    )  # fmt: skip
+    build.check(config, 1)
+    build.run(config)
+    return config
+
+
+def opened(config: BuildConfig) -> dict[str, Table]:
+    return {split: Table.open(Path(config.out) / f"{split}.parquet", stage) for split, stage in build.STAGES.items()}
+
+
+def test_rows_of_one_document_never_cross_splits(config: BuildConfig) -> None:
+    documents = {split: set(table.column(columns.DOC_ID)) for split, table in opened(config).items()}
+    assert Counter(doc for split in documents.values() for doc in split) == Counter(
+        f"tiny:train:{number}" for number in range(DOCUMENTS)
+    )
+
+
+def test_no_row_is_lost_changed_or_doubled(config: BuildConfig) -> None:
+    source = Table.open(config.input, "explained")
+    keys = list(zip(source.column(columns.DOC_ID), source.column(columns.N_RAW_TOKENS), strict=True))
+    found: Counter[tuple[str, int]] = Counter()
+    for table in opened(config).values():
+        here = list(zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), strict=True))
+        found.update(here)
+        rows = [keys.index(key) for key in here]
+        np.testing.assert_array_equal(table.vectors(range(table.n_rows)), source.vectors(rows))
+        texts = source.column(columns.TEXT)
+        assert table.column(columns.TEXT) == [texts[row] for row in rows]
+    assert found == Counter(keys)
+
+
+def test_splits_have_about_their_fractions(model_dir: Path) -> None:
+    config = BuildConfig(held_out=0.1, fractions={"av_sft": 0.2, "ar_sft": 0.3, "rl": 0.5})
+    rows = build.split_rows(config, [f"doc:{number}" for number in range(4000)])
+    sizes = {split: len(chosen) / 4000 for split, chosen in rows.items()}
+    assert sizes == pytest.approx({"held_out": 0.1, "av_sft": 0.18, "ar_sft": 0.27, "rl": 0.45}, abs=0.03)
+
+
+def test_the_seed_shuffles_the_splits_but_not_what_is_held_out() -> None:
+    doc_ids = [f"doc:{number}" for number in range(200)]
+    one, other = (build.split_rows(BuildConfig(seed=seed), doc_ids) for seed in (0, 1))
+    assert one["held_out"] == other["held_out"] and one["rl"] != other["rl"]
+
+
+@pytest.mark.parametrize(("split", "stage"), build.STAGES.items())
+def test_sidecars_are_complete(config: BuildConfig, split: str, stage: str) -> None:
+    path = Path(config.out) / f"{split}.parquet"
+    sidecar, source = read_dataset_sidecar(path), read_dataset_sidecar(config.input)
+    assert (sidecar.stage, sidecar.row_count) == (stage, Table.open(path, stage).n_rows)
+    assert (sidecar.extraction, sidecar.api_summaries) == (source.extraction, source.api_summaries)
+    assert sidecar.parent_datasets == (source.dataset_id,) and sidecar.dataset_id.startswith(f"{stage}_")
+    assert sidecar.injection is not None
+    assert (sidecar.injection.method, sidecar.injection.layer, sidecar.injection.scale) == ("replace", 0, 150.0)
+    contract = prompt_contract(sidecar)
+    contract.check(load_tokenizer(config.model))
+    assert (contract.templates_av, contract.templates_ar) == (AV_TEMPLATE, AR_TEMPLATE)
+
+
+@pytest.mark.parametrize(("split", "stage"), build.STAGES.items())
+def test_every_table_opens_as_a_task(config: BuildConfig, split: str, stage: str) -> None:
+    task = NlaTask.open(str(Path(config.out) / f"{split}.parquet"), stage, config.model)
+    assert task.intervention == config.intervention and task.sidecar.extraction.layer_index == LAYER
+
+
+def test_prompts_and_responses_are_those_of_the_stage(config: BuildConfig) -> None:
+    tables = opened(config)
+    explanations = {
+        (doc, n): text
+        for doc, n, text in zip(
+            *(Table.open(config.input, "explained").column(name)
+              for name in (columns.DOC_ID, columns.N_RAW_TOKENS, columns.EXPLANATION)), strict=True,
+        )
+    }  # fmt: skip
+    for split, table in tables.items():
+        gold = [explanations[key] for key in zip(
+            table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), strict=True)]  # fmt: skip
+        prompts = table.column(columns.PROMPT)
+        if split == "ar_sft":
+            assert prompts == [f"<text>{text}</text> <summary>" for text in gold]
+            continue
+        assert prompts == [[{"role": "user", "content": AV_TEMPLATE}]] * table.n_rows and INJECT in AV_TEMPLATE
+        assert table.column(columns.EXPLANATION) == gold
+        if split == "av_sft":
+            assert table.column(columns.RESPONSE) == [f"<explanation>\n{text}\n</explanation>" for text in gold]
+
+
+def refusal(kind: type[NlaError], config: BuildConfig) -> str:
+    with pytest.raises(kind) as caught:
+        build.check(config, 1)
+    return caught.value.found
+
+
+@pytest.fixture
+def fresh(config: BuildConfig, tmp_path: Path) -> BuildConfig:
+    return replace(config, out=str(tmp_path / "out"))
+
+
+def test_a_split_without_documents_is_refused(fresh: BuildConfig) -> None:
+    with pytest.raises(ConfigError, match="no document of 40 falls into rl"):
+        build.run(replace(fresh, fractions={"av_sft": 0.4995, "ar_sft": 0.4995, "rl": 0.001}))
+
+
+def test_nothing_is_held_out_when_nothing_is_asked_for() -> None:
+    assert build.split_rows(BuildConfig(held_out=0.0), [f"doc:{n}" for n in range(50)])["held_out"] == []
+
+
+def test_a_model_of_another_width_is_refused(fresh: BuildConfig, tmp_path: Path) -> None:
+    found = refusal(WidthError, replace(fresh, model=str(tiny_config(tmp_path / "narrow", hidden_size=32))))
+    assert "width 64" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"fractions": {"av_sft": 0.5, "rl": 0.5}}, "av_sft, rl"),
+        ({"fractions": {"av_sft": 0.5, "ar_sft": 0.5, "rl": 0.5}}, "sum 1.5"),
+        ({"held_out": 1.0}, "held-out fraction 1.0"),
+        ({"intervention": InterventionConfig(layer=4)}, "intervention.layer=4"),
+        ({"templates": TemplateConfig(av="no place for the vector")}, "<INJECT> 0 times"),
+        ({"templates": TemplateConfig(ar="no text")}, "'no text'"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_before_anything_is_written(
+    fresh: BuildConfig, changes: dict[str, object], named: str
+) -> None:
+    assert named in refusal(ConfigError, replace(fresh, **changes))  # type: ignore[arg-type]
+    assert not Path(fresh.out).exists()
+
+
+def test_a_missing_table_is_named(fresh: BuildConfig) -> None:
+    assert "nowhere.parquet" in refusal(MissingFile, replace(fresh, input="nowhere.parquet"))

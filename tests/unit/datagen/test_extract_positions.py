@@ -1,0 +1,108 @@
+"""Which positions are sampled depends on (seed, document, window) alone; special and early ones never are."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nla_megatron.config.schema import ExtractConfig
+from nla_megatron.datagen.extract import Passage, _passages, layer_of, sample_positions
+from nla_megatron.errors import ConfigError
+from nla_megatron.tasks.nla import load_tokenizer
+from tests.support.tiny import SHAPE
+
+CONFIG = ExtractConfig(min_position=5, positions_per_doc=4, max_length=40)
+DOCUMENTS = [(f"topics:{name}", topics[name][:400]) for name in sorted(topics)[:12]]
+
+
+@given(
+    length=st.integers(0, 60),
+    special=st.sets(st.integers(0, 60)),
+    min_position=st.integers(0, 30),
+    wanted=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_positions_are_ascending_late_enough_not_special_and_as_many_as_there_are(
+    length: int, special: set[int], min_position: int, wanted: int, seed: int
+) -> None:
+    """Token ids are their own positions here, so a special token is a special position."""
+    config = ExtractConfig(min_position=min_position, positions_per_doc=wanted, max_length=100, seed=seed)
+    positions = sample_positions(config, "doc", 0, range(length), special)
+    candidates = set(range(min_position, length)) - special
+    assert list(positions) == sorted(set(positions)) and set(positions) <= candidates
+    assert len(positions) == min(wanted, len(candidates))
+
+
+def test_another_seed_document_or_window_draws_anew() -> None:
+    ids = range(1000)
+    drawn = [
+        sample_positions(replace(CONFIG, seed=seed), doc_id, start, ids, set())
+        for seed in (0, 1)
+        for doc_id in ("a", "b")
+        for start in (0, 40)
+    ]
+    assert len(set(drawn)) == 8
+    assert drawn[0] == sample_positions(CONFIG, "a", 0, ids, set())
+
+
+def test_every_qualifying_position_can_be_drawn() -> None:
+    drawn = {at for doc in range(200) for at in sample_positions(CONFIG, str(doc), 0, range(20), set())}
+    assert drawn == set(range(5, 20))
+
+
+def passages(model: Path, documents: list[tuple[str, str]], long_documents: str) -> list[Passage]:
+    return list(_passages(replace(CONFIG, model=str(model), long_documents=long_documents), documents))
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "window"])
+def test_rows_do_not_depend_on_order_or_sharding(model_dir: Path, long_documents: str) -> None:
+    whole = passages(model_dir, DOCUMENTS, long_documents)
+    shards = [passages(model_dir, DOCUMENTS[start : start + 5], long_documents) for start in range(0, 12, 5)]
+    assert [one for shard in shards for one in shard] == whole
+    shuffled = random.Random(0).sample(DOCUMENTS, len(DOCUMENTS))
+    by_document = sorted(passages(model_dir, shuffled, long_documents), key=lambda one: one.doc_id)
+    assert by_document == sorted(whole, key=lambda one: one.doc_id)
+
+
+def test_long_documents_are_cut_or_go_on_in_windows(model_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(model_dir))
+    doc_id, text = DOCUMENTS[3]
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 2 * CONFIG.max_length
+    [cut] = passages(model_dir, [DOCUMENTS[3]], "truncate")
+    assert list(cut.ids) == ids[:40]
+    windows = passages(model_dir, [DOCUMENTS[3]], "window")
+    kept = [ids[start : start + 40] for start in range(0, len(ids), 40)]
+    assert [list(one.ids) for one in windows] == [window for window in kept if len(window) > CONFIG.min_position]
+    assert windows[0].positions == cut.positions and len({one.positions for one in windows}) > 1
+    assert {one.doc_id for one in windows} == {doc_id}
+
+
+def test_special_tokens_of_the_tokenizer_are_never_sampled(model_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(model_dir))
+    text = f"{tokenizer.eos_token} word " * 200
+    found = passages(model_dir, [("doc", text)], "window")
+    special = set(tokenizer.all_special_ids)
+    assert special & {token for one in found for token in one.ids}
+    assert not special & {one.ids[at] for one in found for at in one.positions}
+
+
+def test_a_document_too_short_to_qualify_gives_no_passage(model_dir: Path) -> None:
+    assert passages(model_dir, [("empty", ""), ("short", "word")], "truncate") == []
+
+
+def test_the_default_layer_is_two_thirds_of_the_depth() -> None:
+    assert [layer_of(CONFIG, SHAPE.truncated(depth)) for depth in (3, 4, 28, 36)] == [2, 2, 18, 24]
+    assert layer_of(replace(CONFIG, layer=0), SHAPE) == 0
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_outside_the_model_is_refused(layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"layer={layer}[\s\S]*0 to 3"):
+        layer_of(replace(CONFIG, layer=layer), SHAPE)

@@ -1,0 +1,225 @@
+"""What a table and a model must agree on, and how rows become prompts, sequences and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nla_megatron.contract import columns
+from nla_megatron.contract.sidecar import InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.models.batching import Batch, next_token_targets
+from nla_megatron.models.pipeline import Collect
+from nla_megatron.tasks.nla import NlaTask, explanations_of, load_tokenizer
+from nla_megatron.types import Rollout
+from tests.support.tiny import LAYER, tiny_config, tiny_model_sidecar, tiny_rows, tiny_table, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def task(tables: dict[str, Path], model_dir: Path) -> NlaTask:
+    return NlaTask.open(str(tables["rl"]), "rl", str(model_dir))
+
+
+def refusal(kind: type[NlaError], data: Path, stage: str, model: Path) -> str:
+    with pytest.raises(kind) as caught:
+        NlaTask.open(str(data), stage, str(model))
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["av_sft", "ar_sft", "rl"])
+def test_a_table_opens_with_the_model_it_was_made_for(stage: str, tables: dict[str, Path], model_dir: Path) -> None:
+    task = NlaTask.open(str(tables[stage]), stage, str(model_dir))
+    assert (task.table.n_rows, task.table.d_model) == (48, 64)
+    assert (task.intervention.method, task.intervention.layer, task.intervention.scale) == ("norm_add", 1, 1.0)
+
+
+def test_a_model_of_another_width_is_refused(tables: dict[str, Path], tmp_path: Path) -> None:
+    message = refusal(WidthError, tables["rl"], "rl", tiny_config(tmp_path, hidden_size=32))
+    assert "64" in message and "32" in message
+
+
+def test_a_model_with_another_tokenizer_is_refused(tables: dict[str, Path], tmp_path: Path) -> None:
+    """The marker is one token there too, with another id."""
+    model = tiny_config(tmp_path)
+    tiny_tokenizer(model, vocab_size=500)
+    message = refusal(SidecarError, tables["rl"], "rl", model)
+    assert "marker_id" in message and "tokenizer" in message
+
+
+def test_a_sidecar_with_another_marker_is_refused(tables: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    sidecar = read_dataset_sidecar(data)
+    assert sidecar.tokens is not None
+    write_dataset_sidecar(data, replace(sidecar, tokens=replace(sidecar.tokens, injection_char="㊙")))
+    assert "㊙" in refusal(MarkerError, data, "rl", model_dir)
+
+
+def test_a_sidecar_without_injection_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    write_dataset_sidecar(data, replace(read_dataset_sidecar(data), injection=None))
+    assert "injection" in refusal(SidecarError, data, "rl", model_dir)
+
+
+def test_a_missing_table_sidecar_or_tokenizer_is_named(
+    tables: dict[str, Path], model_dir: Path, tmp_path: Path
+) -> None:
+    assert "nowhere.parquet" in refusal(MissingFile, tmp_path / "nowhere.parquet", "rl", model_dir)
+    bare = tmp_path / "bare.parquet"
+    bare.write_bytes(tables["rl"].read_bytes())
+    assert "bare.parquet.nla_meta.yaml" in refusal(MissingFile, bare, "rl", model_dir)
+    assert "tokenizer.json" in refusal(MissingFile, tables["rl"], "rl", tmp_path)
+
+
+def test_a_table_of_another_stage_lacks_a_column(tables: dict[str, Path], model_dir: Path) -> None:
+    message = refusal(ColumnError, tables["rl"], "av_sft", model_dir)
+    assert "'response'" in message and "'av_sft'" in message
+
+
+def test_models_of_the_same_build_pass(task: NlaTask, model_dir: Path, tmp_path: Path) -> None:
+    for role in ("av", "ar"):
+        assert task.check_model(str(tiny_model_sidecar(tmp_path / role, model_dir, role)), role).role == role
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "found"),
+    [
+        ({"role": "ar"}, "role", "ar"),
+        ({"layer": LAYER + 1}, "extraction.layer_index", "3"),
+        ({"injection": InjectionSpec("norm_add", 2, 1.0)}, "injection", "layer=2"),
+        ({"injection": InjectionSpec("replace", 1, 1.0)}, "injection", "replace"),
+        ({"injection": InjectionSpec("norm_add", 1, 2.0)}, "injection", "scale=2.0"),
+    ],
+)
+def test_a_model_of_another_build_is_refused(
+    task: NlaTask, model_dir: Path, tmp_path: Path, changes: dict[str, object], key: str, found: str
+) -> None:
+    directory = tiny_model_sidecar(tmp_path, model_dir, **{"role": "av", **changes})  # type: ignore[arg-type]
+    with pytest.raises(SidecarError) as caught:
+        task.check_model(str(directory), "av")
+    assert caught.value.found.startswith(f"{key} = ") and found in caught.value.found
+    assert str(task.table.path) in caught.value.expected
+
+
+def test_a_model_without_a_sidecar_is_refused(task: NlaTask, tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match="nla_meta.yaml"):
+        task.check_model(str(tmp_path), "av")
+
+
+def test_the_prompt_holds_the_marker_where_the_task_says(task: NlaTask) -> None:
+    text = task.tokenizer.decode(list(task.prompt_ids[: task.marker_position]))
+    assert str(text).endswith("Explain <concept>")
+    assert task.tokenizer.decode([task.prompt_ids[task.marker_position]]) == task.contract.marker
+    assert task.prompt_ids.count(task.contract.marker_id) == 1
+
+
+def test_requests_carry_the_row_the_prompt_and_the_marker(task: NlaTask) -> None:
+    requests = task.requests([5, 3], seed=0, step=0)
+    assert [(one.group, one.row) for one in requests] == [(0, 5), (1, 3)]
+    assert all((one.prompt_ids, one.position) == (task.prompt_ids, task.marker_position) for one in requests)
+
+
+def test_sampling_seeds_depend_on_seed_step_and_row_alone(task: NlaTask) -> None:
+    def seeds(rows: Sequence[int], seed: int = 1, step: int = 2) -> dict[int, int]:
+        return {one.row: one.seed for one in task.requests(rows, seed, step)}
+
+    whole = seeds(range(20))
+    assert seeds([7]) | seeds([19, 3]) == {row: whole[row] for row in (7, 19, 3)}, "whatever rows stand beside it"
+    assert len(set(whole.values())) == 20
+    assert not set(whole.values()) & set(seeds(range(20), seed=2).values())
+    assert not set(whole.values()) & set(seeds(range(20), step=3).values())
+    assert all(0 <= value < 2**31 for value in whole.values())
+
+
+def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> None:
+    texts = ["<explanation>\nshort\n</explanation>", "<explanation>\nlonger, about more things\n</explanation>"]
+    responses = [task.contract.av_response_ids(task.tokenizer, text) for text in texts]
+    batch = task.response_batch([4, 9], responses, advantages=torch.tensor([1.0, -1.0]))
+    width = batch.longest
+    ids_BT = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch.ids])
+    mask_BT = batch.fields["mask"].bool()
+    for targets_T, mask_T, response, text in zip(next_token_targets(ids_BT), mask_BT, responses, texts, strict=True):
+        assert targets_T[mask_T].tolist() == response
+        assert task.tokenizer.decode(targets_T[mask_T], skip_special_tokens=True) == text
+    assert batch.positions == [task.marker_position] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
+    assert batch.vectors is not None
+    np.testing.assert_array_equal(batch.vectors([1, 0]), task.table.vectors([9, 4]))
+
+
+def test_the_gold_response_ends_with_the_end_token(tables: dict[str, Path], model_dir: Path) -> None:
+    task = NlaTask.open(str(tables["av_sft"]), "av_sft", str(model_dir))
+    ids = task.gold_response_ids(4)
+    assert ids[-1] == task.tokenizer.eos_token_id and task.tokenizer.eos_token_id not in ids[:-1]
+    text = str(task.tokenizer.decode(ids, skip_special_tokens=True))
+    assert explanations_of([rollout(text)]) == [task.gold_explanations[4]]
+
+
+def test_gold_prompts_are_what_the_ar_gets_for_the_same_text(tables: dict[str, Path], model_dir: Path) -> None:
+    """So that the warm start and RL show the AR the same tokens."""
+    task = NlaTask.open(str(tables["ar_sft"]), "ar_sft", str(model_dir))
+    texts = tiny_rows(64)[columns.EXPLANATION]
+    gold, formatted = task.gold_text_batch([3, 8]), task.text_batch([3, 8], [texts[3], texts[8]])
+    assert gold.ids == formatted.ids and gold.positions is None
+    assert gold.vectors is not None
+    np.testing.assert_array_equal(gold.vectors([0, 1]), task.table.vectors([3, 8]))
+
+
+def rollout(text: str, finished: bool = True) -> Rollout:
+    return Rollout(0, 0, 0, (1,), (2,), (-1.0,), text, finished)
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "explanation"),
+    [
+        ("<explanation>\nabout whales\n</explanation>", True, "about whales"),
+        ("<explanation>about whales</explanation>", True, "about whales"),
+        ("<explanation>\nabout whales\n</explanation>", False, None),  # cut off, however well it looks
+        ("<explanation>\nabout whales", True, None),
+        ("about whales", True, None),
+        ("<explanation>\n</explanation>", True, None),
+        ("<explanation>a</explanation> and more", True, None),
+        ("<explanation>a</explanation><explanation>b</explanation>", True, None),
+        ("", True, None),
+    ],
+)
+def test_an_explanation_needs_a_finished_well_formed_response(
+    text: str, finished: bool, explanation: str | None
+) -> None:
+    assert explanations_of([rollout(text, finished)]) == [explanation]
+
+
+def test_failed_explanations_score_2_and_never_reach_the_reader(task: NlaTask) -> None:
+    seen: list[Batch] = []
+
+    def reader(batch: Batch, collect: Collect) -> Tensor:
+        seen.append(batch)
+        return torch.tensor([0.25, 0.5])
+
+    mse_N, failed_N = task.score(reader, [5, 6, 7], ["about one", None, "about two"])
+    assert mse_N.tolist() == [0.25, 2.0, 0.5] and failed_N.tolist() == [False, True, False]
+    [batch] = seen
+    assert batch.vectors is not None
+    np.testing.assert_array_equal(batch.vectors([0, 1]), task.table.vectors([5, 7]))
+    assert task.score(reader, [5], [None])[0].tolist() == [2.0] and len(seen) == 1
+
+
+def test_targets_are_normalised_to_the_root_of_the_width(task: NlaTask) -> None:
+    torch.testing.assert_close(task.normalised_targets([0, 1]).norm(dim=1), torch.full((2,), 8.0))
+
+
+def test_a_tokenizer_that_needs_auto_is_loaded_alike(model_dir: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model_dir / name).is_file():
+            (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    config = (tmp_path / "tokenizer_config.json").read_text()
+    plain = load_tokenizer(str(model_dir))
+    (tmp_path / "tokenizer_config.json").write_text(config.replace(type(plain).__name__, "Qwen2TokenizerFast"))
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    text = "<concept>㈎</concept> in a tuple"
+    assert load_tokenizer(str(tmp_path))(text)["input_ids"] == plain(text)["input_ids"]

@@ -34,7 +34,9 @@ def inject(
 
 
 @inject.register_fake
-def _(hidden_TD, residual_TD, slot_T, table_SD, applied, method, scale):  # type: ignore[no-untyped-def]
+def _(
+    hidden_TD: Tensor, residual_TD: Tensor, slot_T: Tensor, table_SD: Tensor, applied: Tensor, method: str, scale: float
+) -> Tensor:
     return torch.empty_like(hidden_TD)
 
 

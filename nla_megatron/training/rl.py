@@ -19,6 +19,7 @@ from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import Exporter
 from nla_megatron.errors import LayoutError, RolloutError
+from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
@@ -174,7 +175,7 @@ class RlTrainer:
             updates.append(self.av.update(batch, loss, STATISTICS, number, check=self._check_gap))
         return updates
 
-    def _policy_batch(self, rollouts: RolloutBatch, chosen: list[int], fields: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+    def _policy_batch(self, rollouts: RolloutBatch, chosen: list[int], fields: dict[str, Tensor]) -> Batch:
         picked = [rollouts.rollouts[index] for index in chosen]
         return self.task.response_batch([r.row for r in picked], [r.response_ids for r in picked], **fields)
 

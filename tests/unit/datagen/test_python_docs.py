@@ -21,6 +21,15 @@ def test_ids_are_unique_and_texts_are_texts(documents: list[tuple[str, str]]) ->
     assert not [doc_id for doc_id, _ in documents if "site-packages" in doc_id or "/test/" in doc_id]
 
 
+def test_documents_come_in_an_order_that_no_file_system_decides(documents: list[tuple[str, str]]) -> None:
+    topics, modules = (
+        [doc_id.removeprefix(kind) for doc_id, _ in documents if doc_id.startswith(kind)]
+        for kind in ("python:topics:", "python:stdlib:")
+    )
+    assert len(topics) + len(modules) == len(documents) and documents[0][0].startswith("python:topics:")
+    assert topics == sorted(topics) and modules == sorted(modules, key=lambda name: Path(name).parts)
+
+
 def test_known_documents_are_there(documents: list[tuple[str, str]]) -> None:
     texts = dict(documents)
     assert "Manipulators" not in texts["python:stdlib:json/__init__.py"]

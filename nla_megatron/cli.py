@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from nla_megatron.errors import NlaError
 from nla_megatron.launch.commands import COMMANDS, execute
 from nla_megatron.parallel import started
 
+_PATIENCE_SECONDS = 30
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed."""
@@ -32,9 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tells() -> bool:
-    """One message whoever sees the mistake first: connected ranks ask a shared counter, others look at their rank."""
+    """One message whoever sees the mistake first: connected ranks ask a shared counter.
+
+    Before they are connected rank 0 tells. The others wait for it, because a rank that ended first would have the
+    launcher end rank 0 in mid-sentence; one that is still there afterwards has met something rank 0 has not.
+    """
     store = _store()
-    return started.rank() == 0 if store is None else store.add("nla_megatron/told", 1) == 1
+    if store is not None:
+        return store.add("nla_megatron/told", 1) == 1
+    if started.rank():
+        time.sleep(_PATIENCE_SECONDS)
+    return True
 
 
 def _leave(code: int) -> int:

@@ -44,12 +44,18 @@ def reference_logprobs(directory: Path, rollout: Rollout, vector: np.ndarray, ch
     model.model.layers[LAYER].register_forward_hook(hook)
     ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])
     with torch.no_grad():
-        return torch.log_softmax(model(ids[None]).logits[0], -1)[:-1].gather(-1, ids[1:, None])[len(rollout.prompt_ids) - 1 :, 0]
+        return torch.log_softmax(model(ids[None]).logits[0], -1)[:-1].gather(-1, ids[1:, None])[
+            len(rollout.prompt_ids) - 1 :, 0
+        ]
 
 
 def worst_gap(directory: Path, rollouts: tuple[Rollout, ...], vectors: np.ndarray, change: Any = None) -> float:
     return max(
-        float((reference_logprobs(directory, rollout, vectors[rollout.row], change) - torch.tensor(rollout.logprobs)).abs().max())
+        float(
+            (reference_logprobs(directory, rollout, vectors[rollout.row], change) - torch.tensor(rollout.logprobs))
+            .abs()
+            .max()
+        )
         for rollout in rollouts
     )
 
@@ -95,15 +101,20 @@ def main(result: str, scratch: str) -> None:
     }
     scored = engine.score(first.rollouts, [POSITION] * len(first.rollouts), lambda rows: vectors[list(rows)])
     out["score_gap"] = max(
-        abs(a - b) for r, s in zip(first.rollouts, scored.rollouts, strict=True) for a, b in zip(r.logprobs, s.logprobs, strict=True)
+        abs(a - b)
+        for r, s in zip(first.rollouts, scored.rollouts, strict=True)
+        for a, b in zip(r.logprobs, s.logprobs, strict=True)
     )
 
     tempered = replace(CONFIG, temperature=0.7)
     engine.config = tempered
-    out["score_refused"] = named(lambda: engine.score(first.rollouts, [POSITION] * len(first.rollouts), lambda rows: vectors[list(rows)]))
+    out["score_refused"] = named(
+        lambda: engine.score(first.rollouts, [POSITION] * len(first.rollouts), lambda rows: vectors[list(rows)])
+    )
     warm = sample()
     out["tempered_gap"] = max(
-        float((torch.tensor(r.logprobs) - tempered_logprobs(directory, r, vectors[r.row], 0.7)).abs().max()) for r in warm.rollouts[:4]
+        float((torch.tensor(r.logprobs) - tempered_logprobs(directory, r, vectors[r.row], 0.7)).abs().max())
+        for r in warm.rollouts[:4]
     )
     engine.config = CONFIG
 

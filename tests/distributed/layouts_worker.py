@@ -114,7 +114,9 @@ def reference(directory: Path) -> dict[str, Any]:
 
     def vector(row: int) -> torch.Tensor:
         captured: list[torch.Tensor] = []
-        handle = model.model.layers[2].register_forward_hook(lambda m, i, o: captured.append(o[0] if isinstance(o, tuple) else o))
+        handle = model.model.layers[2].register_forward_hook(
+            lambda m, i, o: captured.append(o[0] if isinstance(o, tuple) else o)
+        )
         model(torch.tensor(data.ids[row])[None])
         handle.remove()
         return captured[0].reshape(-1, captured[0].shape[-1])[-1]
@@ -123,7 +125,11 @@ def reference(directory: Path) -> dict[str, Any]:
         logprobs = [run(row) for row in range(len(LENGTHS))]
         d = vectors.shape[1]
         unit = torch.stack([vector(row) for row in range(len(LENGTHS))])
-        errors = (unit / unit.norm(dim=-1, keepdim=True) - vectors / vectors.norm(dim=-1, keepdim=True)).square().sum(-1) * d / d
+        errors = (
+            (unit / unit.norm(dim=-1, keepdim=True) - vectors / vectors.norm(dim=-1, keepdim=True)).square().sum(-1)
+            * d
+            / d
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=0.0)
     losses, norms = [], []
     for _ in range(STEPS):
@@ -144,7 +150,9 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]
         "error": float((found["errors"] - expected["errors"]).abs().max()),
         "loss": max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)),
         "norm": max(abs(a - b) / b for a, b in zip(found["norms"], expected["norms"], strict=True)),
-        "weight": max(float((tensor - expected["trained"][name]).abs().max()) for name, tensor in found["trained"].items()),
+        "weight": max(
+            float((tensor - expected["trained"][name]).abs().max()) for name, tensor in found["trained"].items()
+        ),
         "ar_losses": found["ar_losses"],
         "ar_norms": found["ar_norms"],
     }

@@ -22,14 +22,28 @@ from tests.support.ranks import ROOT, command, environment
 
 
 def sft(toy: Path, out: Path, *overrides: str) -> list[str]:
-    return ["sft", "role=av", f"model={toy / 'pretrain' / 'hf'}", f"data={toy / 'build' / 'av_sft.parquet'}", f"out={out}", "steps=1", *overrides]
+    return [
+        "sft",
+        "role=av",
+        f"model={toy / 'pretrain' / 'hf'}",
+        f"data={toy / 'build' / 'av_sft.parquet'}",
+        f"out={out}",
+        "steps=1",
+        *overrides,
+    ]
 
 
 def rl(toy: Path, out: Path, *overrides: str) -> list[str]:
     return [
-        "rl", f"av={toy / 'sft_av' / 'hf'}", f"ar={toy / 'sft_ar' / 'hf'}", f"data={toy / 'build' / 'rl.parquet'}", f"out={out}",
-        "steps=1", "rollout.max_new_tokens=8", *overrides,
-    ]  # fmt: skip
+        "rl",
+        f"av={toy / 'sft_av' / 'hf'}",
+        f"ar={toy / 'sft_ar' / 'hf'}",
+        f"data={toy / 'build' / 'rl.parquet'}",
+        f"out={out}",
+        "steps=1",
+        "rollout.max_new_tokens=8",
+        *overrides,
+    ]
 
 
 @pytest.fixture
@@ -104,13 +118,17 @@ def test_missing_sidecar(toy: Path, tmp_path: Path, refused: Any) -> None:
     assert "nla_meta.yaml" in refused("MissingFile", *sft(toy, tmp_path / "run", f"data={data}"))
 
 
-def test_world_size_that_tp_times_pp_does_not_divide(toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_that_tp_times_pp_does_not_divide(
+    toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = refused("LayoutError", *sft(toy, tmp_path / "run", "parallel=tp2"))
     assert "3 processes" in message and "multiple of 2" in message
 
 
-def test_world_size_that_rollout_tp_does_not_divide(toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_that_rollout_tp_does_not_divide(
+    toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "rollout.tp=4" in refused("LayoutError", *rl(toy, tmp_path / "run", "parallel=tp2", "rollout.tp=4"))
 
@@ -121,16 +139,23 @@ def test_heads_not_divisible_by_tp(toy: Path, tmp_path: Path, refused: Any, monk
     assert "attention heads" in message and "parallel.tp=3" in message
 
 
-def test_more_pipeline_stages_than_blocks(toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_pipeline_stages_than_blocks(
+    toy: Path, tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "parallel.pp=8" in refused("LayoutError", *sft(toy, tmp_path / "run", "parallel.pp=8"))
 
 
 def test_marker_that_is_several_tokens(toy: Path, tmp_path: Path, refused: Any) -> None:
     message = refused(
-        "MarkerError", "build", f"input={toy / 'explain' / 'explained.parquet'}", f"model={toy / 'pretrain' / 'hf'}",
-        f"out={tmp_path / 'run'}", "templates.marker=㊙", "templates.av='Explain <concept><INJECT></concept>'",
-    )  # fmt: skip
+        "MarkerError",
+        "build",
+        f"input={toy / 'explain' / 'explained.parquet'}",
+        f"model={toy / 'pretrain' / 'hf'}",
+        f"out={tmp_path / 'run'}",
+        "templates.marker='㊙'",
+        "templates.av='Explain <concept><INJECT></concept>'",
+    )
     assert "㊙" in message and "one id" in message
 
 
@@ -187,26 +212,44 @@ def test_all_ranks_end_with_one_message(toy: Path, tmp_path: Path) -> None:
     assert done.stderr.count("MissingFile") == 1 and "Traceback" not in done.stderr
 
 
-def test_a_mistake_that_only_one_rank_meets_is_told_once_and_ends_all(toy: Path, tmp_path: Path) -> None:
-    """A vector that is not finite is found by the one data-parallel rank that reads its row, in the middle of a step."""
+def test_a_mistake_that_one_rank_meets_is_told_once_and_ends_all(toy: Path, tmp_path: Path) -> None:
+    """A vector without direction is found by the one rank that reads its row, in the middle of a step."""
     source = Table.open(toy / "build" / "av_sft.parquet", "av_sft")
     rows = list(range(8))
-    batch = {name: [source.column(name)[row] for row in rows] for name in columns.schema("av_sft", 64).names if name != columns.VECTOR}
+    batch = {
+        name: [source.column(name)[row] for row in rows]
+        for name in columns.schema("av_sft", 64).names
+        if name != columns.VECTOR
+    }
     vectors = source.vectors(rows).copy()
     vectors[5] = 0.0
     bad = tmp_path / "bad.parquet"
     write_table(bad, [{**batch, columns.VECTOR: vectors}], columns.schema("av_sft", 64))
     write_dataset_sidecar(bad, replace(read_dataset_sidecar(source.path), row_count=8))
-    done = command(*sft(toy, tmp_path / "run", "parallel=dp2", f"data={bad}", "batch_size=8", "micro_batch_size=1"), timeout=150)
+    done = command(
+        *sft(toy, tmp_path / "run", "parallel=dp2", f"data={bad}", "batch_size=8", "micro_batch_size=1"), timeout=150
+    )
     assert done.returncode == 2
     assert done.stderr.count("ColumnError") == 1 and "Traceback" not in done.stderr
 
 
 def test_torchrun_with_a_world_that_does_not_fit(toy: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "nla_megatron",
-         *sft(toy, tmp_path / "run", "parallel=tp2")],
-        env=environment(), capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=3",
+            "-m",
+            "nla_megatron",
+            *sft(toy, tmp_path / "run", "parallel=tp2"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
     assert done.returncode != 0
     assert done.stderr.count("LayoutError") == 1

@@ -13,16 +13,37 @@ from nla_megatron.contract.tables import Table
 from tests.support.ranks import command
 
 SUMMARY = {
-    "fve_sft", "fve_rl", "fve_rl_ci95", "fve_gold_text", "fve_shuffled", "steps", "world", "seconds", "logprob_gap_max", "injected",
+    "fve_sft",
+    "fve_rl",
+    "fve_rl_ci95",
+    "fve_gold_text",
+    "fve_shuffled",
+    "steps",
+    "world",
+    "seconds",
+    "logprob_gap_max",
+    "injected",
     "expected_injections",
-}  # fmt: skip
+}
 
 
 def test_summary_holds_the_measured_figures(toy: Path) -> None:
     summary = json.loads((toy / "summary.json").read_text())
     assert SUMMARY <= set(summary)
     assert summary["world"] == {"tp": 2, "pp": 1, "dp": 1, "rollout_tp": 2}
-    assert set(summary["seconds"]) == {"corpus", "pretrain", "extract", "explain", "build", "sft_av", "sft_ar", "eval_sft", "rl", "eval", "total"}
+    assert set(summary["seconds"]) == {
+        "corpus",
+        "pretrain",
+        "extract",
+        "explain",
+        "build",
+        "sft_av",
+        "sft_ar",
+        "eval_sft",
+        "rl",
+        "eval",
+        "total",
+    }
     evaluated = json.loads((toy / "eval" / "eval.json").read_text())
     assert (summary["fve_rl"], summary["fve_shuffled"]) == (evaluated["fve_av"], evaluated["fve_shuffled"])
     assert evaluated["fve_mean_predictor"] == 0.0
@@ -89,8 +110,13 @@ def test_activations_are_the_hidden_states_of_transformers(toy: Path) -> None:
 
     base = toy / "pretrain" / "hf"
     table = Table.open(toy / "extract" / "base.parquet", "base")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
-    texts, counts, layers = (table.column(name) for name in ("detokenized_text_truncated", "n_raw_tokens", "activation_layer"))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(base),
+    )
+    texts, counts, layers = (
+        table.column(name) for name in ("detokenized_text_truncated", "n_raw_tokens", "activation_layer")
+    )
     checked = 0
     for row in range(0, table.n_rows, table.n_rows // 12):
         ids = tokenizer(texts[row], return_tensors="pt").input_ids

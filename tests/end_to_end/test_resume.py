@@ -23,9 +23,18 @@ STEPS = 24
 
 def sft_arguments(toy: Path, role: str, out: Path, *extra: str) -> list[str]:
     return [
-        "sft", f"role={role}", f"model={toy / 'pretrain' / 'hf'}", f"data={toy / 'build' / f'{role}_sft.parquet'}", f"out={out}",
-        f"steps={STEPS}", "batch_size=8", "micro_batch_size=4", "optim.lr=1e-3", "save_every=4", *extra,
-    ]  # fmt: skip
+        "sft",
+        f"role={role}",
+        f"model={toy / 'pretrain' / 'hf'}",
+        f"data={toy / 'build' / f'{role}_sft.parquet'}",
+        f"out={out}",
+        f"steps={STEPS}",
+        "batch_size=8",
+        "micro_batch_size=4",
+        "optim.lr=1e-3",
+        "save_every=4",
+        *extra,
+    ]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -34,14 +43,22 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def kill_one_rank_at(step: int, run: Path, arguments: list[str]) -> tuple[int, str]:
-    """Start a command, kill -9 one of its ranks once `step` is logged and a checkpoint is there; (exit code, stderr)."""
+    """Kill -9 one rank of a command once `step` is logged and a checkpoint is there; (exit code, stderr)."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "nla_megatron", *arguments], env=environment(), stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "nla_megatron", *arguments],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         log = run / "metrics.jsonl"
-        if log.is_file() and len(log.read_text().splitlines()) > step and list(run.glob("checkpoints/step_*/state.json")):
+        if (
+            log.is_file()
+            and len(log.read_text().splitlines()) > step
+            and list(run.glob("checkpoints/step_*/state.json"))
+        ):
             break
         time.sleep(0.02)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -69,7 +86,9 @@ def killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_resumed_losses_are_bit_identical_on_the_same_layout(toy: Path, whole: Path, killed: Path, tmp_path: Path) -> None:
+def test_resumed_losses_are_bit_identical_on_the_same_layout(
+    toy: Path, whole: Path, killed: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     assert command(*sft_arguments(toy, "av", run, "parallel=tp2")).returncode == 0
     assert metrics(run) == metrics(whole)
@@ -78,7 +97,9 @@ def test_resumed_losses_are_bit_identical_on_the_same_layout(toy: Path, whole: P
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
-def test_resumed_losses_agree_within_rounding_on_another_layout(toy: Path, whole: Path, killed: Path, tmp_path: Path, layout: str) -> None:
+def test_resumed_losses_agree_within_rounding_on_another_layout(
+    toy: Path, whole: Path, killed: Path, tmp_path: Path, layout: str
+) -> None:
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     assert command(*sft_arguments(toy, "av", run, f"parallel={layout}")).returncode == 0
     assert [line["step"] for line in metrics(run)] == list(range(STEPS))
@@ -88,7 +109,7 @@ def test_resumed_losses_agree_within_rounding_on_another_layout(toy: Path, whole
 
 
 def test_a_killed_rl_run_resumes_to_the_bit(toy: Path, tmp_path: Path) -> None:
-    """Both models, both optimizers, the sampler's weights and seeds: the second step is that of the run that went through."""
+    """Both models, both optimizers, the sampler's weights and seeds: all is as in the run that went through."""
     out = tmp_path / "rl"
     recorded = yaml.safe_load((toy / "rl" / "run.yaml").read_text())
     arguments = ["rl", f"out={out}", *overrides_of(recorded)]

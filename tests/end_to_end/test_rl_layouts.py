@@ -23,7 +23,18 @@ LAYOUTS = {
     "dp2": ["parallel=dp2", "rollout=single"],
     "tp2pp2": ["parallel=tp2pp2", "rollout=tp2"],
 }
-COMPARED = ("reward", "batch_fve", "av_loss", "kl", "entropy", "clipped", "ar_loss", "av_grad_norm", "ar_grad_norm", "extraction_failed")
+COMPARED = (
+    "reward",
+    "batch_fve",
+    "av_loss",
+    "kl",
+    "entropy",
+    "clipped",
+    "ar_loss",
+    "av_grad_norm",
+    "ar_grad_norm",
+    "extraction_failed",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +47,14 @@ def recorded(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rollouts = []
         for group, row in enumerate(rows_of_step(task.table.n_rows, PROMPTS, step, SEED)):
             for sample in range(SAMPLES):
-                text = f"<explanation>\n{task.gold_explanations[(row + 11 * sample) % task.table.n_rows]}\n</explanation>"
+                text = (
+                    f"<explanation>\n{task.gold_explanations[(row + 11 * sample) % task.table.n_rows]}\n</explanation>"
+                )
                 text = "no tags at all" if (group, sample) == (1, 3) else text
                 ids = task.contract.av_response_ids(task.tokenizer, text)
-                rollouts.append(Rollout(group, sample, row, task.prompt_ids, tuple(ids), tuple([0.0] * len(ids)), text, True))
+                rollouts.append(
+                    Rollout(group, sample, row, task.prompt_ids, tuple(ids), tuple([0.0] * len(ids)), text, True)
+                )
         lines = "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
         (run / "rollouts" / f"step_{step:08d}.jsonl").write_text(lines)
     return run
@@ -50,12 +65,28 @@ def runs(toy: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) ->
     base = tmp_path_factory.mktemp("layouts")
     for name, layout in LAYOUTS.items():
         done = command(
-            "rl", f"out={base / name}", f"av={toy / 'sft_av' / 'hf'}", f"ar={toy / 'sft_ar' / 'hf'}", f"data={toy / 'build' / 'rl.parquet'}",
-            f"rollout.replay={recorded}", f"seed={SEED}", f"steps={STEPS}", f"batch_size={PROMPTS}", f"samples_per_prompt={SAMPLES}",
-            "micro_batch_size=2", "rollout.max_new_tokens=64", "optim.lr=1e-3", "optim.warmup_steps=0", "ar_optim.lr=1e-3",
-            "ar_optim.warmup_steps=0", "ar_updates=2", "algorithm.minibatches=2", "algorithm.kl_coef=0.1", "rollout.max_logprob_gap=1e-3",
+            "rl",
+            f"out={base / name}",
+            f"av={toy / 'sft_av' / 'hf'}",
+            f"ar={toy / 'sft_ar' / 'hf'}",
+            f"data={toy / 'build' / 'rl.parquet'}",
+            f"rollout.replay={recorded}",
+            f"seed={SEED}",
+            f"steps={STEPS}",
+            f"batch_size={PROMPTS}",
+            f"samples_per_prompt={SAMPLES}",
+            "micro_batch_size=2",
+            "rollout.max_new_tokens=64",
+            "optim.lr=1e-3",
+            "optim.warmup_steps=0",
+            "ar_optim.lr=1e-3",
+            "ar_optim.warmup_steps=0",
+            "ar_updates=2",
+            "algorithm.minibatches=2",
+            "algorithm.kl_coef=0.1",
+            "rollout.max_logprob_gap=1e-3",
             *layout,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, f"{name}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return {name: base / name for name in LAYOUTS}
 

@@ -15,6 +15,7 @@ from nla_megatron.parallel import started
 
 _PATIENCE_SECONDS = 30
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code: 0, 2 for a user's mistake, 1 for a run that failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -198,6 +198,7 @@ class TrainingStageConfig(StageConfig):
         _at_least("batch_size", self.batch_size, 1)
         _at_least("micro_batch_size", self.micro_batch_size, 1)
         _at_least("save_every", self.save_every, 1)
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
         _one_of("dtype", self.dtype, _DTYPES)
 
 

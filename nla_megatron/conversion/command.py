@@ -47,7 +47,7 @@ def run(config: ConvertConfig, world: World) -> None:
         _save(model, Path(config.out) / WEIGHTS, world)
     else:
         _load(model, Path(config.input) / WEIGHTS)
-        tensors = Exporter(model, shape, world, with_head=True).tensors()
+        tensors = Exporter(model, shape, world, with_head=True).tensors(DTYPES[config.dtype])
         if world.is_main:
             write_shards(Path(config.out), tensors)
         else:

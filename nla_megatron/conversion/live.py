@@ -12,9 +12,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nla_megatron.conversion.families import rules_of
-from nla_megatron.conversion.hf import SafetensorsReader
-from nla_megatron.conversion.rules import Rule
+from nla_megatron.conversion.hf import SafetensorsReader, read_value_head
+from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
+from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
@@ -39,11 +40,25 @@ def load_from_hf(model: torch.nn.Module, directory: str, shape: ModelShape, worl
     Raises:
         CheckpointError: a tensor is missing, of another shape, or (for a whole model) left over.
     """
-    reader, rules = SafetensorsReader(directory), {rule.megatron: rule for rule in rules_of(shape, with_head)}
+    reader, rules = SafetensorsReader(directory), by_name(rules_of(shape, with_head))
     _check_tensors(reader, list(rules.values()), strict=with_head)
     for name, parameter in global_parameters(model).items():
         if name != VALUE_HEAD:
             parameter.copy_(rules[name].read(reader.read, world.tp_rank, world.tp))
+
+
+def load_reconstructor(directory: str, shape: ModelShape, world: World, dtype: str) -> Reconstructor:
+    """An AR on this layout: its own head from an AR's directory, the identity from a base model's.
+
+    Args:
+        shape: already truncated to the K+1 blocks; deeper ones in the directory are not read.
+    """
+    model = build_reconstructor(shape, world, dtype)
+    load_from_hf(model, directory, shape, world, with_head=False)
+    head = read_value_head(directory)
+    if head is not None and model.value_head is not None:
+        model.value_head.load_state_dict({"weight": head})
+    return model
 
 
 def _check_tensors(reader: SafetensorsReader, rules: list[Rule], strict: bool) -> None:

@@ -48,7 +48,12 @@ def check(config: BuildConfig, world_size: int) -> None:
             f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it"
         )
     _contract(config)
-    assert sidecar.extraction.d_model == table.d_model
+    if sidecar.extraction.d_model != table.d_model:
+        raise WidthError(
+            f"vectors of width {table.d_model} in {config.input}",
+            f"{sidecar.extraction.d_model}, as its sidecar says",
+            "extract the table again",
+        )
     check_run_directory("build", config)
 
 

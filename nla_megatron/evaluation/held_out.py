@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,13 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.files import atomic_path
-from nla_megatron.conversion.hf import read_shape, read_value_head
-from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.pipeline import forward_rows
-from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rollout.engine import Engine, check_rollout_layout
 from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
@@ -50,6 +50,9 @@ def check(config: EvalConfig, world_size: int) -> None:
         raise ConfigError(
             f"{min(config.rows, task.table.n_rows)} rows to evaluate", "at least 2", "raise rows=, or hold out more"
         )
+    documents = task.table.column(columns.DOC_ID)
+    if len({documents[row] for row in _chosen_rows(config, task)}) < 2:
+        raise ConfigError(f"held-out rows of one document in {config.data}", "at least two documents", "hold out more")
     check_run_directory("eval", config)
 
 
@@ -71,11 +74,16 @@ def run(config: EvalConfig, world: World) -> None:
     reader = _reader(config, world)
     eos_id = int(task.tokenizer.eos_token_id)
     engine = Engine(config.av, read_shape(config.av), config.rollout, task.intervention, world, eos_id, config.seed)
-    conditions = {
-        "av": _verbalised(task, engine, reader, rows, rows, config.seed),
-        "shuffled": _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),
-        "gold": _gold(task, reader, rows),
+    work: dict[str, Callable[[], Condition]] = {
+        "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
+        "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),
+        "gold": lambda: _gold(task, reader, rows),
     }
+    conditions = {}
+    with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress) as bar:
+        for name, condition in work.items():
+            conditions[name] = condition()
+            bar.advance()
     if world.is_main:
         _write(config, task, rows, conditions)
         mark_done(config)
@@ -97,12 +105,7 @@ def _chosen_rows(config: EvalConfig, task: NlaTask) -> list[int]:
 
 
 def _reader(config: EvalConfig, world: World) -> RowRunner:
-    shape = read_shape(config.ar)
-    model = build_reconstructor(shape, world, config.dtype)
-    load_from_hf(model, config.ar, shape, world, with_head=False)
-    head = read_value_head(config.ar)
-    if head is not None and model.value_head is not None:
-        model.value_head.load_state_dict({"weight": head})
+    model = load_reconstructor(config.ar, read_shape(config.ar), world, config.dtype)
     return lambda batch, collect: forward_rows(model, batch, world, config.micro_batch_size, collect)
 
 

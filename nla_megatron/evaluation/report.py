@@ -171,7 +171,8 @@ def _duration(seconds: float) -> str:
 
 
 def _time(summary: Row) -> str:
-    seconds, world = summary.get("seconds") or {}, summary.get("world") or {}
+    world = summary.get("world") or {}
+    seconds = {stage: value for stage, value in (summary.get("seconds") or {}).items() if stage != "total"}
     total = sum(seconds.values())
     stages = "".join(
         f'<tr><th scope="row">{escape(STAGES.get(stage) or _words(stage))}</th>'

@@ -58,6 +58,8 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         module.check(config, 1)
         if not _finished(config):
             module.run(config)
+        elif hasattr(module, "finished"):
+            module.finished(config)
         return 0
     ranks = started.world_size()
     size = ranks or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)

@@ -14,6 +14,7 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import DemoConfig
+from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch.commands import COMMANDS, execute
@@ -68,13 +69,19 @@ def run(config: DemoConfig) -> None:
         begun = time.monotonic()
         work()
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begun
-        (out / "seconds.json").write_text(json.dumps(seconds))
+        _write_json(out / "seconds.json", seconds)
     from nla_megatron.evaluation.report import write_report
 
-    (out / "summary.json").write_text(json.dumps(summary(config, seconds), indent=2) + "\n")
+    _write_json(out / "summary.json", summary(config, seconds))
     write_report(out, out / "report.html")
     mark_done(config)
-    print(f"{time.monotonic() - started:.0f} s. Report: {(out / 'report.html').resolve()}", flush=True)
+    print(f"{time.monotonic() - started:.0f} s.", flush=True)
+    finished(config)
+
+
+def finished(config: DemoConfig) -> None:
+    """The last line of the demo, also when there was nothing left to do."""
+    print(f"Report: {(Path(config.out) / 'report.html').resolve()}", flush=True)
 
 
 def _work(config: DemoConfig) -> Iterator[tuple[str, Any]]:
@@ -88,6 +95,8 @@ def _overrides(config: DemoConfig, stage: Stage) -> list[str]:
         *stage.inputs,
         f"out={Path(config.out) / stage.name}",
         f"seed={config.seed}",
+        # The base model must not have read what the AV and the AR are tested on.
+        *([f"held_out={_held_out_fraction(config)}"] if stage.command == "pretrain" else []),
         *config.stages.get(stage.name, []),
     ]
 
@@ -154,6 +163,11 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "held_out_rows": after["rows"],
         "held_out_documents": after["documents"],
     }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _read_seconds(out: Path) -> dict[str, float]:

@@ -44,7 +44,6 @@ def transformer_config(shape: ModelShape, world: World, dtype: torch.dtype) -> A
     from megatron.core.transformer import TransformerConfig
 
     check_layout(shape, world.tp, world.pp)
-    cpu = world.device.type == "cpu"
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -66,7 +65,8 @@ def transformer_config(shape: ModelShape, world: World, dtype: torch.dtype) -> A
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        use_cpu_initialization=cpu,
+        # The master weight is drawn whole and split: no two TP ranks start with the same shard.
+        use_cpu_initialization=True,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -91,3 +91,10 @@ def layer_spec(shape: ModelShape) -> Any:
     spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     return spec
+
+
+def placed(model: torch.nn.Module, world: World, dtype: str) -> None:
+    """Move a built model to its device with every parameter in `dtype`: torch's own norms are built in fp32."""
+    model.to(world.device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])

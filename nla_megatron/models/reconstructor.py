@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nla_megatron.models.builder import DTYPES, layer_spec, transformer_config
+from nla_megatron.models.builder import DTYPES, layer_spec, placed, transformer_config
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Microbatch, ModelShape
@@ -66,10 +66,14 @@ class Reconstructor(Backbone):
 def build_backbone(shape: ModelShape, world: World, dtype: str) -> Backbone:
     with megatron_device():
         model = Backbone(shape, world, dtype)
-    return model.to(world.device)
+    placed(model, world, dtype)
+    return model
 
 
 def build_reconstructor(shape: ModelShape, world: World, dtype: str) -> Reconstructor:
     with megatron_device():
         model = Reconstructor(shape, world, dtype)
-    return model.to(world.device)
+    placed(model, world, dtype)
+    if model.value_head is not None:
+        model.value_head.float()
+    return model

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nla_megatron.interventions.maths import intervene
-from nla_megatron.models.builder import DTYPES, layer_spec, transformer_config
+from nla_megatron.models.builder import DTYPES, layer_spec, placed, transformer_config
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Injection, Microbatch, ModelShape
@@ -76,4 +76,5 @@ def _injected(stream_TBD: Tensor, injection: Injection, method: str, scale: floa
 def build_verbalizer(shape: ModelShape, world: World, dtype: str) -> Verbalizer:
     with megatron_device():
         model = Verbalizer(shape, world, dtype)
-    return model.to(world.device)
+    placed(model, world, dtype)
+    return model

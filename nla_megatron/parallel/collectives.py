@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from nla_megatron.errors import NlaError
 from nla_megatron.parallel.world import World
 
 T = TypeVar("T")
@@ -55,24 +53,3 @@ def broadcast_object(value: T | None, world: World, source: int = 0) -> T:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier(group=world.control)
-
-
-@contextmanager
-def failing_together(world: World) -> Iterator[None]:
-    """A user's mistake seen by some ranks becomes the same named error on all of them, and nobody waits for ever.
-
-    Every rank must enter and leave this block; other exceptions pass through and the launcher ends the others.
-    """
-    error: NlaError | None = None
-    try:
-        yield
-    except NlaError as raised:
-        error = raised
-    first = next((seen for seen in gather_objects(_packed(error), world) if seen is not None), None)
-    if first is not None:
-        kind, found, expected, remedy = first
-        raise kind(found, expected, remedy) from error
-
-
-def _packed(error: NlaError | None) -> tuple[type[NlaError], str, str, str] | None:
-    return None if error is None else (type(error), error.found, error.expected, error.remedy)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nla_megatron.errors import ConfigError, InjectionError, LayoutError, RolloutError
+from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError, RolloutError
+from nla_megatron.interventions.maths import check_vectors
 from nla_megatron.parallel.collectives import broadcast_object, gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.worker import LOAD_FORMAT, InjectingWorker, register_loader
@@ -42,10 +43,12 @@ def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:
         raise LayoutError(
             f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp"
         )
-    if shape.num_heads % tp:
+    fits_groups = shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0
+    if shape.num_heads % tp or shape.ffn_hidden_size % tp or not fits_groups:
         raise LayoutError(
-            f"{shape.num_heads} attention heads at rollout.tp={tp}",
-            f"a tp that divides {shape.num_heads}",
+            f"{shape.num_heads} attention heads, {shape.num_kv_heads} key/value heads and {shape.ffn_hidden_size} "
+            f"feed-forward columns at rollout.tp={tp}",
+            "a tp that divides them",
             "change rollout.tp",
         )
 
@@ -168,7 +171,12 @@ class Engine:
         if vectors_SD is None:
             self.injecting.begin(torch.zeros(1, 1))
             return []
-        self.injecting.begin(torch.from_numpy(vectors_SD))
+        vectors = torch.from_numpy(vectors_SD)
+        if bad := check_vectors(vectors):
+            raise ColumnError(
+                f"{bad} activations that are zero or not finite", "finite activations", "extract the table again"
+            )
+        self.injecting.begin(vectors)
         return self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
 
     def _rollout(self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float]) -> Rollout:
@@ -197,6 +205,12 @@ class Engine:
                     f"rank {rank} holds other rollouts than rank {rank - rank % self.config.tp} of its replica",
                     "the same samples on all ranks of a replica", "check that all ranks run the same code and seeds",
                 )  # fmt: skip
+            if counts != everyone[rank - rank % self.config.tp][1]:
+                raise InjectionError(
+                    f"rank {rank} injected {counts[0]} requests and changed {counts[2]} of {counts[1]} marked tokens",
+                    "as many as the first rank of its replica",
+                    "this is a defect of the rollout engine: report it",
+                )
             if sent is not None:
                 rollouts += sent
                 requests, marked, applied = requests + counts[0], marked + counts[1], applied + counts[2]
@@ -216,6 +230,8 @@ def _start(
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_NO_USAGE_STATS="1",
+        # The second model runner, the default where Triton is there, has no place to mark the tokens of a batch.
+        VLLM_USE_V2_MODEL_RUNNER="0",
         VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         VLLM_CPU_KVCACHE_SPACE=str(config.cpu_kv_cache_gib),
         VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ from nla_megatron.contract.sidecar import (
 )
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import MissingFile, SidecarError
+from nla_megatron.errors import MissingFile, SidecarError, WidthError
 from nla_megatron.models.batching import Batch, next_token_targets, response_mask
 from nla_megatron.models.logprobs import token_logprobs
 from nla_megatron.models.pipeline import Collect
@@ -91,16 +92,25 @@ class NlaTask:
             raise SidecarError(
                 f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again"
             )
+        shape, table = read_shape(model), Table.open(data, stage)
         check_dataset(
             sidecar,
-            d_model=read_shape(model).hidden_size,
+            d_model=shape.hidden_size,
             layer_index=sidecar.extraction.layer_index,
             tokenizer=tokenizer,
         )
         spec = sidecar.injection
+        _check_table(table, sidecar)
+        for key, block in (("injection.layer", spec.layer), ("extraction.layer_index", sidecar.extraction.layer_index)):
+            if not 0 <= block < shape.num_layers:
+                raise SidecarError(
+                    f"{key} = {block} in the sidecar of {data}",
+                    f"a block of {model}, 0 to {shape.num_layers - 1}",
+                    "use the model the table was made with",
+                )
         scale = 1.0 if spec.scale is None else float(spec.scale)
         return cls(
-            table=Table.open(data, stage),
+            table=table,
             sidecar=sidecar,
             contract=prompt_contract(sidecar),
             tokenizer=tokenizer,
@@ -119,6 +129,7 @@ class NlaTask:
             "prompt contract": (prompt_contract(model), self.contract),
             "extraction.layer_index": (model.extraction.layer_index, self.sidecar.extraction.layer_index),
         }
+        pairs["extraction.mse_scale"] = (_scale_name(model), MSE_SCALE)
         if role == "av":
             pairs["injection"] = (model.injection, self.sidecar.injection)
         for key, (found, expected) in pairs.items():
@@ -214,6 +225,29 @@ class NlaTask:
         failed_N = torch.ones(len(explanations), dtype=torch.bool)
         failed_N[good] = False
         return mse_N, failed_N
+
+
+def _check_table(table: Table, sidecar: DatasetSidecar) -> None:
+    """Raises where a table is not the one its sidecar was written for."""
+    if table.d_model != sidecar.extraction.d_model:
+        raise WidthError(
+            f"vectors of width {table.d_model} in {table.path}",
+            f"{sidecar.extraction.d_model}, as its sidecar says",
+            "put table and sidecar of the same build together",
+        )
+    if table.n_rows != sidecar.row_count:
+        raise SidecarError(
+            f"{table.n_rows} rows in {table.path}",
+            f"{sidecar.row_count}, as its sidecar says",
+            "put table and sidecar of the same build together",
+        )
+
+
+def _scale_name(model: ModelSidecar) -> float | str | None:
+    """The scale of a model's errors; its number, the square root of the width, is the contract's name for it."""
+    scale = model.extraction.mse_scale
+    is_root = isinstance(scale, float | int) and math.isclose(scale, math.sqrt(model.d_model), rel_tol=1e-6)
+    return MSE_SCALE if is_root else scale
 
 
 def squared_error(predicted_BD: Tensor, part: Microbatch) -> Tensor:

@@ -35,7 +35,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     head = _value_head(model, world) if is_ar else None
-    dtype = next(model.parameters()).dtype
+    dtype = model.config.params_dtype
     tensors = Exporter(model, model.shape, world, with_head=not is_ar).tensors(dtype)
     if world.is_main:
         write_shards(partial, tensors)

@@ -58,14 +58,13 @@ def parts(optimizer: Any) -> list[Any]:
 def materialise_state(optimizer: Any) -> None:
     """Create AdamW's moments, as zeros: a state must exist before it can be described to a checkpoint."""
     for part in parts(optimizer):
+        counted = isinstance(part.optimizer, torch.optim.AdamW)
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in part.optimizer.state:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    # torch counts the steps of each parameter, Transformer Engine those of each group.
+                    part.optimizer.state[parameter] = {"step": torch.zeros(()), **moments} if counted else moments
 
 
 def separate_steps(optimizer: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.contract.files import atomic_path
 from nla_megatron.errors import MissingFile
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Rollout, RolloutBatch
@@ -28,7 +29,8 @@ class RolloutRecorder:
             return
         path = _file(self.config.out, step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in batch.rollouts))
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in batch.rollouts))
 
     def replayed(self, step: int) -> list[Rollout] | None:
         """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile."""

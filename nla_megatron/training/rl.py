@@ -18,7 +18,7 @@ from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import Exporter
-from nla_megatron.errors import LayoutError, RolloutError
+from nla_megatron.errors import ConfigError, LayoutError, RolloutError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
 from nla_megatron.parallel.world import World, data_parallel_size
@@ -53,6 +53,10 @@ def check(config: RlConfig, world_size: int) -> None:
             f"a prompt of {len(task.prompt_ids)} tokens and rollout.max_new_tokens={config.rollout.max_new_tokens}",
             f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
         )  # fmt: skip
+    if config.eval_every and config.held_out is None:
+        raise ConfigError(
+            f"eval_every={config.eval_every} without held_out", "a table of held-out rows", "add held_out="
+        )
     if config.held_out is not None:
         NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
     make_algorithm(config.algorithm)
@@ -244,7 +248,7 @@ class RlTrainer:
         return {
             "reward": float(rewards_N.mean()),
             "reward_std": float(rewards_N.std()),
-            "batch_fve": 1 - float(mse_N.mean()) / spread,
+            "batch_fve": 1 - float(mse_N.mean()) / spread if spread else float("nan"),
             "response_length": tokens / len(samples),
             "truncated": sum(not rollout.finished for rollout in samples) / len(samples),
             "extraction_failed": float(failed_N.float().mean()),

@@ -10,11 +10,11 @@ import torch
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import SftConfig
 from nla_megatron.contract.sidecar import InjectionSpec, ModelSidecar
-from nla_megatron.conversion.hf import read_shape, read_value_head
-from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_from_hf, load_reconstructor
 from nla_megatron.errors import ColumnError
 from nla_megatron.models.builder import check_layout
-from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
+from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.tasks.nla import MSE_SCALE, NlaTask
@@ -55,15 +55,8 @@ def load_av(directory: str, task: NlaTask, world: World, dtype: str) -> Verbaliz
 
 
 def load_ar(directory: str, task: NlaTask, world: World, dtype: str) -> Reconstructor:
-    """The AR: its own head from an AR's directory, the identity from a base model's."""
-    shape = model_shape("ar", directory, task)
-    model = build_reconstructor(shape, world, dtype)
-    load_from_hf(model, directory, shape, world, with_head=False)
-    head = read_value_head(directory)
-    if head is not None and model.value_head is not None:
-        with torch.no_grad():
-            model.value_head.weight.copy_(head)
-    return model
+    """The AR, from a base model's or an AR's directory."""
+    return load_reconstructor(directory, model_shape("ar", directory, task), world, dtype)
 
 
 def run(config: SftConfig, world: World) -> None:

@@ -131,6 +131,9 @@ def main(result: str, scratch: str) -> None:
     out["not_marked"] = named(sample)
     engine.injecting._mark = lambda: (mark(), buffers.slot_T.fill_(-1))
     out["not_applied"] = named(sample)
+    if world.rank == 0:
+        engine.injecting._mark = mark
+    out["not_applied_on_rank_one"] = named(sample)
     engine.injecting._mark = mark
     make = engine._rollout
 

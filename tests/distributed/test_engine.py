@@ -56,6 +56,12 @@ def test_a_marked_token_that_the_model_did_not_change_stops_the_step(found: Any)
     assert found["not_applied"] == "InjectionError: 15 of 15 requests injected, 0 of 15 marked tokens changed"
 
 
+def test_an_injection_that_only_another_rank_of_the_replica_lost_stops_the_step(found: Any) -> None:
+    assert found["not_applied_on_rank_one"].startswith(
+        "InjectionError: rank 1 injected 15 requests and changed 0 of 15"
+    )
+
+
 def test_a_rank_with_other_rollouts_stops_the_step(found: Any) -> None:
     assert found["other_rank"] == "RolloutError: rank 1 holds other rollouts than rank 0 of its replica"
     assert found["fine_again"] == "no error"

@@ -195,6 +195,25 @@ def test_responses_longer_than_the_model(toy: Path, tmp_path: Path, refused: Any
     assert "max_new_tokens" in refused("LayoutError", *rl(toy, tmp_path / "run", "rollout.max_new_tokens=4000"))
 
 
+def test_evaluating_without_held_out_rows(toy: Path, tmp_path: Path, refused: Any) -> None:
+    assert "held_out" in refused("ConfigError", *rl(toy, tmp_path / "run", "eval_every=1"))
+
+
+def test_table_that_is_not_its_sidecars(toy: Path, tmp_path: Path, refused: Any) -> None:
+    data = copy_of_table(toy, "av_sft", tmp_path)
+    sidecar = read_dataset_sidecar(data)
+    write_dataset_sidecar(data, replace(sidecar, row_count=sidecar.row_count + 1))
+    assert "rows" in refused("SidecarError", *sft(toy, tmp_path / "run", f"data={data}"))
+
+
+def test_injection_beyond_the_models_depth(toy: Path, tmp_path: Path, refused: Any) -> None:
+    data = copy_of_table(toy, "av_sft", tmp_path)
+    sidecar = read_dataset_sidecar(data)
+    assert sidecar.injection is not None
+    write_dataset_sidecar(data, replace(sidecar, injection=replace(sidecar.injection, layer=9)))
+    assert "injection.layer = 9" in refused("SidecarError", *sft(toy, tmp_path / "run", f"data={data}"))
+
+
 def test_unsupported_architecture(toy: Path, tmp_path: Path, refused: Any) -> None:
     model = Path(shutil.copytree(toy / "pretrain" / "hf", tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())

@@ -19,6 +19,17 @@ def imported(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_checkpoint_written_at_pp2_exports_bit_exact_at_tp2(toy: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("direction=import", f"input={toy / 'pretrain' / 'hf'}", f"out={tmp_path / 'megatron'}", "parallel=pp2"),
+        ("direction=export", f"input={tmp_path / 'megatron'}", f"out={tmp_path / 'hf'}", "parallel=tp2"),
+    ):
+        done = command("convert", *arguments)
+        assert done.returncode == 0, done.stderr[-4000:]
+    before, after = (load_file(path / "model.safetensors") for path in (toy / "pretrain" / "hf", tmp_path / "hf"))
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("layout", ["single", "pp2"])
 def test_a_checkpoint_written_at_tp2_exports_bit_exact(toy: Path, imported: Path, tmp_path: Path, layout: str) -> None:
     out = tmp_path / "hf"

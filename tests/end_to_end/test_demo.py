@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 
 from nla_megatron.contract.sidecar import read_model_sidecar
 from nla_megatron.contract.splits import held_out
@@ -95,6 +96,11 @@ def test_exports_carry_sidecars_of_their_role(toy: Path) -> None:
         assert (sidecar.role, sidecar.stage, sidecar.d_model) == (role, "rl", 64)
 
 
+def test_the_base_model_has_not_read_the_held_out_documents(toy: Path) -> None:
+    records = {name: yaml.safe_load((toy / name / "run.yaml").read_text()) for name in ("pretrain", "build")}
+    assert records["pretrain"]["held_out"] == records["build"]["held_out"] == 0.2
+
+
 def test_held_out_documents_are_in_no_training_table(toy: Path) -> None:
     documents = {
         name: set(Table.open(toy / "build" / f"{name}.parquet", "rl" if name == "held_out" else name).column("doc_id"))
@@ -133,4 +139,5 @@ def test_a_finished_demo_does_nothing_again(toy: Path) -> None:
     before = (toy / "summary.json").stat().st_mtime_ns
     done = command("demo", f"out={toy}", "scale=toy")
     assert done.returncode == 0 and "finished already" in done.stderr
+    assert done.stdout.strip().endswith(str(toy / "report.html"))
     assert (toy / "summary.json").stat().st_mtime_ns == before

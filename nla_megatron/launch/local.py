@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def launch(argv: Sequence[str], processes: int) -> int:
@@ -27,8 +29,9 @@ def launch(argv: Sequence[str], processes: int) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # With several ranks on a machine, one thread each: more would only fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    run_id = f"nla-{uuid.uuid4().hex}"
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="nla", rdzv_backend="c10d",
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=run_id, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
     )  # fmt: skip
     try:
@@ -44,4 +47,17 @@ def launch(argv: Sequence[str], processes: int) -> int:
         return failure.exitcode
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    finally:
+        _end_what_ranks_started(run_id)
     return 0
+
+
+def _end_what_ranks_started(run_id: str) -> None:
+    """End the helper processes of ranks that were killed: nobody else would, and they hold on to files and pipes."""
+    mark = f"TORCHELASTIC_RUN_ID={run_id}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+        except OSError:  # ended in the meantime, or somebody else's
+            continue

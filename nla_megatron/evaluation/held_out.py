@@ -16,7 +16,7 @@ from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.files import atomic_path, write_json
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import ConfigError, MissingFile
@@ -140,9 +140,9 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
     results |= {"injected": sum(c.injected for c in counts), "expected_injections": sum(c.expected for c in counts)}
     if config.compare is not None:
         results |= _difference(config, rows, conditions["av"].mse_N, targets_ND, documents)
-    _write_json(config, RESULTS, results)
+    write_json(Path(config.out) / RESULTS, results)
     mses = {f"mse_{name}": condition.mse_N.tolist() for name, condition in conditions.items()}
-    _write_json(config, ROWS, {"rows": rows, "doc_ids": documents, **mses})
+    write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": documents, **mses})
     with atomic_path(Path(config.out) / EXAMPLES) as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
 
@@ -186,8 +186,3 @@ def _examples(
         }
         for index, row in enumerate(rows[: config.examples])
     ]
-
-
-def _write_json(config: EvalConfig, name: str, values: dict[str, Any]) -> None:
-    with atomic_path(Path(config.out) / name) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n")

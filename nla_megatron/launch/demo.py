@@ -14,7 +14,7 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import DemoConfig
-from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.files import write_json
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch.commands import COMMANDS, execute
@@ -69,10 +69,10 @@ def run(config: DemoConfig) -> None:
         begun = time.monotonic()
         work()
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begun
-        _write_json(out / "seconds.json", seconds)
+        write_json(out / "seconds.json", seconds)
     from nla_megatron.evaluation.report import write_report
 
-    _write_json(out / "summary.json", summary(config, seconds))
+    write_json(out / "summary.json", summary(config, seconds))
     write_report(out, out / "report.html")
     mark_done(config)
     print(f"{time.monotonic() - started:.0f} s.", flush=True)
@@ -163,11 +163,6 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "held_out_rows": after["rows"],
         "held_out_documents": after["documents"],
     }
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _read_seconds(out: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,33 +29,48 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"nla-megatron {name}: {COMMANDS[name].about}\n\n{describe(name)}")
             return 0
         return execute(name, overrides)
-    except NlaError as error:
-        if _tells():
-            print(error, file=sys.stderr, flush=True)
-        return _leave(error.exit_code)
+    except Exception as error:
+        return _end(error)
 
 
-def _tells() -> bool:
-    """One message whoever sees the mistake first: connected ranks ask a shared counter.
-
-    Before they are connected rank 0 tells. The others wait for it, because a rank that ended first would have the
-    launcher end rank 0 in mid-sentence; one that is still there afterwards has met something rank 0 has not.
-    """
+def _end(error: Exception) -> int:
+    """One message whoever fails first, and everybody's exit code is that of the first."""
+    code = error.exit_code if isinstance(error, NlaError) else 1
     store = _store()
-    if store is not None:
-        return store.add("nla_megatron/told", 1) == 1
+    if store is None:
+        _let_rank_0_tell()
+        _tell(error)
+        return code
+    # A rank that ends breaks its peers' collectives: what they then raise is an echo, not the mistake.
+    mine = f"{started.rank()}:{code}"
+    try:
+        first = store.compare_set("nla_megatron/ended_first", "", mine).decode()
+    except RuntimeError:
+        first = ""
+        print(f"rank {started.rank()} ends: rank 0, which kept the store, is gone", file=sys.stderr)
+    if first == mine:
+        _tell(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An orderly exit would wait in a collective for those that are gone.
+    os._exit(int(first.partition(":")[2] or code))
+
+
+def _tell(error: Exception) -> None:
+    if isinstance(error, NlaError):
+        print(error, file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+
+
+def _let_rank_0_tell() -> None:
+    """Before ranks are connected rank 0 tells; the others wait for it.
+
+    A rank that ended first would have the launcher end rank 0 in mid-sentence; one that is still there afterwards has
+    met something that rank 0 has not.
+    """
     if started.rank():
         time.sleep(_PATIENCE_SECONDS)
-    return True
-
-
-def _leave(code: int) -> int:
-    """Leave at once when ranks are connected: an orderly exit would wait in a collective for those that are gone."""
-    if _store() is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
 
 
 def _store() -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,16 +14,21 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.errors import ConfigError
+from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
 
 
 @dataclass(frozen=True)
 class Command:
-    """`module` offers `check(config, world_size)`, `run(config[, world])`; `on_ranks`: run by every Megatron rank."""
+    """`module` offers `check(config, world_size)`, `run(config[, world])`.
+
+    `on_ranks`: run by every Megatron rank. `samples`: with vLLM.
+    """
 
     module: str
     on_ranks: bool
     about: str
+    samples: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -33,12 +40,22 @@ COMMANDS: dict[str, Command] = {
         "nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"
     ),
     "sft": Command("nla_megatron.training.sft", True, "warm start of one model: role=av or role=ar"),
-    "rl": Command("nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes"),
+    "rl": Command(
+        "nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes", True
+    ),
     "eval": Command(
-        "nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it"
+        "nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it", True
     ),
     "convert": Command("nla_megatron.conversion.command", True, "between Hugging Face and megatron-core checkpoints"),
 }
+
+
+def run(argv: Sequence[str]) -> int:
+    """A command line without the program's name, to its end; whatever is wrong is told, the exit code returned."""
+    try:
+        return execute(argv[0], argv[1:])
+    except Exception as error:
+        return exit_code_after(error)
 
 
 def execute(name: str, overrides: Sequence[str]) -> int:
@@ -50,9 +67,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", "run `nla-megatron --help`")
     command, config = COMMANDS[name], compose(name, overrides)
-    # The libraries' notes on what is not installed or deprecated are not the user's concern.
-    for library in ("megatron", "torch", "vllm", "transformers"):
-        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    silence_libraries()
     if not command.on_ranks:
         module = importlib.import_module(command.module)
         module.check(config, 1)
@@ -66,8 +81,17 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
-        return launch([name, *overrides], size)
+        preload = [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
+        return launch(run, [name, *overrides], size, preload)
     return _run_rank(command, config, size)
+
+
+def silence_libraries() -> None:
+    """The libraries' notes on what is not installed or deprecated are not the user's concern."""
+    for library in ("megatron", "torch", "vllm", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
 def _run_rank(command: Command, config: Any, size: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from nla_megatron.config.schema import DemoConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
-from nla_megatron.launch.commands import COMMANDS, execute
+from nla_megatron.launch import commands
+from nla_megatron.launch.local import command_process
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,13 @@ def _overrides(config: DemoConfig, stage: Stage) -> list[str]:
 def _run_stage(config: DemoConfig, stage: Stage) -> None:
     """Stages on ranks get processes of their own; the others run here and save a start."""
     overrides = _overrides(config, stage)
-    if not COMMANDS[stage.command].on_ranks:
-        execute(stage.command, overrides)
+    if not commands.COMMANDS[stage.command].on_ranks:
+        commands.execute(stage.command, overrides)
         return
-    code = subprocess.run([sys.executable, "-m", "nla_megatron", stage.command, *overrides], check=False).returncode
-    if code:
+    process = command_process(commands.run, [stage.command, *overrides])
+    process.start()
+    process.join()
+    if code := process.exitcode:
         raise RunError(
             f"`nla-megatron {' '.join([stage.command, *overrides])}` ended with exit code {code}", "exit code 0",
             "see its message above; repeating the demo's command resumes it",

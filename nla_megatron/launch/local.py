@@ -1,63 +1,118 @@
-"""Start a command's processes on this machine, and end with their exit code."""
+"""Start processes on this machine: the ranks of a command, and commands of a process of their own."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import sys
-import uuid
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+Entry = Callable[[Sequence[str]], int]
+"""Runs a command line without the program's name; returns the exit code."""
+
+PRELOAD = "nla_megatron.launch.preload"
+_LAST_WORDS_SECONDS = 2.0
 
 
-def launch(argv: Sequence[str], processes: int) -> int:
-    """Run `nla-megatron argv` in `processes` ranks; the exit code is that of the rank that failed first, else 0.
+def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[str]) -> int:
+    """Run `entry(argv)` in `processes` ranks; the exit code is that of the rank that failed first, else 0.
 
-    torchrun's own agent watches the ranks: when one dies, however it dies, the others are ended.
+    The ranks are forks of this process, which has imported the modules of `preload`: imports cost once, not once a
+    rank. With CUDA they start afresh, because a fork cannot use a device that its parent may have touched.
+    When a rank dies, however it dies, the others and whatever they have started are ended.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # The failed rank has said what was wrong; the agent's own account would bury it.
-    for name in (
-        "torch.distributed.elastic",
-        "torch.distributed.elastic.multiprocessing.api",
-        "torch.distributed.elastic.agent.server.api",
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     # With several ranks on a machine, one thread each: more would only fight for the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    run_id = f"nla-{uuid.uuid4().hex}"
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=run_id, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
-    )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-m", "nla_megatron", *argv)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(
-                f"rank {rank} was ended by {name}; all ranks are down. Repeat the command to resume.", file=sys.stderr
-            )
-            return 128 - failure.exitcode
-        return failure.exitcode
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    finally:
-        _end_what_ranks_started(run_id)
+    import torch
+    from torch.distributed import TCPStore
+    from torch.multiprocessing import ProcessExitedException, start_processes
+
+    # The failed rank has said what was wrong; that the others are ended is no news.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    # A fork of a process with worker threads would wait for them for ever.
+    torch.set_num_threads(1)
+    forks = not torch.cuda.is_available()
+    for module in preload if forks else ():
+        importlib.import_module(module)
+    with socket.create_server(("127.0.0.1", 0)) as door, _interrupted_by_sigterm():
+        port = door.getsockname()[1]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks = start_processes(
+            _rank, (entry, argv, processes, port), processes, join=False, start_method="fork" if forks else "spawn"
+        )
+        try:
+            # The store lives here, so that it outlives every rank; its threads start after the forks.
+            store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+            while not ranks.join(grace_period=_LAST_WORDS_SECONDS):
+                pass
+        except ProcessExitedException as failed:
+            return _exit_code(failed.error_index, failed.exit_code)
+        finally:
+            _end(ranks.pids())
+    del store
     return 0
 
 
-def _end_what_ranks_started(run_id: str) -> None:
-    """End the helper processes of ranks that were killed: nobody else would, and they hold on to files and pipes."""
-    mark = f"TORCHELASTIC_RUN_ID={run_id}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+def _rank(rank: int, entry: Entry, argv: Sequence[str], processes: int, port: int) -> None:
+    # A group of its own holds the rank and every helper it starts; the launcher ends them together.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+    )  # fmt: skip
+    sys.exit(entry(argv))
+
+
+def _exit_code(rank: int, code: int) -> int:
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    print(f"rank {rank} was ended by {name}; all ranks are down. Repeat the command to resume.", file=sys.stderr)
+    return 128 - code
+
+
+def _end(ranks: Sequence[int]) -> None:
+    for rank in ranks:
         try:
-            if mark in environ.read_bytes().split(b"\0"):
-                os.kill(int(environ.parent.name), signal.SIGKILL)
-        except OSError:  # ended in the meantime, or somebody else's
+            os.killpg(rank, signal.SIGKILL)
+        except ProcessLookupError:  # it left nothing behind
             continue
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that the ranks are ended too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def command_process(entry: Entry, argv: Sequence[str]) -> Any:
+    """A process, not started yet, that runs `entry(argv)` and exits with its code.
+
+    It is forked from a server that has imported what the commands need (see `launch.preload`): the imports of all
+    commands that this process runs are paid once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    return context.Process(target=_command, args=(entry, argv))
+
+
+def _command(entry: Entry, argv: Sequence[str]) -> None:
+    sys.exit(entry(argv))

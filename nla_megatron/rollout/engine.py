@@ -232,7 +232,6 @@ def _start(
         VLLM_NO_USAGE_STATS="1",
         # The second model runner, the default where Triton is there, has no place to mark the tokens of a batch.
         VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         VLLM_CPU_KVCACHE_SPACE=str(config.cpu_kv_cache_gib),
         VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),
     )

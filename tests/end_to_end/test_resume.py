@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.ranks import ROOT, command, environment
+from tests.support.ranks import command, start
 
 STEPS = 24
 
@@ -44,15 +43,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def kill_one_rank_at(step: int, run: Path, arguments: list[str]) -> tuple[int, str]:
     """Kill -9 one rank of a command once `step` is logged and a checkpoint is there; (exit code, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nla_megatron", *arguments],
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
+    child = start(*arguments)
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and child.process.is_alive():
         log = run / "metrics.jsonl"
         if (
             log.is_file()
@@ -61,12 +54,13 @@ def kill_one_rank_at(step: int, run: Path, arguments: list[str]) -> tuple[int, s
         ):
             break
         time.sleep(0.02)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(["pgrep", "-P", str(child.process.pid)], capture_output=True, text=True, check=True)
+    ranks = found.stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=90)
+    done = child.wait(90)
     for rank in ranks:
         assert not Path(f"/proc/{rank}").exists() or "State:\tZ" in Path(f"/proc/{rank}/status").read_text()
-    return process.returncode, errors
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,21 @@
-"""Start a worker script on several gloo ranks and read what rank 0 found."""
+"""Run commands and worker scripts as processes of their own, forked from one that has paid for the imports."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nla_megatron.cli import main
+from nla_megatron.launch.local import Entry, command_process, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,26 +30,48 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1", **extra}
 
 
-def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 500) -> Any:
-    """Run `tests/distributed/{worker}.py RESULT arguments…` on `ranks` processes; returns the JSON of rank 0."""
-    result = Path(arguments[0]) / f"{worker}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        str(ROOT / "tests" / "distributed" / f"{worker}.py"),
-        str(result),
-        *arguments,
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
-    return json.loads(result.read_text())
+@dataclass(frozen=True)
+class Child:
+    """A running process and the files that its output goes to."""
+
+    process: multiprocessing.Process
+    stdout: Path
+    stderr: Path
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Its end; a child that does not end in `timeout` seconds fails the test, with what it said."""
+        self.process.join(timeout)
+        late = self.process.is_alive()
+        if late:
+            self.process.terminate()
+            self.process.join(10)
+            self.process.kill()
+        out, err = self.stdout.read_text(), self.stderr.read_text()
+        assert not late, f"still running after {timeout} s\n{out[-3000:]}{err[-6000:]}"
+        assert self.process.exitcode is not None
+        return subprocess.CompletedProcess([], self.process.exitcode, out, err)
+
+
+def start(*arguments: str, entry: Entry = main, **extra: str) -> Child:
+    """Start `nla-megatron arguments…` as a process with files for its output."""
+    directory = Path(tempfile.mkdtemp())
+    child = Child(
+        command_process(_Redirected(entry, environment(**extra), directory), arguments),
+        directory / "stdout", directory / "stderr",
+    )  # fmt: skip
+    for path in (child.stdout, child.stderr):
+        path.touch()
+    child.process.start()
+    return child
 
 
 def command(*arguments: str, timeout: float = 500, **extra: str) -> subprocess.CompletedProcess[str]:
-    """`nla-megatron arguments…` as a user runs it."""
+    """`nla-megatron arguments…` to its end."""
+    return start(*arguments, **extra).wait(timeout)
+
+
+def command_line(*arguments: str, timeout: float = 500, **extra: str) -> subprocess.CompletedProcess[str]:
+    """The same started afresh, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "nla_megatron", *arguments],
         env=environment(**extra),
@@ -50,3 +80,40 @@ def command(*arguments: str, timeout: float = 500, **extra: str) -> subprocess.C
         timeout=timeout,
         cwd=ROOT,
     )
+
+
+def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 500) -> Any:
+    """Run `tests/distributed/{worker}.py RESULT arguments…` on `ranks` processes; returns the JSON of rank 0."""
+    result = Path(arguments[0]) / f"{worker}.json"
+    script = str(ROOT / "tests" / "distributed" / f"{worker}.py")
+    done = start(str(ranks), script, str(result), *arguments, entry=_on_ranks).wait(timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
+    return json.loads(result.read_text())
+
+
+@dataclass(frozen=True)
+class _Redirected:
+    """An entry in another environment whose output goes to files, also that of the processes it starts."""
+
+    entry: Entry
+    environment: dict[str, str]
+    directory: Path
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        os.chdir(ROOT)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            with (self.directory / name).open("ab") as file:
+                os.dup2(file.fileno(), number)
+        return self.entry(arguments)
+
+
+def _on_ranks(arguments: Sequence[str]) -> int:
+    return launch(_run_script, arguments[1:], int(arguments[0]), [])
+
+
+def _run_script(arguments: Sequence[str]) -> int:
+    sys.argv = list(arguments)
+    runpy.run_path(arguments[0], run_name="__main__")
+    return 0

@@ -1,0 +1,14 @@
+"""Imported once by the server that commands are forked from; with CUDA it imports nothing, see `launch.local`."""
+
+from importlib import import_module
+
+from nla_megatron.launch.commands import silence_libraries
+
+silence_libraries()
+torch = import_module("torch")
+
+if not torch.cuda.is_available():
+    # A fork of a process with worker threads would wait for them for ever.
+    torch.set_num_threads(1)
+    for room in ("evaluation.held_out", "training.rl", "rollout.preload"):
+        import_module(f"nla_megatron.{room}")

@@ -10,6 +10,7 @@ import yaml
 
 from nla_megatron.config.compose import as_yaml
 from nla_megatron.errors import RunDirectoryError
+from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
 DONE = "done"
@@ -64,7 +65,15 @@ def mark_done(config: Any) -> None:
 def _record(command: str, config: Any) -> dict[str, Any]:
     values = yaml.safe_load(as_yaml(config))
     values.pop("out")
-    return {"command": command, **values}
+    return {"command": command, **values, "inputs": _dataset_ids(values)}
+
+
+def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
+    """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
+    sidecars = {
+        key: Path(f"{value}{DATASET_SIDECAR}") for key, value in _flat(values).items() if isinstance(value, str)
+    }
+    return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,6 +86,17 @@ def test_what_does_not_change_the_result_may_change(claimed: Path, override: str
     check_run_directory("rl", rl(claimed, "steps=5", override))
 
 
+def test_another_table_at_the_same_path_is_refused(tmp_path: Path) -> None:
+    config = replace(rl(tmp_path / "run"), data=str(tmp_path / "rl.parquet"))
+    sidecar = tmp_path / "rl.parquet.nla_meta.yaml"
+    sidecar.write_text("dataset_id: monday")
+    claim_run_directory("rl", config)
+    check_run_directory("rl", config)
+    sidecar.write_text("dataset_id: tuesday")
+    with pytest.raises(RunDirectoryError, match=r"inputs.data='monday'[^$]*inputs.data='tuesday'"):
+        check_run_directory("rl", config)
+
+
 def test_an_empty_or_absent_directory_is_anybodys(tmp_path: Path) -> None:
     check_run_directory("rl", rl(tmp_path))
     check_run_directory("rl", rl(tmp_path / "new" / "deep"))

@@ -47,11 +47,6 @@ class Progress(Generic[T]):
                 self._bar.set_postfix(values, refresh=False)
             self._bar.update(steps)
 
-    def note(self, **values: float | str) -> None:
-        """Show `values` beside the bar without counting a step."""
-        if self._bar is not None:
-            self._bar.set_postfix(values)
-
     def close(self, failed: bool = False) -> None:
         """End the stage: the bar stays as it stands, or the closing line is printed. A second call does nothing."""
         if self._closed:

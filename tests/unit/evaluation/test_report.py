@@ -22,7 +22,7 @@ SUMMARY: dict[str, Any] = {
     "fve_gain_ci95": [0.22123, 0.25362],
     "steps": 400,
     "world": {"tp": 2, "pp": 3, "dp": 4, "rollout_tp": 8},
-    "seconds": {"extract": 42.25, "sft_av": 1830.5, "rl": 9520.75},
+    "seconds": {"extract": 42.25, "sft_av": 1830.5, "rl": 9520.75, "total": 11393.5},
     "logprob_gap_max": 0.0312,
     "injected": 819200,
     "expected_injections": 819200,
@@ -127,7 +127,7 @@ def test_the_numbers_on_the_page_are_the_numbers_of_the_summary(run_dir: Path) -
     page = report(run_dir)
     singles = [value for value in SUMMARY.values() if isinstance(value, int | float)]
     inside = [v for key in ("fve_rl_ci95", "fve_gain_ci95") for v in SUMMARY[key]]
-    inside += [v for key in ("world", "seconds") for v in SUMMARY[key].values()]
+    inside += [v for key in ("world", "seconds") for name, v in SUMMARY[key].items() if name != "total"]
     assert set(page.values) >= set(singles + inside)
     for text in (
         "0.659",
@@ -146,11 +146,17 @@ def test_the_numbers_on_the_page_are_the_numbers_of_the_summary(run_dir: Path) -
         "42.2 s",
         "31 min",
         "2 h 39 min",
+        "3 h 10 min in all",
         "some/model <7b>",
         "[1, 2]",
         "my-run",
     ):
         assert text in page.text
+
+
+def test_the_total_is_no_stage(run_dir: Path) -> None:
+    page = report(run_dir)
+    assert SUMMARY["seconds"]["total"] not in page.values
 
 
 def test_charts_hold_every_value_of_the_metrics(run_dir: Path) -> None:

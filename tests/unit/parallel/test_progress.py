@@ -26,7 +26,6 @@ def test_without_a_terminal_or_in_ci_one_line_closes_the_stage(
     with progress("sft av", total=3, active=True) as stage:
         for _ in range(3):
             stage.advance(loss=1.2)
-            stage.note(lr=0.1)
         assert capsys.readouterr().err == ""
     out, err = capsys.readouterr()
     assert re.fullmatch(CLOSING_LINE, err)
@@ -34,13 +33,12 @@ def test_without_a_terminal_or_in_ci_one_line_closes_the_stage(
 
 
 @pytest.mark.parametrize("ci", [None, "", "false"])
-def test_a_terminal_gets_a_bar_with_notes_and_no_closing_line(
+def test_a_terminal_gets_a_bar_with_values_and_no_closing_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ci: str | None
 ) -> None:
     pretend_terminal(monkeypatch, True, ci)
     with progress("sft av", total=3, active=True) as stage:
-        stage.advance(2)
-        stage.note(loss=1.25)
+        stage.advance(2, loss=1.25)
     out, err = capsys.readouterr()
     assert "2/3" in err and "loss=1.25" in err and "sft av" in err
     assert "steps in" not in err

@@ -16,6 +16,7 @@ from nla_megatron.config.logger import LoggerOptions
 from nla_megatron.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16")
+_STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -389,7 +390,7 @@ class ConvertConfig(StageConfig):
     def __post_init__(self) -> None:
         _one_of("direction", self.direction, ("import", "export", "verify"))
         if self.dtype is not None:
-            _one_of("dtype", self.dtype, (*_DTYPES, "float16"))
+            _one_of("dtype", self.dtype, _STORED_DTYPES)
         for key in ("layers", "processes"):
             if getattr(self, key) is not None:
                 _at_least(key, getattr(self, key), 1)
@@ -421,6 +422,50 @@ class ConvertConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class MergeConfig(StageConfig):
+    """A LoRA adapter merged into its base model."""
+
+    base: str = MISSING
+    """The Hugging Face directory that the adapter was trained on."""
+    adapter: str = MISSING
+    """A directory that `peft` saved, or an adapter of ours."""
+    out: str = MISSING
+    """The merged Hugging Face directory; it must not exist yet."""
+    dtype: str | None = None
+    """Of the weights that are written. None: each keeps its own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, _DTYPES)
+
+
+@dataclass(frozen=True)
+class AdoptConfig(StageConfig):
+    """Another NLA trainer's checkpoint made a directory of ours. What its sidecar does not say is told here."""
+
+    checkpoint: str = MISSING
+    """A whole AV or AR, or an adapter of one."""
+    out: str = MISSING
+    """The directory that `sft`, `rl` and `eval` take as their model; it must not exist yet."""
+    base: str | None = None
+    """The whole model that an adapter was trained on."""
+    sidecar: str | None = None
+    """A directory with the sidecar, where the checkpoint has none."""
+    trainer: str | None = None
+    """Whose conventions fill what the sidecar leaves out: kitft or easynla."""
+    layer_index: int | None = None
+    """Block K of the activations, where the sidecar has none."""
+    bos_policy: str | None = None
+    """Whether prompts as text get the tokenizer's special tokens: tokenizer or none."""
+    dtype: str | None = None
+    """Of merged weights. None: each keeps its own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, _DTYPES)
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The whole loop on text that is on every machine with Python."""
 
@@ -442,5 +487,7 @@ SCHEMAS: dict[str, type] = {
     "rl": RlConfig,
     "eval": EvalConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
+    "adopt": AdoptConfig,
     "demo": DemoConfig,
 }

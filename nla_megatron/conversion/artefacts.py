@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla_megatron.config.schema import AdoptConfig
 from nla_megatron.contract.blocks import InjectionSpec
 from nla_megatron.contract.foreign import AR_ADAPTER, AR_META, completed, role_of
 from nla_megatron.contract.sidecar import (
@@ -32,6 +33,7 @@ from nla_megatron.conversion.hf import SHARD_BYTES, VALUE_HEAD, read_config, tru
 from nla_megatron.conversion.merge import TOKENIZER, Merging, carry, new_directory
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.errors import CheckpointError, MissingFile, SidecarError, UnsupportedModel
+from nla_megatron.models.builder import DTYPES
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
 _AR_HEAD = "value_head.weight"
@@ -45,6 +47,26 @@ class Told:
     injection: InjectionSpec | None = None
     bos_policy: str | None = None
     layer_index: int | None = None
+
+
+def check(config: AdoptConfig, world_size: int) -> None:
+    """The sidecar is there and complete; raises a named error."""
+    directory = config.checkpoint if config.sidecar is None else config.sidecar
+    sidecar = read_model_sidecar(directory)
+    if config.sidecar is not None:
+        sidecar = replace(sidecar, role=role_of(Path(config.checkpoint)))
+    completed(sidecar, config.checkpoint, **vars(_told(config)))
+
+
+def run(config: AdoptConfig) -> None:
+    adopt(
+        config.checkpoint, config.out, _told(config), base=config.base, sidecar=config.sidecar,
+        dtype=DTYPES[config.dtype] if config.dtype else None,
+    )  # fmt: skip
+
+
+def _told(config: AdoptConfig) -> Told:
+    return Told(trainer=config.trainer, bos_policy=config.bos_policy, layer_index=config.layer_index)
 
 
 def adopt(

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla_megatron.config.schema import MergeConfig
 from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_companions, read_config, write_shards
 from nla_megatron.conversion.peft_format import WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
+from nla_megatron.models.builder import DTYPES
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
 _BESIDE = ("value_head.safetensors", "nla_meta.yaml")
@@ -45,6 +47,15 @@ def merge(
         merging.write(partial, merging.config, dtype, shard_bytes)
         carry(Path(base), partial, _BESIDE)
         carry(Path(adapter), partial, (*TOKENIZER, *_BESIDE))
+
+
+def check(config: MergeConfig, world_size: int) -> None:
+    """Everything that can be known before the first tensor; raises a named error."""
+    Merging(Path(config.base), AdapterReader(Path(config.adapter) / WEIGHTS), read_peft_config(config.adapter))
+
+
+def run(config: MergeConfig) -> None:
+    merge(config.base, config.adapter, config.out, DTYPES[config.dtype] if config.dtype else None)
 
 
 class Merging:

@@ -56,6 +56,8 @@ COMMANDS: dict[str, Command] = {
         verb="direction",
         estimate="nla_megatron.conversion.estimate",
     ),
+    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
+    "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
 }
 
 

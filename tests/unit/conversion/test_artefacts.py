@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from nla_megatron.cli import main
 from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.contract.blocks import InjectionSpec
 from nla_megatron.contract.sidecar import prompt_contract, read_model_sidecar
@@ -244,6 +245,17 @@ def test_an_adopted_pair_fits_a_table_of_ours(base: Path, tmp_path: Path) -> Non
     assert task.check_model(str(tmp_path / "our ar"), "ar").tokens.critic_suffix_ids is not None
     with pytest.raises(SidecarError, match="'bos_policy'"):
         task.check_model(str(tmp_path / "ar"), "ar")
+
+
+def test_the_command_adopts_and_asks_for_what_is_not_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = put(Path(shutil.copytree(base, tmp_path / "av")), left_by_easynla(base))
+    command = ["adopt", f"checkpoint={source}", f"out={tmp_path / 'ours'}"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("SidecarError: ") and not (tmp_path / "ours").exists()
+    assert main([*command, "trainer=easynla"]) == 0
+    assert read_model_sidecar(tmp_path / "ours").injection == NORM_ADD
 
 
 def test_an_ar_that_ends_otherwise_does_not_fit(base: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ out/conversion.json           the manifest
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -40,6 +41,7 @@ class Import:
     ):  # fmt: skip
         self.side, self.dtype, self.layers = HuggingFaceSide(source, layers), dtype, layers
         self.dtypes = {rule.megatron: dtype or self.side.dtype_of(rule) for rule in self.side.model.rules}
+        check_stacked(self.dtypes)
         check_vocabulary(self.side.directory, self.side.model.shape.vocab_size)
         self.files = checkpoint_files(self.side.model, self.dtypes, shard_bytes)
         shards = sorted(self.side.directory.glob("*.safetensors"))
@@ -82,14 +84,6 @@ class Import:
     def _check_plan(self, plan: CheckpointPlan) -> None:
         ours = {name for file in self.files for name in file}
         assert ours == set(plan.parameters), f"the table and the model differ in {sorted(ours ^ set(plan.parameters))}"
-        dtypes: dict[str, torch.dtype] = {}
-        for name, chunks in plan.parameters.items():
-            dtype = self.dtypes.get(name, torch.float32)
-            if dtypes.setdefault(chunks[0].key, dtype) != dtype:
-                raise CheckpointError(
-                    f"{name} of dtype {dtype}, and {dtypes[chunks[0].key]} in another block",
-                    "one dtype for a parameter of all blocks", "choose one with dtype=",
-                )  # fmt: skip
 
     def _write(self, number: int, names: list[str], plan: CheckpointPlan) -> dict[str, Any]:
         rules = {rule.megatron: rule for rule in self.side.model.rules}
@@ -147,6 +141,18 @@ class Import:
         records = [Record(**one) for entry in entries for one in entry["records"]]
         write_manifest(partial, self.side.directory, self.work.plan, records)
         self.work.publish()
+
+
+def check_stacked(dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raises CheckpointError where a parameter differs in dtype between blocks or experts, which lie in one tensor."""
+    seen: dict[str, torch.dtype] = {}
+    for name, dtype in dtypes.items():
+        kind = re.sub(r"\.\d+\.", ".", name)
+        if seen.setdefault(kind, dtype) != dtype:
+            raise CheckpointError(
+                f"{name} of dtype {dtype}, and {seen[kind]} in another block",
+                "one dtype for a parameter of all blocks", "choose one with dtype=",
+            )  # fmt: skip
 
 
 def taken(runs: deque[Run], numel: int) -> Iterator[Run]:

@@ -25,6 +25,7 @@ setup(
         "transformers",
         "tokenizers",
         "safetensors",
+        "xxhash",
         "pyarrow",
         "numpy",
         "hydra-core>=1.3.2,<1.4",

@@ -98,7 +98,7 @@ class Work:
             write_json(self.journal / "plan.json", self.plan)
 
     def unfinished(self, files: Sequence[str]) -> list[str]:
-        return [file for file in files if not self._entry(file).is_file()]
+        return [file for file in files if not (self._entry(file).is_file() and (self.partial / file).is_file())]
 
     def _entry(self, file: str) -> Path:
         return self.journal / f"{file.replace('/', '-')}.json"

@@ -446,7 +446,8 @@ class AdoptConfig(StageConfig):
     checkpoint: str = MISSING
     """A whole AV or AR, or an adapter of one."""
     out: str = MISSING
-    """The directory that `sft`, `rl` and `eval` take as their model; it must not exist yet."""
+    """The adopted directory; it must not exist yet. `rl` and `eval` take it where its injection is at a block's output,
+    as in their table."""
     base: str | None = None
     """The whole model that an adapter was trained on."""
     sidecar: str | None = None

@@ -13,7 +13,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.models.verbalizer import build_verbalizer
@@ -81,7 +80,7 @@ def checkpoint_plan(shape: ModelShape, world: World, *, is_ar: bool, naming: int
     assert world.tp == world.pp == 1, "a plan is made where nothing is cut"
     meta = torch.device("meta")
     build: Any = build_reconstructor if is_ar else build_verbalizer
-    with meta, megatron_device(), _Unfilled():
+    with meta, megatron_device():
         model = build(shape, replace(world, device=meta), "float32")
         sharded = model.sharded_state_dict(metadata=naming_metadata(naming))
     parameters: dict[str, tuple[Chunk, ...]] = {}
@@ -100,15 +99,6 @@ def checkpoint_plan(shape: ModelShape, world: World, *, is_ar: bool, naming: int
         else:
             parameters[name] = (_chunk(value),)
     return CheckpointPlan(parameters, objects, naming)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Inside, parameters are not initialised: on the meta device that is much work for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _chunk(sharded: Any) -> Chunk:

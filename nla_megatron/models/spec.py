@@ -72,6 +72,8 @@ def decoder_config(shape: ModelShape, world: World, dtype: torch.dtype) -> Decod
         pipeline_dtype=dtype,
         # The master weight is drawn whole and split: no two TP ranks start with the same shard.
         use_cpu_initialization=True,
+        # On the meta device there is nothing to draw.
+        perform_initialization=world.device.type != "meta",
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

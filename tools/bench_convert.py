@@ -1,8 +1,8 @@
 """Measure checkpoint conversion on this machine, in one process: `python tools/bench_convert.py [DIRECTORY]`.
 
 A random model of about 1 GB (Qwen3's shape, bfloat16) is imported and exported, against `cat` copying the files that
-are read to one other file: in the same run, everything read before, medians of three, imports and start-up left out.
-The last line is JSON:
+are read to one other file: in turns in the same run, everything read before, the median of five pairs, imports and
+start-up left out. The last line is JSON:
 
     import_rate_over_copy           bytes per second of HF -> torch_dist over those of `cat`; at least 0.5. Neither side
                                     waits for the disk here, because `cat` never does
@@ -50,7 +50,7 @@ SHAPE = ModelShape(
     head_dim=128, vocab_size=32_000, rope_theta=1e6, norm_eps=1e-6, tied_embeddings=False, qk_norm=True,
     max_positions=4096,
 )  # fmt: skip
-REPEATS = 3
+REPEATS = 5
 
 
 def make_model(directory: Path) -> list[TensorSpec]:
@@ -140,7 +140,10 @@ def measure(scratch: Path, world: World) -> dict[str, float | bool]:
         print(f"{name:<12}{' on disk' if durable else '':<9}{value:6.2f} s  {size / value / 1e9:5.2f} GB/s  ({each})")
     rates = {
         f"{name}_rate_over_copy{'_on_disk' if durable else ''}": round(
-            median[f"copy {name}", durable] / median[name, durable], 3
+            statistics.median(
+                copy / own for copy, own in zip(times[f"copy {name}", durable], times[name, durable], strict=True)
+            ),
+            3,
         )
         for durable in (False, True)
         for name in ("import", "export")

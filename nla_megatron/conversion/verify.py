@@ -63,6 +63,16 @@ def has_own_config(checkpoint: Path) -> bool:
     return True
 
 
+def compare_configurations(one: HuggingFaceSide, other: Side) -> list[Difference]:
+    """What the two sides' config.json say differently of what the model computes."""
+    left, right = vars(one.model.shape), vars(other.model.shape)
+    return [
+        Difference(f"config.json: {key}", str(left[key]), str(right[key]), "another value")
+        for key in left
+        if left[key] != right[key]
+    ]
+
+
 def compare_weights(one: HuggingFaceSide, other: Side, world: World) -> tuple[int, list[Difference]]:
     """How many tensors were compared, and those that differ; each rank reads its share, all get the whole list."""
     left, right = one.specs(), other.specs()
@@ -107,7 +117,8 @@ def _difference(one: Tensor, other: Tensor) -> str:
     apart = 0.0
     # In pieces, so that no fp32 copy of a large tensor is made.
     for a, b in zip(one.reshape(-1).split(1 << 24), other.reshape(-1).split(1 << 24), strict=True):
-        apart = max(apart, float((a.float() - b.float()).abs().max()))
+        gap = float((a.float() - b.float()).abs().nan_to_num(float("inf"), float("inf")).max())
+        apart = max(apart, gap)
     return f"{apart:.3g} apart at most" if apart else "the same values in other bits"
 
 

@@ -54,6 +54,7 @@ def estimate(config: ConvertConfig) -> Estimate:
         sizes = [sum(each[name] for name in file) for file in files]
     else:
         sizes = [shard.nbytes for shard in plan_shards(specs, config.shard_bytes)]
+        sizes += [model.shape.hidden_size**2 * torch.float32.itemsize] if model.is_ar else []
     elements = sum(map(elements_of, model.rules))
     read, written = elements * source.itemsize, sum(sizes)
     workers = config.processes or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)

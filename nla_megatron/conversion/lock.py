@@ -20,8 +20,9 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 class Lock:
     """Byte 0 of a file is the first process's alone; byte 1 is shared by it and its workers."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, directory: Path, name: str):
+        """`directory`: what is made, in which `name` is the file of the lock."""
+        self.directory, self.path = directory, directory / name
         self._file: IO[bytes] | None = None
         self._is_worker = False
 
@@ -57,7 +58,7 @@ class Lock:
             if error.errno not in _HELD:
                 raise
             raise RunDirectoryError(
-                f"{self.path.parent} is being written by another process", "one command for each out=",
+                f"{self.directory} is being written by another process", "one command for each out=",
                 "wait for it or end it, or choose another out=",
             ) from None  # fmt: skip
 

@@ -48,7 +48,8 @@ def merge(
     base, adapter, out = Path(base), Path(adapter), Path(out)
     if out.exists() and read_manifest(out) is None:
         raise RunDirectoryError(f"{out} is there already", "a new directory", "give another out=, or remove it")
-    merging = Merging(base, AdapterReader(adapter / WEIGHTS), read_peft_config(adapter))
+    config = read_peft_config(adapter)
+    merging = Merging(base, AdapterReader(adapter / WEIGHTS), config)
     specs = merging.specs(dtype)
     shards = {shard.file: shard for shard in plan_shards(specs, shard_bytes)}
     work = Work(out, _plan(base, adapter, dtype, shard_bytes))
@@ -165,7 +166,7 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     partial = Path(f"{out}.partial")
     if Path(out).exists():
         raise RunDirectoryError(f"{out} is there already", "a new directory", "give another out=, or remove it")
-    lock = Lock(partial / ".lock")
+    lock = Lock(partial, ".lock")
     if partial.exists() and not lock.path.is_file():
         raise RunDirectoryError(f"{partial}, which is another command's", "nothing there", "finish that, or remove it")
     with room_on(partial):

@@ -48,7 +48,7 @@ class Work:
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: list[Future[None]] = []
         self._behind, self.durable = 0, durable
-        self._lock = Lock(self.journal / "lock")
+        self._lock = Lock(self.partial, f"{JOURNAL}/lock")
 
     def check(self) -> bool:
         """Whether `out` is there already, made by this very conversion.

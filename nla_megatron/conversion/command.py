@@ -18,7 +18,14 @@ from nla_megatron.conversion.importing import Import
 from nla_megatron.conversion.outputs import TOLERANCE, Outputs, compare_outputs
 from nla_megatron.conversion.safetensors_file import DTYPES
 from nla_megatron.conversion.source import HuggingFaceSide
-from nla_megatron.conversion.verify import Difference, compare_configurations, compare_weights, is_torch_dist, sides, table
+from nla_megatron.conversion.verify import (
+    Difference,
+    compare_configurations,
+    compare_weights,
+    is_torch_dist,
+    sides,
+    table,
+)
 from nla_megatron.errors import ConfigError, ConversionMismatch, MissingFile
 from nla_megatron.models.builder import check_layout
 from nla_megatron.parallel.world import World, data_parallel_size, initialise

@@ -129,7 +129,9 @@ def cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
         largest = max(map(abs, map(float, tensor.aminmax())))
         if most < largest < float("inf"):
             raise CheckpointError(
-                f"{largest:.6g} in {spec.name}", f"at most {most:.6g}, the largest {spec.dtype}", "choose another dtype="
+                f"{largest:.6g} in {spec.name}",
+                f"at most {most:.6g}, the largest {spec.dtype}",
+                "choose another dtype=",
             )
     return tensor.to(spec.dtype)
 

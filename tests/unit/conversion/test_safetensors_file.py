@@ -95,7 +95,9 @@ def test_a_header_that_contradicts_itself_is_refused(saved: Path, entry: dict[st
         read_header(rewritten(saved, **entry))
 
 
-@pytest.mark.parametrize("header", [[], {"a": 3}, {"a": {}}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}])
+@pytest.mark.parametrize(
+    "header", [[], {"a": 3}, {"a": {}}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}]
+)
 def test_a_header_of_another_form_is_refused(tmp_path: Path, header: object) -> None:
     text = json.dumps(header).encode()
     (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)

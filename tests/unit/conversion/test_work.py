@@ -24,6 +24,11 @@ def _at_work(work: Work, step: Callable[[Work], None], ready: Any, leave: Any) -
     leave.wait(60)
 
 
+def _joined_and_done(work: Work) -> None:
+    work.join()
+    work.flush()
+
+
 @contextmanager
 def another_process(work: Work, step: Callable[[Work], None]) -> Iterator[None]:
     """Somebody else who has made a step of a conversion and is still there."""
@@ -51,9 +56,7 @@ def published(out: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [Work.begin, Work.join], ids=["its first process", "a worker that outlived it"])
-def test_a_second_command_waits_for_every_process_of_the_first(
-    tmp_path: Path, step: Callable[[Work], None]
-) -> None:
+def test_a_second_command_waits_for_every_process_of_the_first(tmp_path: Path, step: Callable[[Work], None]) -> None:
     (tmp_path / "out.partial" / "journal").mkdir(parents=True)
     with another_process(Work(tmp_path / "out", PLAN), step):
         with pytest.raises(RunDirectoryError, match=r"out\.partial is being written by another process"):
@@ -64,7 +67,7 @@ def test_a_second_command_waits_for_every_process_of_the_first(
 
 def test_a_worker_lets_go_when_it_has_written_its_files(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / "journal").mkdir(parents=True)
-    with another_process(Work(tmp_path / "out", PLAN), lambda work: (work.join(), work.flush())[1]):
+    with another_process(Work(tmp_path / "out", PLAN), _joined_and_done):
         made(tmp_path / "out")
 
 

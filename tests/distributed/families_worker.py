@@ -1,6 +1,7 @@
-"""Every family on the layouts that four ranks, or eight, can have: conversion there and back, and logits, against transformers.
+"""Every family on the layouts of four ranks, or of eight: conversion there and back, and logits, against transformers.
 
-Arguments: RESULT SCRATCH [wide]. Rank 0 writes, per family and layout, what differs. Legend: B rows, T tokens, V vocabulary.
+Arguments: RESULT SCRATCH [wide]. Rank 0 writes, per family and layout, what differs. Legend: B rows, T tokens, V
+vocabulary.
 """
 
 from __future__ import annotations

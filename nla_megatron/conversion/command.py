@@ -23,6 +23,7 @@ from nla_megatron.conversion.verify import (
     compare_configurations,
     compare_weights,
     is_torch_dist,
+    rounded,
     sides,
     table,
 )
@@ -93,7 +94,9 @@ def verify(config: ConvertConfig, world: World) -> None:
     settings = compare_configurations(one, other)
     count, differences = compare_weights(one, other, world)
     if world.is_main:
-        print(f"weights: {count - len({found.tensor for found in differences})} of {count} tensors are the same")
+        same, other_dtype = count - len({found.tensor for found in differences}), rounded(one, other, differences)
+        told = f", {other_dtype} of them rounded to another dtype" if other_dtype else ""
+        print(f"weights: {same} of {count} tensors are the same{told}")
         if settings or differences:
             print(table([*settings, *differences]))
     outputs = None

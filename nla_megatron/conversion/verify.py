@@ -91,6 +91,13 @@ def compare_weights(one: HuggingFaceSide, other: Side, world: World) -> tuple[in
     return len(names), [difference for part in gather_objects(mine, world) for difference in part]
 
 
+def rounded(one: HuggingFaceSide, other: Side, differences: list[Difference]) -> int:
+    """How many tensors are the same but for the dtype to which one side has them rounded."""
+    left, right = one.specs(), other.specs()
+    apart = {found.tensor for found in differences}
+    return sum(left[name].dtype != right[name].dtype for name in left.keys() & right.keys() - apart)
+
+
 def _compare(
     name: str, one: HuggingFaceSide, other: Side, specs: tuple[TensorSpec, TensorSpec],
     recorded: tuple[Mapping[str, str], Mapping[str, str]],
@@ -111,9 +118,11 @@ def _compare(
 def _difference(one: Tensor, other: Tensor) -> str:
     """How two tensors of one shape differ; "" where one is the other, rounded to its dtype."""
     if one.dtype != other.dtype:
-        coarse = one.dtype if one.dtype.itemsize < other.dtype.itemsize else other.dtype
-        if torch.equal(one.to(coarse), other.to(coarse)):
-            return ""
+        coarse = min(one.dtype.itemsize, other.dtype.itemsize)
+        # Of two as wide as each other either may be the source.
+        for dtype in (one.dtype, other.dtype):
+            if dtype.itemsize == coarse and torch.equal(one.to(dtype), other.to(dtype)):
+                return ""
     apart = 0.0
     # In pieces, so that no fp32 copy of a large tensor is made.
     for a, b in zip(one.reshape(-1).split(1 << 24), other.reshape(-1).split(1 << 24), strict=True):

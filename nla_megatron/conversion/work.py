@@ -71,14 +71,14 @@ class Work:
         if (self.journal / "plan.json").is_file():
             found = read_json(self.journal / "plan.json")
             self._compare(found, self.partial, f"repeat its own command, or remove {self.partial}")
-        elif self.partial.is_file() or any(map(self._is_strange, self.partial.rglob("*"))):
+        elif self.partial.is_file() or any(map(self._is_outside_journal, self.partial.rglob("*"))):
             raise RunDirectoryError(
                 f"{self.partial}, which no conversion began", "nothing there, or what a killed conversion left",
                 "move it away, or choose another out=",
             )  # fmt: skip
         return False
 
-    def _is_strange(self, path: Path) -> bool:
+    def _is_outside_journal(self, path: Path) -> bool:
         return path.is_file() and self.journal not in path.parents
 
     def _compare(self, found: dict[str, Any], where: Path, remedy: str) -> None:
@@ -164,9 +164,9 @@ class Work:
 
     def publish(self) -> None:
         """The last step, by one process: OUT.partial becomes OUT."""
-        for path in self.partial.rglob("*") if self.durable else ():
-            if path.is_file():
-                flush_to_disk(path)
+        # The lock would end with the first file handle on it that is closed.
+        for path in filter(self._is_outside_journal, self.partial.rglob("*") if self.durable else ()):
+            flush_to_disk(path)
         if self.out.exists():
             self.out.rmdir()
         self.partial.rename(self.out)

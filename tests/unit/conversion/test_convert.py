@@ -368,6 +368,8 @@ def test_verify_names_each_tensor_that_differs(hf: Path, mcore: Path, tmp_path: 
     lines = [line for line in done.stdout.splitlines() if line.startswith("model.")]
     assert len(lines) == 1 and lines[0].startswith(name) and "0.25 apart" in lines[0], done.stdout
     assert "they differ" in done.stdout
+    count = len(SafetensorsReader(hf).names())
+    assert f"{count - 1} of {count} tensors are the same, 1 of them rounded to another dtype" in done.stdout
 
 
 def test_verify_names_each_value_of_the_configuration_that_differs(hf: Path, mcore: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from nla_megatron.contract.tokens import live_bos_policy
 from nla_megatron.conversion.hf import SHARD_BYTES, VALUE_HEAD, read_config, truncated_config, write_value_head
 from nla_megatron.conversion.merge import TOKENIZER, Merging, carry, new_directory
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
+from nla_megatron.conversion.safetensors_file import read_header
 from nla_megatron.errors import CheckpointError, MissingFile, SidecarError, UnsupportedModel
 from nla_megatron.models.builder import DTYPES
 
@@ -198,8 +199,7 @@ def value_head_of(directory: str | Path, width: int, role: str | None = None) ->
         if role == "ar":
             raise MissingFile(f"no {path}", "the head of a trained AR", "copy it along with the weights")
         return None
-    tensors = load_file(path)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found = {name: placed.spec.shape for name, placed in read_header(path).items()}
     if found != {"weight": (width, width)}:
         raise CheckpointError(f"{found} in {path}", f"weight of shape {(width, width)}", "export the AR again")
-    return tensors["weight"]
+    return load_file(path)["weight"]

@@ -18,7 +18,15 @@ from nla_megatron.conversion.importing import Import
 from nla_megatron.conversion.outputs import TOLERANCE, Outputs, compare_outputs
 from nla_megatron.conversion.safetensors_file import DTYPES
 from nla_megatron.conversion.source import HuggingFaceSide
-from nla_megatron.conversion.verify import Difference, compare_weights, is_torch_dist, sides, table
+from nla_megatron.conversion.verify import (
+    Difference,
+    compare_configurations,
+    compare_weights,
+    is_torch_dist,
+    rounded,
+    sides,
+    table,
+)
 from nla_megatron.errors import ConfigError, ConversionMismatch, MissingFile
 from nla_megatron.models.builder import check_layout
 from nla_megatron.parallel.world import World, data_parallel_size, initialise
@@ -83,11 +91,14 @@ def run(config: ConvertConfig, world: World) -> None:
 def verify(config: ConvertConfig, world: World) -> None:
     """Print what differs. Raises ConversionMismatch, on all ranks, if anything does."""
     one, other = sides(config.hf, config.checkpoint, world)
+    settings = compare_configurations(one, other)
     count, differences = compare_weights(one, other, world)
     if world.is_main:
-        print(f"weights: {count - len({found.tensor for found in differences})} of {count} tensors are the same")
-        if differences:
-            print(table(differences))
+        same, other_dtype = count - len({found.tensor for found in differences}), rounded(one, other, differences)
+        told = f", {other_dtype} of them rounded to another dtype" if other_dtype else ""
+        print(f"weights: {same} of {count} tensors are the same{told}")
+        if settings or differences:
+            print(table([*settings, *differences]))
     outputs = None
     if config.logits and not any(found.what in ("only on one side", "another shape") for found in differences):
         parallel_state.destroy_model_parallel()
@@ -95,7 +106,7 @@ def verify(config: ConvertConfig, world: World) -> None:
         outputs = compare_outputs(one, other, world, config.text, config.dtype or "float32")
         if world.is_main:
             print(_told(outputs, other.model.is_ar, world))
-    _conclude(config, differences, outputs)
+    _conclude(config, settings, differences, outputs)
 
 
 def _told(outputs: Outputs, is_ar: bool, world: World) -> str:
@@ -106,11 +117,14 @@ def _told(outputs: Outputs, is_ar: bool, world: World) -> str:
     )
 
 
-def _conclude(config: ConvertConfig, differences: list[Difference], outputs: Outputs | None) -> None:
-    if differences or (outputs is not None and not outputs.same):
+def _conclude(
+    config: ConvertConfig, settings: list[Difference], differences: list[Difference], outputs: Outputs | None
+) -> None:
+    if settings or differences or (outputs is not None and not outputs.same):
         tensors = len({found.tensor for found in differences})
         raise ConversionMismatch(
             f"{config.checkpoint} differs from {config.hf} in {tensors} tensors"
+            + (f", {len(settings)} values of config.json" if settings else "")
             + ("" if outputs is None or outputs.same else " and in what it computes"),
             "the same model", "see the table above",
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from nla_megatron.conversion.families import family_of, rules_of
-from nla_megatron.conversion.hf import read_config, truncated_config
+from nla_megatron.conversion.hf import read_config, read_json, truncated_config
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.errors import ConfigError, MissingFile
@@ -112,4 +111,4 @@ def located(directory: Path, companions: Path | None) -> tuple[Path, Path]:
 def is_checkpoint(directory: Path) -> bool:
     """Whether a directory is a megatron-core distributed checkpoint of this format."""
     config = directory / "metadata.json"
-    return config.is_file() and json.loads(config.read_text()).get("sharded_backend") == "torch_dist"
+    return config.is_file() and read_json(config).get("sharded_backend") == "torch_dist"

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from nla_megatron.config.schema import ConvertConfig
-from nla_megatron.conversion.description import Model, checkpoint_files, described, located, parameter_bytes
+from nla_megatron.conversion.description import HEAD, Model, checkpoint_files, described, located, parameter_bytes
 from nla_megatron.conversion.hf import VALUE_HEAD
+from nla_megatron.conversion.manifest import read_manifest
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import plan_shards
 from nla_megatron.errors import ConfigError
@@ -53,6 +54,7 @@ def estimate(config: ConvertConfig) -> Estimate:
         sizes = [sum(each[name] for name in file) for file in files]
     else:
         sizes = [shard.nbytes for shard in plan_shards(specs, config.shard_bytes)]
+        sizes += [model.shape.hidden_size**2 * torch.float32.itemsize] if model.is_ar else []
     elements = sum(map(elements_of, model.rules))
     read, written = elements * source.itemsize, sum(sizes)
     workers = config.processes or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
@@ -77,7 +79,9 @@ def _model(config: ConvertConfig) -> Model:
         return described(source, config.layers, is_ar)
     if config.hf:
         return described(Path(config.hf), config.layers, is_ar=False)
-    return described(located(Path(_given(config, "checkpoint")), None)[1], None, is_ar=False)
+    directory = located(Path(_given(config, "checkpoint")), None)[1]
+    told = read_manifest(directory) or {"tensors": {}}
+    return described(directory, None, is_ar=HEAD in told["tensors"])
 
 
 def _given(config: ConvertConfig, key: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from nla_megatron.conversion.description import HEAD, SIDECAR
 from nla_megatron.conversion.hf import VALUE_HEAD, check_vocabulary, copy_companions, write_index, write_value_head
 from nla_megatron.conversion.manifest import Record, write_manifest
-from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, checksum, plan_shards
+from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, checksum, plan_shards
 from nla_megatron.conversion.source import MegatronSide
 from nla_megatron.conversion.work import Work, room_on
 from nla_megatron.parallel.collectives import barrier, broadcast_object
@@ -61,6 +61,7 @@ class Export:
             self.work.begin()
             todo = self.work.unfinished(names)
         todo = broadcast_object(todo, world)
+        self.work.join()
         with room_on(self.work.partial):
             for name in todo[world.rank :: world.size]:
                 records = self._write(self.shards[names.index(name)])
@@ -82,7 +83,7 @@ class Export:
                 tensors = self.side.parts(rule, [part for part in rule.parts if part.hf in names])
                 self.work.flush_behind(shard.file, sum(spec.nbytes for spec in specs))
                 for spec in specs:
-                    told = file.write(spec.name, tensors.pop(spec.name).to(spec.dtype))
+                    told = file.write(spec.name, cast(tensors.pop(spec.name), spec))
                     records.append(Record.of(spec, told, shard.file))
         finally:
             file.close()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla_megatron.contract.files import atomic_path
 from nla_megatron.conversion.families import family_of
 from nla_megatron.conversion.safetensors_file import (
     Placed,
@@ -34,14 +35,25 @@ _NOT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
 _NOT_OURS = (VALUE_HEAD, "adapter_model.safetensors", "consolidated")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises CheckpointError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}", "a JSON object", "download or write this file again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a {type(found).__name__}", "a JSON object", "download or write this file again")
+    return found
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. Raises MissingFile."""
+    """config.json of a Hugging Face directory. Raises MissingFile, CheckpointError."""
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise MissingFile(
             f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json"
         )
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def read_shape(directory: str | Path) -> ModelShape:
@@ -64,7 +76,7 @@ class SafetensorsReader:
         self._placed: dict[str, Placed] = {}
         index = self.directory / INDEX
         if index.is_file():
-            self._read_indexed(json.loads(index.read_text())["weight_map"])
+            self._read_indexed(_weight_map(index))
         else:
             self._read_all()
 
@@ -133,6 +145,29 @@ class SafetensorsReader:
         return mapped(self._files[name], self._placed[name].start, self.spec(name))
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index} without a weight_map", "tensors and their files", "download the index again")
+    return found
+
+
+def check_tied(reader: SafetensorsReader) -> None:
+    """Raises CheckpointError where a checkpoint of tied embeddings has another output layer of its own."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if head not in reader.names():
+        return
+    pieces = (reader.whole(name).reshape(-1).split(1 << 24) for name in (embedding, head))
+    same = reader.shape(embedding) == reader.shape(head) and all(
+        torch.equal(one.float(), other.float()) for one, other in zip(*pieces, strict=True)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{head} in {reader.directory}, other than {embedding}, with tie_word_embeddings in config.json",
+            "one tensor for both", "set tie_word_embeddings to false, or remove the one that the model does not use",
+        )  # fmt: skip
+
+
 def check_tensors(reader: SafetensorsReader, expected: Iterable[TensorSpec], optional: Iterable[str] = ()) -> None:
     """Raises CheckpointError unless the directory holds exactly `expected`, in their shapes, and some of `optional`."""
     specs = {spec.name: spec for spec in expected}
@@ -159,27 +194,35 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
 
     Placeholders of other modalities are never fed to a text model; tokenizers shared with a multimodal one have them.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"].get("vocab", ())
-    largest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
     unused = _placeholders(directory)
-    added = [one["id"] for one in tokenizer.get("added_tokens", ()) if one["content"] not in unused]
-    largest = max([largest, *added])
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"token id {largest} in {path}", f"ids below the model's vocabulary of {vocab_size}",
-            "take the model's own tokenizer, or resize the model's embedding to the tokenizer",
-        )  # fmt: skip
+    for file, ids_of in (("tokenizer.json", _fast_ids), ("vocab.json", dict), ("added_tokens.json", dict)):
+        path = directory / file
+        if not path.is_file():
+            continue
+        try:
+            ids = ids_of(read_json(path))
+            largest = max((number for token, number in ids.items() if token not in unused), default=0)
+        except (AttributeError, KeyError, TypeError):
+            raise CheckpointError(f"{path} without tokens and ids", "a tokenizer's file", "download it again") from None
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"token id {largest} in {path}", f"ids below the model's vocabulary of {vocab_size}",
+                "take the model's own tokenizer, or resize the model's embedding to the tokenizer",
+            )  # fmt: skip
+
+
+def _fast_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Tokens and ids of a tokenizer.json; unigram models number their tokens by their places."""
+    vocabulary = tokenizer["model"].get("vocab", ())
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {one[0]: at for at, one in enumerate(vocabulary)}
+    return ids | {one["content"]: one["id"] for one in tokenizer.get("added_tokens", ())}
 
 
 def _placeholders(directory: Path) -> set[str]:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return set()
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
     return {str(named[key]) for key in ("image_token", "audio_token", "video_token") if key in named}
@@ -194,9 +237,12 @@ def read_value_head(directory: str | Path) -> Tensor | None:
 
 
 def write_value_head(directory: Path, weight: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"weight": weight.detach().float().cpu().contiguous()}, directory / VALUE_HEAD, metadata={"format": "pt"})
+    spec = TensorSpec("weight", torch.float32, tuple(weight.shape))
+    # A new file: the one before may be another directory's too, by a hard link.
+    with atomic_path(directory / VALUE_HEAD) as path:
+        file = ShardFile(path.parent, Shard(path.name, (spec,)))
+        file.write(spec.name, weight.detach().float().cpu().contiguous())
+        file.close()
 
 
 def write_shards(

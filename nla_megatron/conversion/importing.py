@@ -23,7 +23,7 @@ from nla_megatron.conversion.description import HEAD, SIDECAR, WEIGHTS, checkpoi
 from nla_megatron.conversion.hf import check_vocabulary, copy_companions
 from nla_megatron.conversion.manifest import Record, write_manifest
 from nla_megatron.conversion.rules import Rule
-from nla_megatron.conversion.safetensors_file import TensorSpec, hasher
+from nla_megatron.conversion.safetensors_file import TensorSpec, cast, hasher
 from nla_megatron.conversion.source import HuggingFaceSide
 from nla_megatron.conversion.torch_dist import CheckpointFile, Run, Written, file_name, write_checkpoint_metadata
 from nla_megatron.conversion.work import Work, room_on
@@ -65,10 +65,11 @@ class Import:
         if world.is_main:
             plan = checkpoint_plan(self.side.model.shape, world, is_ar=self.side.model.is_ar)
             self._check_plan(plan)
-            (self.work.partial / WEIGHTS).mkdir(parents=True, exist_ok=True)
             self.work.begin()
+            (self.work.partial / WEIGHTS).mkdir(exist_ok=True)
             mine = plan, self.work.unfinished(names)
         plan, todo = broadcast_object(mine, world)
+        self.work.join()
         with room_on(self.work.partial):
             for name in todo[world.rank :: world.size]:
                 number = names.index(name)
@@ -109,7 +110,10 @@ class Import:
             views = [tensors[HEAD]]
         else:
             dtype = self.dtypes[rule.megatron]
-            tensors = {part.hf: self.side.reader.whole(part.hf).to(dtype) for part in rule.parts}
+            tensors = {
+                part.hf: cast(self.side.reader.whole(part.hf), TensorSpec(part.hf, dtype, rule.hf_shape(part)))
+                for part in rule.parts
+            }
             views = [tensor if rule.rows is not None else tensor.view(rule.part_view(part))
                      for part, tensor in zip(rule.parts, tensors.values(), strict=True)]  # fmt: skip
         digests = [hasher() for _ in views]

@@ -16,19 +16,15 @@ from torch import Tensor
 
 from nla_megatron.conversion.artefacts import value_head_of
 from nla_megatron.conversion.families import rules_of
-from nla_megatron.conversion.hf import SafetensorsReader
+from nla_megatron.conversion.hf import SafetensorsReader, check_tied
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
-from nla_megatron.models.lora import LORA
+from nla_megatron.models.lora import LORA, chunks_of
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
 VALUE_HEAD = "value_head.weight"
-
-
-def chunks_of(model: Any) -> list[Any]:
-    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -67,6 +63,8 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     """
     reader, rules = SafetensorsReader(directory), by_name(rules_of(shape, with_head))
     _check_tensors(reader, list(rules.values()), strict=with_head)
+    if with_head and shape.tied_embeddings:
+        check_tied(reader)
     for name, parameter in global_parameters(model).items():
         if name != VALUE_HEAD and f".{LORA}." not in name:
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))

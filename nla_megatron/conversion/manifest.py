@@ -5,7 +5,6 @@ The checksum is of the tensor's bytes as they are written, so that import and ex
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from nla_megatron.contract.files import git_commit, write_json
-from nla_megatron.conversion.hf import MANIFEST
+from nla_megatron.conversion.hf import MANIFEST, read_json
 from nla_megatron.conversion.safetensors_file import CHECKSUM, TensorSpec
 
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})$")
@@ -50,7 +49,7 @@ def identity_of(directory: Path) -> dict[str, str]:
     for note in sorted((directory / ".cache" / "huggingface" / "download").glob("config.json.metadata")):
         found["commit"] = note.read_text().split("\n", 1)[0]
     config = directory / "config.json"
-    if config.is_file() and (name := json.loads(config.read_text()).get("_name_or_path")):
+    if config.is_file() and (name := read_json(config).get("_name_or_path")):
         found["name"] = name
     before = read_manifest(directory)
     return found if before is None else {**found, "converted_from": before["source"].get("directory", "")}
@@ -89,4 +88,4 @@ def _version(package: str) -> str:
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """The manifest of a directory that a conversion wrote; None in any other."""
     path = directory / MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

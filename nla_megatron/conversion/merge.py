@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from nla_megatron.config.schema import MergeConfig
-from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_companions, read_config, write_shards
-from nla_megatron.conversion.peft_format import WEIGHTS, AdapterReader, PeftConfig, read_peft_config
-from nla_megatron.conversion.safetensors_file import TensorSpec
+from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_companions, read_config, write_index
+from nla_megatron.conversion.lock import Lock
+from nla_megatron.conversion.manifest import Record, dtype_name, read_manifest, write_manifest
+from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
+from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, plan_shards
+from nla_megatron.conversion.work import Work, room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.builder import DTYPES
 
@@ -34,19 +37,46 @@ def merge(
     Args:
         base: a Hugging Face directory; a sidecar and an AR's head in it go along.
         adapter: a directory that `peft` saved; its tokenizer and sidecar, where it has them, take precedence.
-        out: must not exist yet; it appears whole or not at all.
+        out: must not exist yet; it appears whole or not at all, and a merge that was killed goes on where it was.
 
     Raises:
+        DiskFull: no room.
         MissingFile, CheckpointError: the base lacks a weight that is adapted, or has it in another shape.
         UnsupportedModel: the adapter asks for what is not honoured, or the base is quantised.
         RunDirectoryError: `out` is there already.
     """
+    base, adapter, out = Path(base), Path(adapter), Path(out)
+    if out.exists() and read_manifest(out) is None:
+        raise RunDirectoryError(f"{out} is there already", "a new directory", "give another out=, or remove it")
     config = read_peft_config(adapter)
-    merging = Merging(Path(base), AdapterReader(Path(adapter) / WEIGHTS), config)
-    with new_directory(out) as partial:
-        merging.write(partial, merging.config, dtype, shard_bytes)
-        carry(Path(base), partial, _BESIDE)
-        carry(Path(adapter), partial, (*TOKENIZER, *_BESIDE))
+    merging = Merging(base, AdapterReader(adapter / WEIGHTS), config)
+    specs = merging.specs(dtype)
+    shards = {shard.file: shard for shard in plan_shards(specs, shard_bytes)}
+    work = Work(out, _plan(base, adapter, dtype, shard_bytes))
+    if work.check():
+        return
+    work.check_room(sum(shard.nbytes for shard in shards.values()))
+    work.begin()
+    with room_on(work.partial):
+        for file in work.unfinished(list(shards)):
+            work.finish(file, {"records": [vars(one) for one in merging.write_shard(work.partial, shards[file])]})
+        work.flush()
+        write_index(work.partial, list(shards.values()))
+        copy_companions(base, work.partial, merging.config, specs[0].dtype)
+        carry(base, work.partial, _BESIDE)
+        carry(adapter, work.partial, (*TOKENIZER, *_BESIDE))
+        records = (Record(**one) for entry in work.entries(list(shards)) for one in entry["records"])
+        write_manifest(work.partial, base, work.plan, records)
+        work.publish()
+
+
+def _plan(base: Path, adapter: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:
+    files = [*sorted(base.glob("*.safetensors")), adapter / CONFIG, adapter / WEIGHTS]
+    return {
+        "direction": "merge", "source": str(base.resolve()), "adapter": str(adapter.resolve()),
+        "dtype": None if dtype is None else dtype_name(dtype), "shard_bytes": shard_bytes,
+        "shards": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }  # fmt: skip
 
 
 def check(config: MergeConfig, world_size: int) -> None:
@@ -97,22 +127,32 @@ class Merging:
 
     def write(self, directory: Path, config: dict[str, Any], dtype: torch.dtype | None, shard_bytes: int) -> None:
         """Weights, config.json and the base's tokenizer files into an empty directory."""
-        held = [self.reader.spec(name) for name in self.names]
-        specs = [TensorSpec(spec.name, dtype or spec.dtype, spec.shape) for spec in held]
-        write_shards(directory, self.tensors(dtype), shard_bytes, specs)
+        specs = self.specs(dtype)
+        shards = plan_shards(specs, shard_bytes)
+        for shard in shards:
+            self.write_shard(directory, shard)
+        write_index(directory, shards)
         copy_companions(self.base, directory, config, specs[0].dtype)
 
+    def specs(self, dtype: torch.dtype | None) -> list[TensorSpec]:
+        """The merged tensors, sorted by name."""
+        held = [self.reader.spec(name) for name in self.names]
+        return [TensorSpec(spec.name, dtype or spec.dtype, spec.shape) for spec in held]
+
+    def write_shard(self, directory: Path, shard: Shard) -> list[Record]:
+        file = ShardFile(directory, shard)
+        try:
+            return [Record.of(spec, file.write(spec.name, self._merged(spec)), shard.file) for spec in shard.specs]
+        finally:
+            file.close()
+
     @torch.no_grad()
-    def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """(name, merged tensor), sorted by name."""
-        adapted = {f"{module}.weight": module for module in self.pairs.modules}
-        for name in self.names:
-            weight = self.reader.whole(name)
-            target = dtype or weight.dtype
-            if name in adapted:
-                A, B = (self.pairs.whole(adapted[name], matrix).float() for matrix in "AB")
-                weight = weight.float() + (B @ A) * self.adapter.scale_of(adapted[name])
-            yield name, weight.to(target)
+    def _merged(self, spec: TensorSpec) -> Tensor:
+        weight, module = self.reader.whole(spec.name), spec.name.removesuffix(".weight")
+        if module != spec.name and module in self.pairs.modules:
+            A, B = (self.pairs.whole(module, matrix).float() for matrix in "AB")
+            weight = weight.float() + (B @ A) * self.adapter.scale_of(module)
+        return cast(weight, spec)
 
 
 @contextmanager
@@ -120,18 +160,35 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` when the block ends well, and is removed when it does not.
 
     Raises:
-        RunDirectoryError: `out` is there already.
+        RunDirectoryError: `out` is there already, or something else, or somebody else, is beside it.
+        DiskFull: no room.
     """
     partial = Path(f"{out}.partial")
     if Path(out).exists():
         raise RunDirectoryError(f"{out} is there already", "a new directory", "give another out=, or remove it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    lock = Lock(partial, ".lock")
+    if partial.exists() and not lock.path.is_file():
+        raise RunDirectoryError(f"{partial}, which is another command's", "nothing there", "finish that, or remove it")
+    with room_on(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        try:
+            _empty(partial, but=lock.path)
+            yield partial
+            lock.path.unlink()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.release()
+
+
+def _empty(directory: Path, but: Path) -> None:
+    """Remove what a killed command left."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != but:
+            path.unlink()
 
 
 def carry(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

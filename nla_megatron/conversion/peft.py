@@ -21,10 +21,12 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.live import Exporter, global_parameters
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.rules import Part, Rule
-from nla_megatron.errors import CheckpointError, UnsupportedModel
+from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec
+from nla_megatron.conversion.work import room_on
+from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.lora import LORA, adapted, add_lora, merged_local
 from nla_megatron.models.lora_spec import FEED_FORWARD, PROJECTIONS, FusedLinear, LoraSpec, Slot
-from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
@@ -173,31 +175,48 @@ class _AdapterExporter(Exporter):
 
 
 def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: World, base: str) -> None:
-    """Write the adapter as `peft` loads it, whole or not at all; collective, rank 0 writes.
+    """Write the adapter as `peft` loads it, whole or not at all; collective, rank 0 writes, one tensor at a time.
 
     Args:
+        directory: new, or of an adapter, which it replaces.
         base: the base model that the configuration names, a path or a hub's name.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        RunDirectoryError: `directory` holds something else than an adapter.
+        DiskFull: no room.
+    """
+    out = Path(directory)
+    strange = out.exists() and any(out.iterdir()) and not (out / CONFIG).is_file()
+    if broadcast_object(strange if world.is_main else None, world):
+        raise RunDirectoryError(f"{out}, which holds no adapter", "a new directory", "choose another one")
     layers = adapted(model)
     if not layers:
         raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
     spec: LoraSpec = next(iter(layers.values())).lora.spec
-    tensors = {}
-    for name, tensor in _AdapterExporter(model, shape, world, spec).tensors():
-        if world.is_main:
-            tensors[name] = tensor.detach().cpu().contiguous()
+    exporter, partial = _AdapterExporter(model, shape, world, spec), Path(f"{directory}.partial")
     if world.is_main:
         config = PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
-        out, partial = Path(directory), Path(f"{directory}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config.as_json(spec.targets), indent=2) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        with room_on(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_weights(partial, exporter)
+            (partial / CONFIG).write_text(json.dumps(config.as_json(spec.targets), indent=2) + "\n")
+            shutil.rmtree(out, ignore_errors=True)
+            partial.rename(out)
+    else:
+        for _ in exporter.tensors(torch.float32):
+            pass
     barrier(world)
+
+
+def _write_weights(directory: Path, exporter: Exporter) -> None:
+    specs = [TensorSpec(part.hf, torch.float32, rule.hf_shape(part)) for rule in exporter.rules for part in rule.parts]
+    file = ShardFile(directory, Shard(WEIGHTS, tuple(specs)))
+    try:
+        for name, tensor in exporter.tensors(torch.float32):
+            file.write(name, tensor)
+    finally:
+        file.close()
 
 
 class _Merged(Mapping[str, Tensor]):

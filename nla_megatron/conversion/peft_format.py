@@ -6,7 +6,6 @@ known here may change what an adapter means.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nla_megatron.conversion.hf import read_json
+from nla_megatron.conversion.safetensors_file import read_header
 from nla_megatron.errors import CheckpointError, MissingFile, UnsupportedModel
 from nla_megatron.models.lora_spec import scale
 
@@ -88,7 +89,7 @@ def read_peft_config(directory: str | Path) -> PeftConfig:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise MissingFile(f"no {path}", "the directory of a peft adapter", "give the directory that peft saved")
-    raw = json.loads(path.read_text())
+    raw = read_json(path)
     refused = {
         key: value for key, value in raw.items() if key not in _SILENT | _HONOURED and _says_something(key, value)
     }
@@ -130,6 +131,7 @@ class AdapterReader:
 
     Raises:
         MissingFile: no such file.
+        CheckpointError: a damaged file.
         UnsupportedModel: a tensor that is no A or B of a linear layer.
         CheckpointError: an A without its B, or the reverse.
     """
@@ -140,6 +142,7 @@ class AdapterReader:
         if not path.is_file():
             raise MissingFile(f"no {path}", "the weights of an adapter", "save the adapter as safetensors")
         self.path = path
+        read_header(path)  # a damaged file is refused here
         self._file = safe_open(path, "pt")
         self._keys: dict[str, dict[str, str]] = {}
         for key in self._file.keys():

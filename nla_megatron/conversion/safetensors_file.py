@@ -76,10 +76,10 @@ def read_header(path: Path) -> dict[str, Placed]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError:
+        header.pop("__metadata__", None)
+        found = {name: _placed(path, name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{path} with an unreadable header", "a safetensors file", _DAMAGED) from None
-    header.pop("__metadata__", None)
-    found = {name: _placed(path, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for one in sorted(found.values(), key=lambda one: (one.start, one.spec.nbytes)):
         if one.start != end:
@@ -118,6 +118,22 @@ def mapped(path: Path, start: int, spec: TensorSpec) -> Tensor:
     flat = torch.frombuffer(window, dtype=torch.uint8, count=spec.nbytes, offset=start - page)
     # As bytes first: torch refuses a typed view of an address that no allocator would give.
     return flat.view(spec.dtype).view(spec.shape)
+
+
+def cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """The tensor in the dtype of `spec`. Raises CheckpointError where a value would become infinite."""
+    if tensor.dtype == spec.dtype:
+        return tensor
+    most = torch.finfo(spec.dtype).max
+    if tensor.numel() and torch.finfo(tensor.dtype).max > most:
+        largest = max(map(abs, map(float, tensor.aminmax())))
+        if most < largest < float("inf"):
+            raise CheckpointError(
+                f"{largest:.6g} in {spec.name}",
+                f"at most {most:.6g}, the largest {spec.dtype}",
+                "choose another dtype=",
+            )
+    return tensor.to(spec.dtype)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nla_megatron.conversion.checkpoint_plan import CheckpointPlan, checkpoint_plan
 from nla_megatron.conversion.description import HEAD, described, located
-from nla_megatron.conversion.hf import VALUE_HEAD, SafetensorsReader, check_tensors
+from nla_megatron.conversion.hf import VALUE_HEAD, SafetensorsReader, check_tensors, check_tied
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec, mapped, read_header
 from nla_megatron.conversion.torch_dist_reader import TorchDistReader
@@ -39,6 +39,8 @@ class HuggingFaceSide:
             TensorSpec(part.hf, torch.float32, rule.hf_shape(part)) for rule in self.model.rules for part in rule.parts
         ]
         check_tensors(self.reader, expected, self._not_read())
+        if self.model.shape.tied_embeddings and not self.model.is_ar:
+            check_tied(self.reader)
         if has_head:
             self._check_head()
 

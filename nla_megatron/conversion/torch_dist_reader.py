@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
+import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -28,9 +29,14 @@ _STORAGES = {
     "FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16,
     "DoubleStorage": torch.float64,
 }  # fmt: skip
+_UNREADABLE = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, MemoryError,
+    OverflowError,
+)  # fmt: skip
+"""What a damaged pickle raises."""
 _DAMAGED = "copy or save the checkpoint again"
 # Beside the weights in a training checkpoint: the optimizer, generators, empty states of layers.
-_NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state")
 
 
 class TorchDistReader:
@@ -60,7 +66,7 @@ class TorchDistReader:
 
         try:
             return FileSystemReader(self.directory).read_metadata()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except _UNREADABLE as error:
             raise CheckpointError(f"{self.directory / METADATA}: {error}", "a whole file", _DAMAGED) from None
 
     def _check_files(self) -> None:
@@ -76,11 +82,11 @@ class TorchDistReader:
 
     @property
     def is_ar(self) -> bool:
-        return any(key.endswith(HEAD) and not key.startswith("optimizer.") for key in self._tensors)
+        return any(key.endswith(HEAD) and not _NOT_WEIGHTS.match(key) for key in self._tensors)
 
     def num_layers(self) -> int:
         """Blocks of the model, as their attention's output projection tells."""
-        keys = [key for key in self._tensors if not key.startswith(_NOT_WEIGHTS)]
+        keys = [key for key in self._tensors if not _NOT_WEIGHTS.match(key)]
         stacked = [key for key in keys if key.endswith("decoder.layers.self_attention.linear_proj.weight")]
         if stacked:
             return int(self._tensors[stacked[0]].size[0])
@@ -96,10 +102,10 @@ class TorchDistReader:
         Raises:
             CheckpointError: a tensor is missing, left over, or of another shape: it is of another model.
         """
-        candidates = sorted((key for key in self._tensors if key.endswith(_EMBEDDING)), key=len)
-        if not candidates or candidates[0].startswith("optimizer."):
+        keys = [key for key in self._tensors if key.endswith(_EMBEDDING) and not _NOT_WEIGHTS.match(key)]
+        if not keys:
             raise CheckpointError(f"no {_EMBEDDING} in {self.directory}", "a language model's checkpoint", _DAMAGED)
-        self.prefix = candidates[0].removesuffix(_EMBEDDING)
+        self.prefix = min(keys, key=len).removesuffix(_EMBEDDING)
         plans: list[CheckpointPlan] = []
         missing: list[int] = []
         while 0 not in missing and len(plans) < NAMINGS:
@@ -115,7 +121,7 @@ class TorchDistReader:
         found = {
             key.removeprefix(self.prefix): tuple(one.size)
             for key, one in self._tensors.items()
-            if key.startswith(self.prefix) and not key.startswith(_NOT_WEIGHTS)
+            if key.startswith(self.prefix) and not _NOT_WEIGHTS.match(key)
         }
         remedy = "check that config.json is this checkpoint's: it may be of another family or size"
         for problem, keys in (("lacks", expected.keys() - found.keys()), ("also has", found.keys() - expected.keys())):
@@ -126,8 +132,18 @@ class TorchDistReader:
                 )  # fmt: skip
         for key, shape in expected.items():
             there = found[key]
+            self._check_chunks(self.prefix + key)
             if there != shape and not (key in rows and there[1:] == shape[1:] and there[0] >= rows[key]):
                 raise CheckpointError(f"{key} of shape {there} in {self.directory}", f"shape {shape}", remedy)
+
+    def _check_chunks(self, key: str) -> None:
+        """The chunks of one checkpoint do not overlap: they are all there if they have as many elements."""
+        one = self._tensors[key]
+        filled = sum(prod(chunk.sizes) for chunk in one.chunks)
+        if filled != prod(one.size):
+            raise CheckpointError(
+                f"{filled} of {prod(one.size)} elements of {key} in {self.directory}", "all of them", _DAMAGED
+            )
 
     def dtype(self, chunk: Chunk) -> torch.dtype:
         return self._tensors[self.prefix + chunk.key].properties.dtype
@@ -151,7 +167,7 @@ class TorchDistReader:
     def _box(self, key: str, low: list[int], high: list[int], stacked: int) -> Tensor:
         """The elements from `low` to `high` of a tensor whose first `stacked` axes number blocks and experts."""
         shape = [top - bottom for bottom, top in zip(low, high, strict=True)]
-        out: Tensor | None = None
+        out, filled = torch.empty(0), 0
         for stored in self._chunks(key, stacked)[tuple(low[:stacked])]:
             ends = [at + size for at, size in zip(stored.offsets, stored.sizes, strict=True)]
             inner = [(max(a, b), min(c, d)) for a, b, c, d in zip(low, stored.offsets, high, ends, strict=True)]
@@ -161,9 +177,10 @@ class TorchDistReader:
             source = source[tuple(slice(a - at, b - at) for (a, b), at in zip(inner, stored.offsets, strict=True))]
             if list(source.shape) == shape:
                 return source
-            out = torch.empty(shape, dtype=source.dtype) if out is None else out
+            out = out if filled else torch.empty(shape, dtype=source.dtype)
+            filled += source.numel()
             out[tuple(slice(a - at, b - at) for (a, b), at in zip(inner, low, strict=True))].copy_(source)
-        assert out is not None, f"no chunk of {key} holds {low}"
+        assert filled == prod(shape), f"{filled} elements of {key} from {low}: its chunks overlap"
         return out
 
     def _chunks(self, key: str, stacked: int) -> Mapping[tuple[int, ...], list[Any]]:
@@ -191,7 +208,7 @@ class TorchDistReader:
             data, skeleton = entries["data/0"], entries["data.pkl"]
             at = elements_start(window, skeleton)
             layout = _Layout(io.BytesIO(window[at : at + skeleton.file_size])).load()
-        except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError) as error:
+        except (zipfile.BadZipFile, *_UNREADABLE) as error:
             raise CheckpointError(f"{key} in {self.directory}: {error}", "a plain tensor", _DAMAGED) from None
         raw = torch.frombuffer(window, dtype=torch.uint8, count=data.file_size, offset=elements_start(window, data))
         dtype, offset, size, stride = layout

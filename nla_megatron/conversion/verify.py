@@ -63,6 +63,16 @@ def has_own_config(checkpoint: Path) -> bool:
     return True
 
 
+def compare_configurations(one: HuggingFaceSide, other: Side) -> list[Difference]:
+    """What the two sides' config.json say differently of what the model computes."""
+    left, right = vars(one.model.shape), vars(other.model.shape)
+    return [
+        Difference(f"config.json: {key}", str(left[key]), str(right[key]), "another value")
+        for key in left
+        if left[key] != right[key]
+    ]
+
+
 def compare_weights(one: HuggingFaceSide, other: Side, world: World) -> tuple[int, list[Difference]]:
     """How many tensors were compared, and those that differ; each rank reads its share, all get the whole list."""
     left, right = one.specs(), other.specs()
@@ -79,6 +89,13 @@ def compare_weights(one: HuggingFaceSide, other: Side, world: World) -> tuple[in
         else:
             mine += _compare(name, one, other, (left[name], right[name]), told)
     return len(names), [difference for part in gather_objects(mine, world) for difference in part]
+
+
+def rounded(one: HuggingFaceSide, other: Side, differences: list[Difference]) -> int:
+    """How many tensors are the same but for the dtype to which one side has them rounded."""
+    left, right = one.specs(), other.specs()
+    apart = {found.tensor for found in differences}
+    return sum(left[name].dtype != right[name].dtype for name in left.keys() & right.keys() - apart)
 
 
 def _compare(
@@ -101,13 +118,16 @@ def _compare(
 def _difference(one: Tensor, other: Tensor) -> str:
     """How two tensors of one shape differ; "" where one is the other, rounded to its dtype."""
     if one.dtype != other.dtype:
-        coarse = one.dtype if one.dtype.itemsize < other.dtype.itemsize else other.dtype
-        if torch.equal(one.to(coarse), other.to(coarse)):
-            return ""
+        coarse = min(one.dtype.itemsize, other.dtype.itemsize)
+        # Of two as wide as each other either may be the source.
+        for dtype in (one.dtype, other.dtype):
+            if dtype.itemsize == coarse and torch.equal(one.to(dtype), other.to(dtype)):
+                return ""
     apart = 0.0
     # In pieces, so that no fp32 copy of a large tensor is made.
     for a, b in zip(one.reshape(-1).split(1 << 24), other.reshape(-1).split(1 << 24), strict=True):
-        apart = max(apart, float((a.float() - b.float()).abs().max()))
+        gap = float((a.float() - b.float()).abs().nan_to_num(float("inf"), float("inf")).max())
+        apart = max(apart, gap)
     return f"{apart:.3g} apart at most" if apart else "the same values in other bits"
 
 

@@ -1,6 +1,7 @@
 """A conversion under way in OUT.partial: killed at any moment it continues where it was, with any number of workers.
 
     OUT.partial/journal/plan.json     what is converted from what: another conversion is refused
+    OUT.partial/journal/lock          held by the processes that are at it: a second command is refused
     OUT.partial/journal/FILE.json     FILE is finished and on the disk
     OUT.partial/FILE                  finished, or to be written again
 
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.contract.files import write_json
-from nla_megatron.conversion.hf import MANIFEST
+from nla_megatron.conversion.hf import MANIFEST, read_json
+from nla_megatron.conversion.lock import Lock
 from nla_megatron.errors import DiskFull, RunDirectoryError
 
 JOURNAL = "journal"
 _FLUSH_BYTES = 128 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Work:
@@ -45,6 +48,7 @@ class Work:
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: list[Future[None]] = []
         self._behind, self.durable = 0, durable
+        self._lock = Lock(self.partial, f"{JOURNAL}/lock")
 
     def check(self) -> bool:
         """Whether `out` is there already, made by this very conversion.
@@ -54,7 +58,7 @@ class Work:
         """
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             manifest = self.out / MANIFEST
-            found = json.loads(manifest.read_text())["options"] if manifest.is_file() else None
+            found = read_json(manifest).get("options") if manifest.is_file() else None
             if found is None:
                 raise RunDirectoryError(
                     f"{self.out} is not empty and no conversion's result", "a new or empty directory",
@@ -65,9 +69,17 @@ class Work:
             shutil.rmtree(self.out / JOURNAL, ignore_errors=True)
             return True
         if (self.journal / "plan.json").is_file():
-            found = json.loads((self.journal / "plan.json").read_text())
+            found = read_json(self.journal / "plan.json")
             self._compare(found, self.partial, f"repeat its own command, or remove {self.partial}")
+        elif self.partial.is_file() or any(map(self._is_outside_journal, self.partial.rglob("*"))):
+            raise RunDirectoryError(
+                f"{self.partial}, which no conversion began", "nothing there, or what a killed conversion left",
+                "move it away, or choose another out=",
+            )  # fmt: skip
         return False
+
+    def _is_outside_journal(self, path: Path) -> bool:
+        return path.is_file() and self.journal not in path.parents
 
     def _compare(self, found: dict[str, Any], where: Path, remedy: str) -> None:
         for key in sorted({*found, *self.plan}):
@@ -78,10 +90,13 @@ class Work:
                 )  # fmt: skip
 
     def check_room(self, needed: int) -> None:
-        """Raises DiskFull where `needed` bytes, less what is there already, do not fit."""
+        """Raises RunDirectoryError where nothing can be written, DiskFull where `needed` bytes, less what is there
+        already, do not fit."""
         place = self.partial
         while not place.exists():
             place = place.resolve().parent
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise RunDirectoryError(f"{place}, where nothing can be written", "a directory", "choose another out=")
         written = sum(path.stat().st_size for path in self.partial.glob("*") if path.is_file())
         written += sum(path.stat().st_size for path in self.partial.glob("weights/*"))
         free = shutil.disk_usage(place).free
@@ -92,10 +107,23 @@ class Work:
             )  # fmt: skip
 
     def begin(self) -> None:
-        """Make OUT.partial this conversion's; one process calls it."""
-        self.journal.mkdir(parents=True, exist_ok=True)
-        if not (self.journal / "plan.json").is_file():
-            write_json(self.journal / "plan.json", self.plan)
+        """Make OUT.partial this conversion's; one process calls it.
+
+        Raises RunDirectoryError where another one is at it, or has finished it since `check`.
+        """
+        with room_on(self.partial):
+            self.journal.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
+            if self.check():
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise RunDirectoryError(f"{self.out} has just been made by another process", "one", "nothing")
+            if not (self.journal / "plan.json").is_file():
+                write_json(self.journal / "plan.json", self.plan)
+
+    def join(self) -> None:
+        """Each process, once one has begun: until its `flush` no other command writes here."""
+        with room_on(self.partial):
+            self._lock.join()
 
     def unfinished(self, files: Sequence[str]) -> list[str]:
         return [file for file in files if not (self._entry(file).is_file() and (self.partial / file).is_file())]
@@ -129,18 +157,20 @@ class Work:
         for done in self._flushing:
             done.result()
         self._flushing.clear()
+        self._lock.leave()
 
     def entries(self, files: Sequence[str]) -> list[dict[str, Any]]:
         return [json.loads(self._entry(file).read_text()) for file in files]
 
     def publish(self) -> None:
         """The last step, by one process: OUT.partial becomes OUT."""
-        for path in self.partial.rglob("*") if self.durable else ():
-            if path.is_file():
-                flush_to_disk(path)
+        # The lock would end with the first file handle on it that is closed.
+        for path in filter(self._is_outside_journal, self.partial.rglob("*") if self.durable else ()):
+            flush_to_disk(path)
         if self.out.exists():
             self.out.rmdir()
         self.partial.rename(self.out)
+        self._lock.release()
         shutil.rmtree(self.out / JOURNAL)
 
 
@@ -151,10 +181,16 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def room_on(directory: Path) -> Iterator[None]:
-    """Inside, a full disk, a used-up quota and a limit on the size of a file raise DiskFull."""
+    """Inside, a full disk, a used-up quota and a limit on the size of a file raise DiskFull, and a place that is not
+    ours to write to raises RunDirectoryError."""
     try:
         yield
     except OSError as error:
+        if error.errno in _FORBIDDEN:
+            raise RunDirectoryError(
+                f"{os.strerror(error.errno or 0)}: {error.filename or directory}", "files that may be read and written",
+                "change the permissions, or choose another out=",
+            ) from error  # fmt: skip
         if error.errno not in _FULL:
             raise
         raise DiskFull(

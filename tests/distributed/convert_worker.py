@@ -111,9 +111,27 @@ def train(scratch: Path, world: World) -> None:
     Checkpoints(scratch / "run", "rl", world, keep=1).save(1, modules, {})
 
 
+def train_mixture(scratch: Path, world: World) -> None:
+    """The same of a mixture over EP 2, whose experts have an optimizer of their own."""
+    from nla_megatron.training.checkpoint import Checkpoints
+    from nla_megatron.training.module import TrainModule
+
+    hf = scratch / MIXTURES[0] / "hf"
+    shape = read_shape(hf)
+    av = build_verbalizer(shape, world, "float32")
+    load_from_hf(av, str(hf), shape, world, with_head=True)
+    module = TrainModule(av, world, OptimConfig(), 1, 1, "float32")
+    Checkpoints(scratch / "mixture", "rl", world, keep=1).save(1, {"av": module}, {})
+
+
 def trained(scratch: Path, world: World) -> dict[str, Any]:
     """What is exported of that checkpoint, with the base model's configuration."""
     checkpoint, hf = scratch / "run" / "checkpoints" / "step_00000001", scratch / SAVED[0] / "hf"
+    mixture = scratch / MIXTURES[0] / "hf"
+    Export(
+        scratch / "mixture" / "checkpoints" / "step_00000001" / "av", mixture, scratch / "mixture hf", world,
+        shard_bytes=SMALL,
+    ).run(world)  # fmt: skip
     for name in ("av", "ar"):
         Export(checkpoint / name, hf, scratch / "run" / f"{name} hf", world, shard_bytes=SMALL).run(world)
     if not world.is_main:
@@ -122,6 +140,7 @@ def trained(scratch: Path, world: World) -> dict[str, Any]:
     beyond = [name for name in different(hf, scratch / "run" / "ar hf") if not name.startswith(AR_LACKS)]
     return {
         "av": different(hf, scratch / "run" / "av hf"),
+        "mixture": different(mixture, scratch / "mixture hf"),
         "ar": beyond,
         "blocks": read_shape(scratch / "run" / "ar hf").num_layers,
         "head": torch.equal(head, 2 * torch.eye(len(head))),
@@ -176,6 +195,9 @@ def main(result: str, scratch_name: str) -> None:
         barrier(world)
         convert(scratch, name, world)
     found["memory"] = memory(scratch, world)
+    parallel_state.destroy_model_parallel()
+    world = initialise(ParallelConfig(ep=2))
+    train_mixture(scratch, world)
     parallel_state.destroy_model_parallel()
     world = initialise(ParallelConfig(tp=2, pp=2))
     train(scratch, world)

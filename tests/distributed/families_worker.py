@@ -1,6 +1,7 @@
-"""Every family on the layouts that four ranks can have: conversion there and back, and logits, against transformers.
+"""Every family on the layouts of four ranks, or of eight: conversion there and back, and logits, against transformers.
 
-Arguments: RESULT SCRATCH. Rank 0 writes, per family and layout, what differs. Legend: B rows, T tokens, V vocabulary.
+Arguments: RESULT SCRATCH [wide]. Rank 0 writes, per family and layout, what differs. Legend: B rows, T tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -58,13 +59,19 @@ SPECIAL_EXPERT: dict[str, dict[str, Any]] = {
     "pp2 vpp2 ep2": {"pp": 2, "vpp": 2, "ep": 2},
 }
 LAYOUTS = {**PLAIN, **EXPERT, **SPECIAL, **SPECIAL_EXPERT}
+WIDE: dict[str, dict[str, Any]] = {
+    "tp4 pp2": {"tp": 4, "pp": 2},
+    "tp2 pp2 ep2": {"tp": 2, "pp": 2, "ep": 2},
+    "tp4 pp2 ep2 etp2": {"tp": 4, "pp": 2, "ep": 2, "etp": 2},
+}
+"""Layouts of eight ranks."""
 THOROUGH = ("gemma2", "qwen3-moe")
 """Families that go through the special layouts, which are alike for all."""
 VARIANTS = ("qwen2-window", "llama-biased", "qwen3-moe-plain")
 """Other configurations of families that are there already: fewer layouts."""
 WITHOUT_HEAD = ("llama", "gemma3", "qwen3-moe")
 """Families whose first blocks are compared on their own too, as the AR has them."""
-COMPUTED = {"tp1", "tp2 pp2", *EXPERT, *SPECIAL_EXPERT} - {"pp2 vpp2 ep2"}
+COMPUTED = {"tp1", "tp2 pp2", *EXPERT, *SPECIAL_EXPERT, *WIDE} - {"pp2 vpp2 ep2"}
 TRAINED = (("llama-biased", "tp2 pp2"), ("gemma3", "tp2 pp2"), ("qwen3-moe", "ep2"), ("qwen3-moe", "etp2 ep2"))
 """(family, layout) whose loss and gradients are compared too."""
 RESHARDED = {"gemma2": ("tp2 pp2", "pp2 vpp2"), "qwen3-moe": ("pp2 ep2", "tp4 ep2 etp2")}
@@ -76,6 +83,10 @@ def layouts_of(name: str) -> list[str]:
         return ["tp1", "tp4", "tp2 pp2", *(["ep2"] if name in MIXTURES else [])]
     dense = [*PLAIN, *(SPECIAL if name in THOROUGH else ())]
     return [*dense, *EXPERT, *(SPECIAL_EXPERT if name in THOROUGH else ())] if name in MIXTURES else dense
+
+
+def wide_layouts_of(name: str) -> list[str]:
+    return list(WIDE) if name in MIXTURES else ["tp4 pp2"]
 
 
 def tokens() -> Tensor:
@@ -188,16 +199,17 @@ def described(model: list[Any]) -> dict[str, Any]:
     return {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model)}
 
 
-def main(result: str, scratch: str) -> None:
+def main(result: str, scratch: str, width: str = "") -> None:
     from megatron.core import parallel_state
 
     found: dict[str, Any] = {}
-    for layout, options in LAYOUTS.items():
+    layouts, of_family = (WIDE, wide_layouts_of) if width == "wide" else (LAYOUTS, layouts_of)
+    for number, (layout, options) in enumerate(layouts.items()):
         world = initialise(ParallelConfig(**options))
-        if layout == "tp1":
+        if number == 0:
             references(Path(scratch), world)
         for name in MODELS:
-            if layout in layouts_of(name):
+            if layout in of_family(name):
                 found[f"{name} {layout}"] = on_layout(name, layout, Path(scratch), world)
         barrier(world)
         parallel_state.destroy_model_parallel()
@@ -207,4 +219,4 @@ def main(result: str, scratch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])

@@ -36,7 +36,7 @@ def test_what_megatron_core_saves_at_tp2_pp2_exports_bit_exact(found: Any, name:
 
 
 def test_a_training_checkpoint_exports_bit_exact_with_its_base_models_configuration(found: Any) -> None:
-    assert found["trained"] == {"av": [], "ar": [], "blocks": 3, "head": True}
+    assert found["trained"] == {"av": [], "mixture": [], "ar": [], "blocks": 3, "head": True}
 
 
 @pytest.mark.parametrize("name", CUT)

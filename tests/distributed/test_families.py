@@ -6,17 +6,36 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.families_worker import COMPUTED, RESHARDED, TRAINED, WITHOUT_HEAD, layouts_of
+from tests.distributed.families_worker import (
+    COMPUTED,
+    RESHARDED,
+    TRAINED,
+    WITHOUT_HEAD,
+    layouts_of,
+    wide_layouts_of,
+)
 from tests.support.families import MODELS
 from tests.support.ranks import torchrun
 
 CASES = [(name, layout) for name in MODELS for layout in layouts_of(name)]
+WIDE_CASES = [(name, layout) for name in MODELS for layout in wide_layouts_of(name)]
 COMPUTED_CASES = [(name, layout) for name, layout in CASES if layout in COMPUTED]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torchrun("families_worker", 4, str(tmp_path_factory.mktemp("families")))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return torchrun("families_worker", 8, str(tmp_path_factory.mktemp("wide")), "wide")
+
+
+@pytest.mark.parametrize(("name", "layout"), WIDE_CASES)
+def test_eight_ranks_are_bit_exact_and_compute_what_transformers_does(wide: Any, name: str, layout: str) -> None:
+    found = wide[f"{name} {layout}"]
+    assert found["different"] == [] and found["logits"] <= 2e-5
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -108,8 +108,14 @@ def base_shape(config: Mapping[str, Any], architecture: str, rope: Mapping[str, 
 
 
 def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if new and old and any(new.get(key, value) != value for key, value in old.items()):
+    return one_rope(config.get("rope_parameters") or {}, config.get("rope_scaling") or {})
+
+
+def one_rope(new: Mapping[str, Any], old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary parameters under transformers' new key and under its old one, where both must say the same."""
+    renamed = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+    # Which of two that differ is meant depends on the version of transformers.
+    if new and any(new.get(key) != value for key, value in renamed.items()):
         refuse(f"rope_parameters={new!r} and rope_scaling={old!r}", "one of the two")
     return new or old
 
@@ -117,6 +123,8 @@ def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of one kind of block. Raises UnsupportedModel for a type or a key that is not honoured."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("type") not in (None, kind):
+        refuse(f"rope_type={kind!r} and type={rope['type']!r}", "one of the two")
     if kind not in _ROPE_KEYS:
         refuse(f"rope_type={kind!r}", f"one of {', '.join(_ROPE_KEYS)}")
     known = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}

@@ -10,7 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from nla_megatron.conversion.families import gemma2
-from nla_megatron.conversion.families.configuration import base_shape, checked, read_rope, refuse, required, write_rope
+from nla_megatron.conversion.families.configuration import (
+    base_shape,
+    checked,
+    one_rope,
+    read_rope,
+    refuse,
+    required,
+    write_rope,
+)
 from nla_megatron.conversion.families.gemma2 import rules
 from nla_megatron.types import ModelShape
 
@@ -44,7 +52,7 @@ def _ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     new = config.get("rope_parameters") or {}
     if new and not new.keys() <= {"full_attention", "sliding_attention"}:
         refuse(f"rope_parameters={new!r}", "full_attention and sliding_attention in it")
-    rope = {**(new.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
+    rope = dict(one_rope(new.get("full_attention") or {}, config.get("rope_scaling") or {}))
     local = dict(new.get("sliding_attention") or {})
     return rope, {"rope_theta": config["rope_local_base_freq"], **local}
 

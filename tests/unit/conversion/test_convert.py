@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -90,6 +91,19 @@ def test_the_dtype_asked_for_is_the_dtype_written(hf: Path, mcore: Path, tmp_pat
     source = SafetensorsReader(hf)
     assert all(torch.equal(tensor, source.whole(name).bfloat16()) for name, tensor in found.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_value_that_a_dtype_cannot_hold_is_refused(hf: Path, tmp_path: Path) -> None:
+    """In fp16 it would become infinite."""
+    large = tmp_path / "large"
+    shutil.copytree(hf, large)
+    edited_tensors(large, lambda have: have[NORM].__setitem__(3, 1e5))
+    for source, direction in ((f"hf={large}", "import"), (f"checkpoint={tmp_path / 'exact'}", "export")):
+        if direction == "export":
+            convert("import", f"hf={large}", f"out={tmp_path / 'exact'}")
+        out = tmp_path / f"{direction}ed"
+        assert f"100000 in {NORM}" in refused("CheckpointError", direction, source, f"out={out}", "dtype=float16")
+        assert not out.exists()
 
 
 def test_an_ar_is_cut_out_of_a_whole_model_and_keeps_its_head(hf: Path, tmp_path: Path) -> None:
@@ -216,8 +230,15 @@ def edited_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], ob
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
+def cut_short(path: Path, by: int = 1000) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def without_a_chunk(checkpoint: Path) -> None:
+    path = checkpoint / "weights" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["decoder.layers.self_attention.linear_proj.weight"].chunks.pop()
+    path.write_bytes(pickle.dumps(metadata))
 
 
 NORM = "model.norm.weight"
@@ -261,6 +282,17 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda at: edited_config(at, architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
         "CheckpointError", "no place for",
     ),
+    "a damaged config": (lambda at: cut_short(at / "config.json", 20), "CheckpointError", "config.json: "),
+    "a damaged index": (lambda at: (at / INDEX).write_text('{"weight_map": {'), "CheckpointError", f"{INDEX}: "),
+    "an index without a map": (lambda at: (at / INDEX).write_text("{}"), "CheckpointError", "without a weight_map"),
+    "a damaged tokenizer": (lambda at: cut_short(at / "tokenizer.json"), "CheckpointError", "tokenizer.json: "),
+    "a damaged head": (lambda at: (at / "value_head.safetensors").touch(), "CheckpointError", "value_head"),
+    "tied embeddings that differ": (
+        lambda at: edited_config(at, tie_word_embeddings=True), "CheckpointError", "other than model.embed_tokens",
+    ),
+    "two kinds of rotary scaling": (
+        lambda at: edited_config(at, rope_scaling={"type": "dynamic", "factor": 2.0}), "UnsupportedModel", "dynamic",
+    ),
     "an unknown family": (
         lambda at: edited_config(at, architectures=["NobodysModel"]), "UnsupportedModel", "NobodysModel",
     ),
@@ -288,6 +320,8 @@ def test_an_import_of_a_bad_directory_is_refused_before_it_begins(
 BAD_CHECKPOINT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a missing file": (lambda at: (at / "weights" / "__2_0.distcp").unlink(), "MissingFile", "__2_0.distcp"),
     "a truncated file": (lambda at: cut_short(at / "weights" / "__2_0.distcp"), "CheckpointError", "__2_0.distcp"),
+    "a chunk too few": (without_a_chunk, "CheckpointError", "elements of decoder.layers.self_attention.linear_proj"),
+    "damaged settings": (lambda at: cut_short(at / "weights" / "metadata.json", 5), "CheckpointError", "metadata.json"),
     "truncated metadata": (lambda at: cut_short(at / "weights" / ".metadata"), "CheckpointError", ".metadata"),
     "no checkpoint": (lambda at: shutil.rmtree(at / "weights"), "MissingFile", "no checkpoint in"),
     "no config": (lambda at: (at / "config.json").unlink(), "MissingFile", "hf="),
@@ -334,6 +368,18 @@ def test_verify_names_each_tensor_that_differs(hf: Path, mcore: Path, tmp_path: 
     lines = [line for line in done.stdout.splitlines() if line.startswith("model.")]
     assert len(lines) == 1 and lines[0].startswith(name) and "0.25 apart" in lines[0], done.stdout
     assert "they differ" in done.stdout
+    count = len(SafetensorsReader(hf).names())
+    assert f"{count - 1} of {count} tensors are the same, 1 of them rounded to another dtype" in done.stdout
+
+
+def test_verify_names_each_value_of_the_configuration_that_differs(hf: Path, mcore: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    edited_config(other, rope_theta=77.0, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    done = command("convert", "verify", f"hf={other}", f"checkpoint={mcore}", "logits=false")
+    assert done.returncode == 1 and "0 tensors, 1 values of config.json" in done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("config.json: ")]
+    assert line.split() == ["config.json:", "rope_theta", "77.0", "10000.0", "another", "value"]
 
 
 def test_verify_without_logits_needs_no_tokenizer(hf: Path, mcore: Path, tmp_path: Path) -> None:

@@ -80,6 +80,21 @@ def test_an_ar_is_its_blocks_and_its_head(tmp_path: Path) -> None:
     assert cut.written_bytes == 2 * cut.parameters + 4 * 8192**2
 
 
+def test_an_export_of_an_ar_has_its_tensors(tmp_path: Path) -> None:
+    """Of an import that noted a head: neither final norm nor output layer."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_70B))
+    ar = tmp_path / "ar"
+    (ar / "weights").mkdir(parents=True)
+    (ar / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (ar / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 54}))
+    (ar / "conversion.json").write_text('{"tensors": {"value_head.weight": {}}}')
+    told = estimate(ConvertConfig(direction="export", checkpoint=str(ar)))
+    cut = estimate(ConvertConfig(hf=str(tmp_path / "hf"), layers=54))
+    assert (told.parameters, told.tensors) == (cut.parameters, cut.tensors)
+    assert 0 <= told.written_bytes - cut.written_bytes < 1e6, "the headers of the files"
+
+
 def test_the_command_prints_it_and_writes_nothing(
     model: tuple[Path, int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:

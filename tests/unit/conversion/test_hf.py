@@ -13,6 +13,7 @@ import torch
 from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import (
     INDEX,
+    VALUE_HEAD,
     SafetensorsReader,
     check_vocabulary,
     copy_companions,
@@ -179,6 +180,20 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused(
         check_vocabulary(directory, largest)
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "added_tokens.json"])
+def test_a_tokenizer_of_the_older_form_is_held_against_the_vocabulary_too(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text(json.dumps({"a": 1, "b": 7}))
+    check_vocabulary(tmp_path, 8)
+    with pytest.raises(CheckpointError, match=f"token id 7 in .*{file}"):
+        check_vocabulary(tmp_path, 7)
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="without tokens"):
+        check_vocabulary(tmp_path, 7)
+
+
 def test_a_directory_without_a_tokenizer_has_none_that_is_too_large(tmp_path: Path) -> None:
     check_vocabulary(tmp_path, 1)
 
@@ -206,6 +221,16 @@ def test_the_value_head_comes_back_in_fp32(tmp_path: Path) -> None:
     write_value_head(tmp_path, head)
     found = read_value_head(tmp_path)
     assert found is not None and found.dtype == torch.float32 and torch.equal(found, head.float())
+
+
+def test_a_value_head_is_a_file_of_its_own(tmp_path: Path) -> None:
+    """What is written to one directory changes no other, whose file it was by a hard link."""
+    write_value_head(tmp_path, torch.eye(3))
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / VALUE_HEAD).hardlink_to(tmp_path / VALUE_HEAD)
+    write_value_head(tmp_path / "copy", torch.zeros(3, 3))
+    found = read_value_head(tmp_path)
+    assert found is not None and torch.equal(found, torch.eye(3))
 
 
 def test_a_truncated_config_cuts_every_list_of_layers_and_nothing_else() -> None:

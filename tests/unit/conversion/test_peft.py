@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.conversion.merge import merge
 from nla_megatron.conversion.peft import attach, load_adapter, save_adapter
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, PeftConfig, read_peft_config
-from nla_megatron.errors import CheckpointError, MissingFile, NlaError, RunDirectoryError, UnsupportedModel
+from nla_megatron.conversion.safetensors_file import checksum
+from nla_megatron.errors import CheckpointError, DiskFull, MissingFile, NlaError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.lora_spec import LoraSpec
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, initialise, shut_down
@@ -145,6 +148,52 @@ def test_a_refused_merge_leaves_nothing(base: Path, adapters: dict[str, Path], t
         merge(base, adapters["plain"], tmp_path / "merged")
 
 
+def test_a_merge_that_was_broken_off_goes_on_and_notes_what_it_wrote(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    merge(base, adapters["plain"], whole, shard_bytes=100_000)
+    told = json.loads((whole / "conversion.json").read_text())["tensors"]
+    assert told.keys() == tensors(whole).keys()
+    assert all(checksum(tensor) == told[name]["checksum"] for name, tensor in tensors(whole).items())
+    partial = Path(f"{out}.partial")
+    *finished, in_the_way = sorted(path.name for path in whole.glob("*.safetensors"))[:3]
+    (partial / in_the_way).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        merge(base, adapters["plain"], out, shard_bytes=100_000)
+    assert not out.exists()
+    (partial / in_the_way).rmdir()
+    deadline = time.monotonic() + 30
+    while not all((partial / "journal" / f"{name}.json").is_file() for name in finished):
+        assert time.monotonic() < deadline, "what was finished is noted in the background"
+        time.sleep(0.01)
+    before = {name: (partial / name).stat().st_mtime_ns for name in finished}
+    with pytest.raises(RunDirectoryError, match="adapter="):
+        merge(base, adapters["rslora"], out, shard_bytes=100_000)
+    merge(base, adapters["plain"], out, shard_bytes=100_000)
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in whole.glob("*.safetensors"))
+
+
+def test_a_full_disk_ends_a_merge_by_name(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limit[1]))
+    try:
+        with pytest.raises(DiskFull, match="File too large"):
+            merge(base, adapters["plain"], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_adapter_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    for number, file in enumerate((WEIGHTS, CONFIG)):
+        bad = altered(adapters["plain"], tmp_path / f"bad{number}")
+        (bad / file).write_bytes((bad / file).read_bytes()[:-10])
+        with pytest.raises(CheckpointError, match=file):
+            merge(base, bad, tmp_path / "merged")
+
+
 def test_a_quantised_base_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     quantised = tiny_model(tmp_path / "base")
     config = json.loads((quantised / "config.json").read_text())
@@ -250,6 +299,18 @@ def test_what_is_loaded_is_written_back_for_peft(
             logits.append(reference(ids).logits)
     assert torch.equal(*logits)
     assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+
+
+def test_only_an_adapter_is_replaced_by_one(world: World, base: Path, tmp_path: Path) -> None:
+    model, shape = live(base, world), read_shape(base)
+    attach(model, shape, world, LoraSpec(2, 4.0, ("q_proj",)))
+    for _ in range(2):
+        save_adapter(model, tmp_path / "adapter", shape, world, "base")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "model.safetensors").touch()
+    with pytest.raises(RunDirectoryError, match="precious, which holds no adapter"):
+        save_adapter(model, tmp_path / "precious", shape, world, "base")
+    assert (tmp_path / "precious" / "model.safetensors").is_file()
 
 
 def test_peft_knows_every_key_that_is_written(world: World, base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nla_megatron.conversion.safetensors_file import (
     Shard,
     ShardFile,
     TensorSpec,
+    cast,
     checksum,
     index_of,
     mapped,
@@ -92,6 +93,38 @@ def test_a_file_with_more_than_its_header_says_is_refused(saved: Path) -> None:
 def test_a_header_that_contradicts_itself_is_refused(saved: Path, entry: dict[str, object], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         read_header(rewritten(saved, **entry))
+
+
+@pytest.mark.parametrize(
+    "header", [[], {"a": 3}, {"a": {}}, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}]
+)
+def test_a_header_of_another_form_is_refused(tmp_path: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors with an unreadable header"):
+        read_header(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "target", "fits"),
+    [
+        (65504.0, torch.float32, torch.float16, True),
+        (-65600.0, torch.float32, torch.float16, False),
+        (1e5, torch.bfloat16, torch.float16, False),
+        (1e39, torch.float64, torch.float32, False),
+        (float("inf"), torch.float32, torch.float16, True),
+        (3e38, torch.float32, torch.bfloat16, True),
+    ],
+)
+def test_a_value_without_a_place_in_a_dtype_is_no_infinity(
+    value: float, source: torch.dtype, target: torch.dtype, fits: bool
+) -> None:
+    tensor, spec = torch.tensor([1.0, value], dtype=source), TensorSpec("x", target, (2,))
+    if fits:
+        assert torch.equal(cast(tensor, spec), tensor.to(target))
+    else:
+        with pytest.raises(CheckpointError, match="in x"):
+            cast(tensor, spec)
 
 
 def test_safetensors_reads_a_shard_that_was_written_in_any_order(tmp_path: Path) -> None:

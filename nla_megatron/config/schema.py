@@ -145,7 +145,18 @@ class RolloutConfig:
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.3
     """The rest of the device belongs to training."""
-    cpu_kv_cache_gib: int = 1
+    cpu_kv_cache_gib: float = 1.0
+    kv_block_size: int | None = None
+    """Tokens of a block of the cache; only whole blocks are shared. None: vLLM's own, 16 on a GPU and 128 on a CPU."""
+    prefix_caching: bool = True
+    """Prompts with equal tokens and equal interventions are computed once."""
+    compiled: bool | None = None
+    """torch.compile and CUDA graphs. None: on a GPU; a CPU engine would start in half a minute in place of seconds."""
+    sleep: bool = False
+    """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is no limit. With top_p or top_k log-probs stay those of the whole distribution, at temperature 1 only."""
     max_logprob_gap: float | None = None
     """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
     record: bool = False
@@ -156,9 +167,23 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         _at_least("rollout.tp", self.tp, 1)
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("rollout.top_k", self.top_k, 0)
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature}", "0 (greedy) or above", "raise it")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p={self.top_p}", "above 0, at most 1", "set rollout.top_p")
+        if self.filters and self.temperature not in (0.0, 1.0):
+            raise ConfigError(
+                f"rollout.temperature={self.temperature} with top_p={self.top_p} and top_k={self.top_k}",
+                "temperature 1 with filters: vLLM gives log-probs after temperature and filters, or before both",
+                "sample without filters, or at temperature 1",
+            )  # fmt: skip
+
+    @property
+    def filters(self) -> bool:
+        """Whether sampling is kept to some of the tokens."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True)

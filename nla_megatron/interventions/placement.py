@@ -1,0 +1,96 @@
+"""Which tokens an intervention touches, for both sides that run a model.
+
+The sampler sees spans of a request (a chunk of its prompt, then one token at a time, or all again after a preemption);
+the trainer sees whole rows. Both name a span by the absolute index of its first token, so both ask the same function.
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+UNTOUCHED = -1
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one request: `count` of them from absolute index `first`; the prompt has `prompt_tokens`.
+
+    Example:
+        >>> Span(first=4, count=3, prompt_tokens=6).decode_steps()
+        array([0, 0, 0])
+    """
+
+    first: int
+    count: int
+    prompt_tokens: int
+
+    def decode_steps(self) -> np.ndarray:
+        """For each token how many tokens of the response come before it; 0 in the prompt. (count,) int64."""
+        return np.maximum(np.arange(self.first, self.first + self.count) - self.prompt_tokens, 0)
+
+
+def touched(where: str, span: Span, positions: Sequence[int] = ()) -> tuple[range, ...]:
+    """The tokens of `span` that an intervention touches, as ranges of indices relative to the span's first token.
+
+    Args:
+        where: one of `spec.WHERE`.
+        span: the tokens looked at.
+        positions: absolute indices in the prompt, for "positions".
+
+    Example:
+        >>> touched("generated", Span(first=4, count=3, prompt_tokens=6))
+        (range(2, 3),)
+    """
+    if where == "positions":
+        relative = (position - span.first for position in positions)
+        return tuple(range(index, index + 1) for index in relative if 0 <= index < span.count)
+    boundary = min(max(span.prompt_tokens - span.first, 0), span.count)
+    begin = boundary if where == "generated" else 0
+    end = boundary if where == "prompt" else span.count
+    return (range(begin, end),) if begin < end else ()
+
+
+def mark(slot_T: np.ndarray, where: str, slot: int, at: int, span: Span, positions: Sequence[int] = ()) -> int:
+    """Write `slot` at the touched tokens of a span that begins at index `at` of the batch; how many there are.
+
+    Args:
+        slot_T: (T,) int32 or int64, changed in place; the caller fills it with `UNTOUCHED` before each batch.
+        slot: the request's row in the tables.
+    """
+    count = 0
+    for indices in touched(where, span, positions):
+        slot_T[at + indices.start : at + indices.stop] = slot
+        count += len(indices)
+    return count
+
+
+def row_slots(
+    where: str,
+    width: int,
+    lengths: Sequence[int],
+    prompt_tokens: Sequence[int],
+    positions: Sequence[Sequence[int]] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and decode steps of right-padded rows; row b's slot is b, and padding is untouched.
+
+    Args:
+        where: one of `spec.WHERE`.
+        width: T, padding included.
+        lengths, prompt_tokens: of each row.
+        positions: absolute indices of each row, for "positions".
+
+    Returns:
+        slots (B, T) int32 and decode steps (B, T) int64. A rank of sequence parallelism, or one that stores tokens
+        first, takes its part of them as of any other tensor of the batch.
+    """
+    slot_BT = np.full((len(lengths), width), UNTOUCHED, dtype=np.int32)
+    step_BT = np.zeros((len(lengths), width), dtype=np.int64)
+    for row, (length, prompt) in enumerate(zip(lengths, prompt_tokens, strict=True)):
+        span = Span(0, length, prompt)
+        mark(slot_BT[row], where, row, 0, span, positions[row] if positions else ())
+        step_BT[row, :length] = span.decode_steps()
+    return slot_BT, step_BT

@@ -18,19 +18,22 @@ from nla_megatron.interventions.placement import Span, touched
 from nla_megatron.interventions.spec import Intervention
 
 
+_CACHED = "cached without it"
+
+
 @dataclass(frozen=True)
 class Asked:
     """The interventions of one request, in the order of the engine's.
 
-    `prompt_tokens`: where generated tokens begin. `positions`: absolute, for interventions at "positions". `vector_D`
-    fp32, after any projection; None where no intervention takes one. `strengths`: F of each intervention, None where it
-    leaves this request alone. `samples`: responses that share all this.
+    `prompt_tokens`: where generated tokens begin. `positions`: absolute, for interventions at "positions". `vectors`:
+    fp32 (D,) for each intervention, after any projection; None where it takes none. `strengths`: F of each intervention,
+    None where it leaves this request alone. `samples`: responses that share all this.
     """
 
     name: str
     prompt_tokens: int
     positions: tuple[int, ...]
-    vector_D: np.ndarray | None
+    vectors: tuple[np.ndarray | None, ...]
     strengths: tuple[tuple[float, ...] | None, ...]
     salt: str
     samples: int = 1
@@ -38,7 +41,7 @@ class Asked:
 
 def salt_of(
     interventions: Sequence[Intervention],
-    vector_D: np.ndarray | None,
+    vectors: Sequence[np.ndarray | None],
     strengths: Sequence[Sequence[float] | None],
     positions: Sequence[int],
     prompt_tokens: int,
@@ -52,8 +55,8 @@ def salt_of(
         "prompt_tokens": None if all(_ends_in_prompt(each) for each in interventions) else prompt_tokens,
     }
     digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode())
-    if vector_D is not None:
-        digest.update(np.ascontiguousarray(vector_D, dtype=np.float32).tobytes())
+    for vector_D in vectors:
+        digest.update(b"none" if vector_D is None else np.ascontiguousarray(vector_D, dtype=np.float32).tobytes())
     return digest.hexdigest()
 
 
@@ -111,12 +114,15 @@ class Ledger:
             if period.marked == period.applied:
                 self._remember(asked[period.key].salt, period)
         reports, wrong = [], []
+        consequences = []
         for stays in by_request.values():
             wanted = asked[stays[0].key]
             problems = [problem for period in stays for problem in self._problems(wanted, period)]
-            wrong += [f"{wanted.name}: {problem}" for problem in problems[:1]]
+            # What others find in the cache is told after what went wrong when it was computed.
+            told = consequences if problems and problems[0].startswith(_CACHED) else wrong
+            told += [f"{wanted.name}: {problem}" for problem in problems[:1]]
             reports.append(self._report(wanted, stays))
-        return reports, wrong
+        return reports, wrong + consequences
 
     def _remember(self, salt: str, period: Period) -> None:
         seen = self._seen.setdefault(salt, [set() for _ in self.interventions])
@@ -133,8 +139,8 @@ class Ledger:
             known = seen[index] if seen is not None else set()
             unseen = {position for position in needed - changed if position >= period.cached or position not in known}
             if unseen:
-                source = "cached without it" if min(unseen) < period.cached else "not marked"
-                yield f"position {min(unseen)} {source} at {intervention.place} ({len(unseen)} of {len(needed)} tokens)"
+                source = _CACHED if min(unseen) < period.cached else "not marked"
+                yield f"{source} at {intervention.place}, position {min(unseen)} ({len(unseen)} of {len(needed)} tokens)"
             if extra := changed - needed:
                 yield f"position {min(extra)} changed at {intervention.place}, which nobody asked for"
 

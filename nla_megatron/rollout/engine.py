@@ -16,6 +16,7 @@ from nla_megatron.parallel.world import World
 from nla_megatron.rollout.accounting import Asked, Ledger, Report, missing_samples
 from nla_megatron.rollout.plugin import NAME
 from nla_megatron.rollout.requests import (
+    Project,
     Prompt,
     PromptRequest,
     Terms,
@@ -44,7 +45,10 @@ class Engine:
     Args:
         intervention: the configuration's one, or any number of `Intervention`.
         marker: what must stand at every position; None where any token may.
-        project: for the mode `project`, vectors (N, E) to (N, D), as the trainer has it at that moment.
+        project: what the mode `project` does to the vectors.
+
+    Raises:
+        LayoutError, ConfigError, VersionError: what it is started with does not fit.
     """
 
     def __init__(
@@ -57,11 +61,13 @@ class Engine:
         eos_id: int,
         seed: int,
         marker: Marker | None = None,
-        project: Any = None,
+        project: Project | None = None,
     ):
         check_rollout_layout(shape, config.tp, world.size)
         interventions = as_interventions(intervention)
         check_layers(interventions, shape.num_layers)
+        if project is None and any(each.mode == "project" for each in interventions):
+            raise ConfigError("mode project without a projection", "Engine(project=...)", "pass the trainer's")
         limit = min(config.max_model_len, shape.max_positions)
         self.terms = Terms(interventions, shape.hidden_size, limit, marker)
         self.config, self.world, self.eos_id, self.tied = config, world, eos_id, shape.tied_embeddings
@@ -81,7 +87,7 @@ class Engine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
         self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
-        self._forget()
+        self.forget()
 
     def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """vLLM packs a tied output layer apart from the embedding: not named, it would keep its old weights."""
@@ -90,8 +96,8 @@ class Engine:
             if self.tied and name == "model.embed_tokens.weight":
                 yield "lm_head.weight", tensor
 
-    def _forget(self) -> None:
-        """Keys and values of other weights are of no use."""
+    def forget(self) -> None:
+        """Empty the prefix cache, as `load` does: keys and values of other weights are of no use."""
         assert self.llm.reset_prefix_cache(), "no request is under way"
         self.ledger.clear()
 
@@ -221,11 +227,7 @@ class Engine:
             key: [len(ids) + len(sample.token_ids) - 1 for sample in output.outputs]
             for key, ids, output in zip(asked, prompts, outputs, strict=True)
         }
-        wrong += missing_samples(asked, periods, fed)
-        if wrong:
-            # Blocks that were computed without their intervention must not be found again.
-            self._forget()
-        return outputs, wrong
+        return outputs, wrong + missing_samples(asked, periods, fed)
 
     def _rollout(self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float]) -> Rollout:
         finished = bool(ids) and ids[-1] == self.eos_id
@@ -245,6 +247,9 @@ class Engine:
         digest = hashlib.sha256(repr([(r.group, r.sample, r.row, r.response_ids) for r in mine]).encode()).hexdigest()
         leads = self.world.rank % self.config.tp == 0
         everyone = gather_objects((digest, wrong, mine if leads else None), self.world)
+        if any(problems for _, problems, _ in everyone):
+            # Blocks that were computed without their intervention must not be found again, by any rank of a replica.
+            self.forget()
         rollouts: list[Rollout] = []
         for rank, (seen, problems, sent) in enumerate(everyone):
             first = rank - rank % self.config.tp

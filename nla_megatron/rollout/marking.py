@@ -157,12 +157,10 @@ class Marker:
 
     def _fill(self, admitted: list[Live]) -> None:
         slots = [live.slot for live in admitted]
-        vectors = [live.asked.vector_D for live in admitted if live.asked.vector_D is not None]
-        vectors_ND = torch.from_numpy(np.stack(vectors)) if vectors else None
         for number, site in enumerate(self.sites):
             nothing = (0.0,) * site.intervention.num_strengths
             strengths = torch.tensor([live.asked.strengths[number] or nothing for live in admitted])
-            site.fill(slots, vectors_ND, strengths)
+            site.fill(slots, [live.asked.vectors[number] for live in admitted], strengths)
 
     def _release(self, requests: Iterable[str]) -> None:
         leaving = [self.live.pop(request) for request in requests if request in self.live]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
 
+Project = Callable[[np.ndarray], np.ndarray]
+"""For the mode `project`: vectors (N, E) to (N, D), as the trainer has it at that moment."""
+
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Plain text, token ids, or the messages of a chat."""
 
@@ -84,10 +87,6 @@ class Terms:
     max_model_len: int
     marker: Marker | None = None
 
-    @property
-    def takes_vectors(self) -> bool:
-        return any(each.takes_vectors for each in self.interventions)
-
     def check(self, requests: Sequence[PromptRequest], samples: int, new_tokens: Sequence[int]) -> None:
         """Everything that is known without the vectors; `new_tokens` of each request.
 
@@ -115,37 +114,49 @@ class Terms:
                     check_positions(intervention, request.prompt_ids, positions, self.marker, request.name)
 
     def asked(
-        self, requests: Sequence[PromptRequest], samples: int, vectors: Vectors, project: Any, training_step: int
+        self, requests: Sequence[PromptRequest], samples: int, vectors: Vectors, project: Project | None, training_step: int
     ) -> dict[str, Asked]:
         """The requests as the worker knows them, by key.
 
         Raises:
             WidthError, ColumnError: vectors of another width, not finite, or of no direction.
         """
-        vectors_ND = self._vectors(requests, vectors, project)
+        by_site = self._vectors(requests, vectors, project)
         asked = {}
         for index, request in enumerate(requests):
-            vector_D = None if vectors_ND is None else vectors_ND[index]
             strengths, positions = self._strengths(request, training_step), self._all_positions(request)
-            prompt = len(request.prompt_ids)
-            salt = salt_of(self.interventions, vector_D, strengths, positions, prompt)
-            asked[str(index)] = Asked(
-                request.name, prompt, positions, vector_D, strengths, salt, request.samples or samples
+            own = tuple(
+                None if vectors_ND is None or taken is None else vectors_ND[index]
+                for vectors_ND, taken in zip(by_site, strengths, strict=True)
             )
+            prompt = len(request.prompt_ids)
+            salt = salt_of(self.interventions, own, strengths, positions, prompt)
+            asked[str(index)] = Asked(request.name, prompt, positions, own, strengths, salt, request.samples or samples)
         return asked
 
-    def _vectors(self, requests: Sequence[PromptRequest], vectors: Vectors, project: Any) -> np.ndarray | None:
-        if not self.takes_vectors or not requests:
-            return None
-        raw_ND = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
+    def _vectors(
+        self, requests: Sequence[PromptRequest], vectors: Vectors, project: Project | None
+    ) -> list[np.ndarray | None]:
+        """For each intervention what its requests bring, (N, D), or None where it takes no vectors."""
+        if not requests or not any(each.takes_vectors for each in self.interventions):
+            return [None] * len(self.interventions)
+        raw_NE = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
         names = [request.name for request in requests]
+        brought: list[np.ndarray | None] = []
         for intervention in self.interventions:
-            if intervention.takes_vectors:
-                try:
-                    check_vectors(intervention, raw_ND, self.hidden_size, names)
-                except InjectionError as error:
-                    raise ColumnError(error.found, error.expected, "extract the table again") from error
-        return raw_ND if project is None else np.ascontiguousarray(project(raw_ND), dtype=np.float32)
+            if not intervention.takes_vectors:
+                brought.append(None)
+                continue
+            try:
+                check_vectors(intervention, raw_NE, self.hidden_size, names)
+            except InjectionError as error:
+                raise ColumnError(error.found, error.expected, "extract the table again") from error
+            if intervention.mode == "project":
+                assert project is not None, "checked when the engine starts"
+                brought.append(np.ascontiguousarray(project(raw_NE), dtype=np.float32))
+            else:
+                brought.append(raw_NE)
+        return brought
 
     def _strengths(self, request: PromptRequest, training_step: int) -> tuple[tuple[float, ...] | None, ...]:
         """For each intervention, None where the request does not take it."""

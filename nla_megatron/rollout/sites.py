@@ -6,6 +6,7 @@ them. Legend: T tokens of a batch, S slots, D hidden, F strengths of a slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -68,11 +69,13 @@ class Site:
                 self.slots.factor_T[:stale].copy_(self._factor[:stale], non_blocking=True)
         self._dirty = end
 
-    def fill(self, slots: list[int], vectors_ND: Tensor | None, strength_NF: Tensor) -> None:
-        """Put requests into slots: their vectors (N, D), where the intervention takes any, and strengths (N, F)."""
+    def fill(self, slots: list[int], vectors: Sequence[np.ndarray | None], strength_NF: Tensor) -> None:
+        """Put N requests into slots: their vectors (D,), None for one that brings none, and strengths (N, F)."""
         index = torch.tensor(slots).to(self.device, non_blocking=True)
         self.slots.strength_SF[index] = strength_NF.to(self.device, non_blocking=True)
-        if vectors_ND is not None and self.intervention.takes_vectors:
+        if any(vector_D is not None for vector_D in vectors):
+            nothing = np.zeros(self.slots.table_SD.shape[1], dtype=np.float32)
+            vectors_ND = torch.from_numpy(np.stack([nothing if each is None else each for each in vectors]))
             self.slots.table_SD[index] = vectors_ND.to(self.device, non_blocking=True)
 
     def take_applied(self, slots: list[int]) -> Tensor:

@@ -16,6 +16,15 @@ _BLOCK = 1024
 
 
 @triton.jit
+def _stream(hidden, residual, inside, HAS_RESIDUAL: tl.constexpr):
+    """The whole stream in fp32, rounded to its own dtype as the trainer's is."""
+    x = tl.load(hidden, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    return x.to(hidden.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _change(
     hidden, residual, slot_T, table_SD, strength_S, factor_T, applied_S, hidden_stride, residual_stride, width,
     MODE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,11 +42,7 @@ def _change(
         v = tl.load(vector + start + column, mask=inside, other=0.0)
         vector_sum += v * v
         if MODE == 0:
-            x = tl.load(row + start + column, mask=inside, other=0.0)
-            if HAS_RESIDUAL:
-                # Rounded to the stream's own dtype, as the trainer's stream is.
-                x = (x + tl.load(rest + start + column, mask=inside, other=0.0)).to(x.dtype)
-            x = x.to(tl.float32)
+            x = _stream(row + start + column, rest + start + column, inside, HAS_RESIDUAL)
             stream_sum += x * x
     scale = tl.load(strength_S + slot) * tl.load(factor_T + token)
     if MODE != 2:
@@ -46,16 +51,14 @@ def _change(
         scale = scale * tl.sqrt(tl.sum(stream_sum))
     for start in range(0, width, BLOCK):
         inside = start + column < width
-        x = tl.load(row + start + column, mask=inside, other=0.0)
-        dtype = x.dtype
-        added = scale * tl.load(vector + start + column, mask=inside, other=0.0)
-        r = tl.zeros((BLOCK,), tl.float32)
-        if HAS_RESIDUAL:
-            r = tl.load(rest + start + column, mask=inside, other=0.0).to(tl.float32)
-        whole = added
+        whole = scale * tl.load(vector + start + column, mask=inside, other=0.0)
         if MODE != 1:
-            whole += (x.to(tl.float32) + r).to(dtype).to(tl.float32)
-        tl.store(row + start + column, (whole.to(dtype).to(tl.float32) - r).to(dtype), mask=inside)
+            whole += _stream(row + start + column, rest + start + column, inside, HAS_RESIDUAL)
+        # Rounded like the trainer's stream, before the residual's share is taken off.
+        whole = whole.to(hidden.dtype.element_ty).to(tl.float32)
+        if HAS_RESIDUAL:
+            whole -= tl.load(rest + start + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(row + start + column, whole.to(hidden.dtype.element_ty), mask=inside)
     tl.atomic_add(applied_S + slot, 1)
 
 

@@ -3,10 +3,11 @@
     python tools/bench_rollout.py                  # both layouts, on the ranks it starts itself
     python tools/bench_rollout.py --repeats 5 --requests 256 --new-tokens 32
 
-The last line is JSON: `injected_over_plain_tp1` and `injected_over_plain_tp2`, tokens/s with a vector of its own in every
-request, accounts and exchange included, over vLLM alone on the same prompts, medians of paired runs; `prefix_cache_speedup`, groups of 8 with a long
-prompt, with the cache over without; `logprob_error_max` against a transformers model hooked by hand. Plain is
-vLLM's own worker on an unchanged model. The machine should have nothing else to do.
+The last line is JSON. `injected_over_plain_tp1` and `injected_over_plain_tp2`: tokens/s with a vector of its own in
+each request, accounts and exchange included, over vLLM alone on the same prompts, medians of paired runs.
+`prefix_cache_speedup`: groups of 8 with a long prompt, with the cache over without. `logprob_error_max`: against a
+transformers model hooked by hand. Plain is vLLM's own worker on an unchanged model. The machine should have nothing
+else to do.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Plain:
         self.llm = LLM(
             directory, skip_tokenizer_init=True, dtype=config.dtype, max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_prefix_caching=True, tensor_parallel_size=config.tp, distributed_executor_backend="external_launcher",
+            enable_prefix_caching=True, tensor_parallel_size=config.tp,
+            distributed_executor_backend="external_launcher",
             logprobs_mode="processed_logprobs", enforce_eager=True, disable_log_stats=True, use_tqdm_on_load=False,
             kv_cache_memory_bytes=int(config.cpu_kv_cache_gib * 2**30), seed=0,
         )  # fmt: skip
@@ -141,7 +143,8 @@ def ratio(
     options: argparse.Namespace, rate: Callable[[Any], float], first: Any, second: Any, what: str
 ) -> float:  # fmt: skip
     """Median over pairs of the first engine's rate over the second's; who begins alternates."""
-    rate(first), rate(second)  # the first call of an engine is slow
+    for engine in (first, second, first, second):
+        rate(engine)  # the first calls of an engine are slow
     pairs = []
     for number in range(options.repeats):
         order = (first, second) if number % 2 else (second, first)
@@ -150,7 +153,8 @@ def ratio(
     medians = [statistics.median(each) for each in zip(*pairs, strict=True)]
     median = statistics.median(a / b for a, b in pairs)
     spread = f"{min(a / b for a, b in pairs):.3f} to {max(a / b for a, b in pairs):.3f}"
-    print(f"{what}: {medians[0]:.0f} over {medians[1]:.0f} tokens/s, ratio {median:.3f} ({spread})", file=sys.stderr)
+    if first.world.is_main:
+        print(f"{what}: {medians[0]:.0f} over {medians[1]:.0f} tokens/s, {median:.3f} ({spread})", file=sys.stderr)
     return median
 
 

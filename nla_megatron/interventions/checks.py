@@ -104,7 +104,7 @@ def check_positions(
 
 
 def _check_marker(prompt_ids: Sequence[int], position: int, marker: Marker, request: str) -> None:
-    wanted = {-1: marker.left_id, 0: marker.token_id, 1: marker.right_id}
+    wanted = {0: marker.token_id, -1: marker.left_id, 1: marker.right_id}
     for offset, token_id in wanted.items():
         index = position + offset
         found = prompt_ids[index] if 0 <= index < len(prompt_ids) else None

@@ -112,7 +112,9 @@ def apply(formula: Formula, stream_TD: Tensor, slots: Slots) -> Tensor:
         stream_TD: the full residual stream; untouched tokens may hold anything, also NaN.
     """
     touched_T1, inputs = _masked(stream_TD, slots)
-    return torch.where(touched_T1, formula.change(*inputs), _NOTHING).to(stream_TD.dtype)
+    # Not the constant: compilers lose the sign of a written zero, but not of a computed one.
+    nothing_T1 = -touched_T1.float()
+    return torch.where(touched_T1, formula.change(*inputs), nothing_T1).to(stream_TD.dtype)
 
 
 def apply_whole(formula: Formula, stream_TD: Tensor, slots: Slots) -> Tensor:

@@ -1,8 +1,8 @@
 """What was asked of the sampler's interventions, what was done, and whether the two agree.
 
 A request may be served in several periods, because a preempted one begins anew. In each of them every token that an
-intervention touches was either changed, or its block came out of the prefix cache; and then tokens of the same salt must
-have been changed since the cache was last emptied.
+intervention touches was either changed, or its block came out of the prefix cache; and then tokens of the same salt
+must have been changed since the cache was last emptied.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
 from nla_megatron.interventions.placement import Span, touched
 from nla_megatron.interventions.spec import Intervention
-
 
 _CACHED = "cached without it"
 
@@ -26,8 +26,8 @@ class Asked:
     """The interventions of one request, in the order of the engine's.
 
     `prompt_tokens`: where generated tokens begin. `positions`: absolute, for interventions at "positions". `vectors`:
-    fp32 (D,) for each intervention, after any projection; None where it takes none. `strengths`: F of each intervention,
-    None where it leaves this request alone. `samples`: responses that share all this.
+    fp32 (D,) for each intervention, after any projection; None where it takes none. `strengths`: F of each
+    intervention, None where it leaves this request alone. `samples`: responses that share all this.
     """
 
     name: str
@@ -48,7 +48,7 @@ def salt_of(
 ) -> str:
     """What a cached block depends on besides its tokens: equal for equal content, whoever brings it."""
     place = {
-        "interventions": [each.to_dict() for each in interventions],
+        "interventions": _digest(tuple(interventions)),
         "strengths": [each if each is None else list(each) for each in strengths],
         "positions": list(positions),
         # Where the prompt ends is nothing to a marker in it, so that longer prompts share it.
@@ -58,6 +58,12 @@ def salt_of(
     for vector_D in vectors:
         digest.update(b"none" if vector_D is None else np.ascontiguousarray(vector_D, dtype=np.float32).tobytes())
     return digest.hexdigest()
+
+
+@cache
+def _digest(interventions: tuple[Intervention, ...]) -> str:
+    values = json.dumps([each.to_dict() for each in interventions], sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 def _ends_in_prompt(intervention: Intervention) -> bool:
@@ -107,14 +113,15 @@ class Ledger:
         self._seen.clear()
 
     def settle(self, asked: Mapping[str, Asked], periods: Iterable[Period]) -> tuple[list[Report], list[str]]:
-        """The account of a batch: a report per sample, and a line for each request that did not get what it asked for."""
+        """The account of a batch: a report per sample, and a line for each that did not get what it asked for."""
         by_request: dict[str, list[Period]] = {}
         for period in periods:
             by_request.setdefault(period.request, []).append(period)
             if period.marked == period.applied:
                 self._remember(asked[period.key].salt, period)
-        reports, wrong = [], []
-        consequences = []
+        reports: list[Report] = []
+        wrong: list[str] = []
+        consequences: list[str] = []
         for stays in by_request.values():
             wanted = asked[stays[0].key]
             problems = [problem for period in stays for problem in self._problems(wanted, period)]
@@ -140,7 +147,8 @@ class Ledger:
             unseen = {position for position in needed - changed if position >= period.cached or position not in known}
             if unseen:
                 source = _CACHED if min(unseen) < period.cached else "not marked"
-                yield f"{source} at {intervention.place}, position {min(unseen)} ({len(unseen)} of {len(needed)} tokens)"
+                counts = f"{len(unseen)} of {len(needed)} tokens"
+                yield f"{source} at {intervention.place}, position {min(unseen)} ({counts})"
             if extra := changed - needed:
                 yield f"position {min(extra)} changed at {intervention.place}, which nobody asked for"
 

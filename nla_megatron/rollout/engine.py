@@ -138,7 +138,9 @@ class Engine:
         ]
         mine = [requests[index] for index in shares(weights, self.replicas)[self.replica]]
         asked = self.terms.asked(mine, samples, vectors, self.project, training_step)
-        params = [self._sampling(request, key, each.samples) for request, (key, each) in zip(mine, asked.items(), strict=True)]
+        params = [
+            self._sampling(request, key, each.samples) for request, (key, each) in zip(mine, asked.items(), strict=True)
+        ]
         outputs, wrong = self._run([request.prompt_ids for request in mine], params, asked)
         rollouts = [
             self._rollout(

@@ -16,7 +16,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _stream(hidden, residual, inside, HAS_RESIDUAL: tl.constexpr):
+def _stream(hidden, residual, inside, HAS_RESIDUAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """The whole stream in fp32, rounded to its own dtype as the trainer's is."""
     x = tl.load(hidden, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -25,7 +25,7 @@ def _stream(hidden, residual, inside, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def _change(
+def _change(  # type: ignore[no-untyped-def]
     hidden, residual, slot_T, table_SD, strength_S, factor_T, applied_S, hidden_stride, residual_stride, width,
     MODE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

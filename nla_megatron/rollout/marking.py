@@ -1,8 +1,8 @@
 """Which tokens of a batch take which slot: the host's side of every forward pass.
 
 A request holds a slot from when it is first scheduled until it ends or is preempted. vLLM runs no more requests at once
-than there are slots; the others wait in its queue. Tokens that continue a response are marked all at once: the time this
-takes does not grow with the requests that have nothing to mark. Legend: R requests of a batch, S slots, N tokens.
+than there are slots; the others wait in its queue. Tokens that continue a response are marked all at once: the time
+this takes does not grow with the requests that have nothing to mark. Legend: R requests of a batch, S slots, N tokens.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Marker:
         self.live: dict[str, Live] = {}
         self._keys: dict[str, str] = {}
         self._free = list(reversed(range(slots)))
+        self._batch: list[str] = []
+        self._slots_R = np.empty(0, dtype=np.int64)
         self._closed: list[tuple[list[Period], list[torch.Tensor]]] = []
         self._fed_S = np.zeros(slots, dtype=np.int64)
         self._prompt_S = np.zeros(slots, dtype=np.int64)
@@ -93,20 +95,18 @@ class Marker:
         first_R = batch.num_computed_tokens_cpu[: len(counts_R)]
         for site in self.sites:
             site.clear()
-        live, requests = self.live, batch.req_ids
-        holders = (live.get(request) for request in requests)
-        slots_R = np.array([-1 if each is None else each.slot for each in holders], dtype=np.int64)
+        requests, slots_R = batch.req_ids, self._slots_of(batch.req_ids)
         ours = np.flatnonzero(slots_R >= 0)
         self._fed_S[slots_R[ours]] = (first_R + counts_R)[ours]
         decodes = (counts_R == 1) & (first_R >= batch.num_prompt_tokens[: len(counts_R)])
-        chunks = [index for index in ours if not decodes[index]]
+        chunks = ours[~decodes[ours]].tolist()
         continued = ours[decodes[ours]]
         for number, site in enumerate(self.sites):
             rows = [
                 row
                 for index in chunks
                 for row in self._mark_chunk(
-                    number, site, live[requests[index]], int(starts_R[index]), int(first_R[index]), int(counts_R[index])
+                    number, self.live[requests[index]], int(starts_R[index]), int(first_R[index]), int(counts_R[index])
                 )
             ]
             marked = np.array(rows, dtype=np.int64)
@@ -116,11 +116,18 @@ class Marker:
                 marked = np.concatenate([marked, starts_R[chosen].astype(np.int64)])
             site.send(marked)
 
-    def _mark_chunk(
-        self, number: int, site: Site, live: Live, start: int, first: int, count: int
-    ) -> Iterable[int]:  # fmt: skip
+    def _slots_of(self, requests: list[str]) -> np.ndarray:
+        """The slot of each request of the batch, -1 for none: looked up only when the batch has changed."""
+        if requests != self._batch:
+            self._batch = list(requests)
+            holders = (self.live.get(request) for request in requests)
+            self._slots_R = np.array([-1 if each is None else each.slot for each in holders], dtype=np.int64)
+        return self._slots_R
+
+    def _mark_chunk(self, number: int, live: Live, start: int, first: int, count: int) -> Iterable[int]:
         """Several tokens of one request, prompt or recomputed; the tokens of the batch that were marked."""
-        where, asked = site.intervention.where, live.asked
+        site, asked = self.sites[number], live.asked
+        where = site.intervention.where
         if asked.strengths[number] is None:
             return
         span = Span(first, count, asked.prompt_tokens)
@@ -149,6 +156,7 @@ class Marker:
         key, slot = self._keys[request], self._free.pop()
         count = len(self.sites)
         period = Period(key, request, cached, cached, [[] for _ in range(count)], [0] * count)
+        self._batch = []
         self.live[request] = live = Live(slot, self.asked[key], period)
         self._fed_S[slot], self._prompt_S[slot] = cached, live.asked.prompt_tokens
         self._first_S[:, slot] = self._stop_S[:, slot] = 0
@@ -166,6 +174,7 @@ class Marker:
         leaving = [self.live.pop(request) for request in requests if request in self.live]
         if not leaving:
             return
+        self._batch = []
         for live in leaving:
             live.period.fed = int(self._fed_S[live.slot])
             for number in range(len(self.sites)):

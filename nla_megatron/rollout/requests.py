@@ -33,8 +33,8 @@ class PromptRequest:
 
     `more_positions`: further places of the same vector. `only`: numbers of the engine's interventions that this request
     takes; None is all, () leaves it as the model is. `strengths`: for each intervention of the engine one number, or F
-    for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response; its
-    log-probs are those at temperature 1.
+    for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response;
+    its log-probs are those at temperature 1.
     """
 
     group: int
@@ -114,7 +114,12 @@ class Terms:
                     check_positions(intervention, request.prompt_ids, positions, self.marker, request.name)
 
     def asked(
-        self, requests: Sequence[PromptRequest], samples: int, vectors: Vectors, project: Project | None, training_step: int
+        self,
+        requests: Sequence[PromptRequest],
+        samples: int,
+        vectors: Vectors,
+        project: Project | None,
+        training_step: int,
     ) -> dict[str, Asked]:
         """The requests as the worker knows them, by key.
 

@@ -22,9 +22,9 @@ class Site:
     """Where an intervention happens.
 
     `slots` is what the operator reads: `slot_T` (tokens,) int32, `table_SD` and `strength_SF` one row per request that
-    is under way, `factor_T` (tokens,) the schedule over decode steps. `applied_S` counts, on the device, the tokens that
-    were changed. The host's copies of the buffers per token are `host_slot_T` and `host_factor_T`; on the CPU they are
-    the buffers themselves.
+    is under way, `factor_T` (tokens,) the schedule over decode steps. `applied_S` counts, on the device, the tokens
+    that were changed. The host's copies of the buffers per token are `host_slot_T` and `host_factor_T`; on the CPU they
+    are the buffers themselves.
     """
 
     def __init__(
@@ -42,9 +42,8 @@ class Site:
         assert self.slots.factor_T is not None
         self.applied_S = torch.zeros(slots, dtype=torch.int64, device=device)
         on_host = device.type == "cpu"
-        pinned = {"pin_memory": not on_host}
-        self._slot = self.slots.slot_T if on_host else torch.full((tokens,), UNTOUCHED, dtype=torch.int32, **pinned)
-        self._factor = self.slots.factor_T if on_host else torch.full((tokens,), float(self.factors[0]), **pinned)
+        self._slot = self.slots.slot_T if on_host else self.slots.slot_T.cpu().pin_memory()
+        self._factor = self.slots.factor_T if on_host else self.slots.factor_T.cpu().pin_memory()
         self.host_slot_T, self.host_factor_T = self._slot.numpy(), self._factor.numpy()
         self.rows_N: Tensor | None = None
         self._dirty = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from nla_megatron.interventions.sae_files import load_sae
@@ -21,7 +20,7 @@ class InterveningWorker:
 
     vllm_config: Any
     model_runner: Any
-    device: torch.device
+    device: Any
 
     def load_model(self, **options: Any) -> None:
         # Sites are built outside vLLM's memory pool, which sleeping gives back.

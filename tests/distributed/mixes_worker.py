@@ -1,4 +1,6 @@
-"""Random mixes of requests on a real engine: lengths, vectors, interventions, arrivals, aborts. Arguments: RESULT SCRATCH.
+"""Random mixes of requests on a real engine: lengths, vectors, interventions, arrivals, aborts.
+
+Arguments: RESULT SCRATCH.
 
 Before and after every site the whole stream is kept, and each token of it compared with the change that its request
 asked for there, made by hand; a token that nobody asked for must come out bit for bit. Then a compiled engine is
@@ -138,7 +140,11 @@ def serve(engine: Engine, recorder: Recorder, mix: list[Arrival]) -> None:
             if arrival.at == step:
                 prompt = {"prompt_token_ids": list(arrival.request.prompt_ids), "cache_salt": asked[key].salt}
                 params = SamplingParams(
-                    max_tokens=arrival.new_tokens, seed=number, ignore_eos=True, detokenize=False, extra_args={NAME: key}
+                    max_tokens=arrival.new_tokens,
+                    seed=number,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args={NAME: key},
                 )
                 names[number] = serving.add_request(f"{COUNTS['mixes']}.{number}", prompt, params) or ""
             if arrival.abort is not None and arrival.at + arrival.abort == step:

@@ -1,7 +1,7 @@
 """The sampler injects what it was asked to, says so, and refuses to go on when it did not.
 
-Every prompt is cut (batches of 32 tokens), sequences are preempted (half of the cache they want), blocks are shared, and
-all modes run at once in one batch; the reference is a transformers model hooked token by token.
+Every prompt is cut (batches of 32 tokens), sequences are preempted (half of the cache they want), blocks are shared,
+and all modes run at once in one batch; the reference is a transformers model hooked token by token.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def test_what_cannot_be_served_is_named_before_generation(found: Any, fault: str
     assert found[fault].startswith(message)
     if fault in ("nan", "zero"):
         norm = {"nan": "nan", "zero": "0.0"}[fault]
-        assert found[fault].endswith(f"vectors cannot be injected; the first, of request group 1 (row 1), has norm {norm}")
+        assert found[fault].endswith(
+            f"vectors cannot be injected; the first, of request group 1 (row 1), has norm {norm}"
+        )
 
 
 def test_a_request_that_is_never_marked_stops_the_step_and_is_named(found: Any) -> None:

@@ -74,9 +74,20 @@ def write_sae(directory: Path, width: int, features: int = 24) -> PlainSae:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
 
-    tensors = {"W_enc": draw(width, features), "b_enc": draw(features), "W_dec": draw(features, width), "b_dec": draw(width)}
+    tensors = {
+        "W_enc": draw(width, features),
+        "b_enc": draw(features),
+        "W_dec": draw(features, width),
+        "b_dec": draw(width),
+    }
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"architecture": "standard", "d_in": width, "d_sae": features, "apply_b_dec_to_input": False, "dtype": "float32"}
+    config = {
+        "architecture": "standard",
+        "d_in": width,
+        "d_sae": features,
+        "apply_b_dec_to_input": False,
+        "dtype": "float32",
+    }
     (directory / "cfg.json").write_text(json.dumps(config))
     save_file(tensors, directory / "sae_weights.safetensors")
     return PlainSae(tensors)
@@ -84,7 +95,7 @@ def write_sae(directory: Path, width: int, features: int = 24) -> PlainSae:
 
 @dataclass(frozen=True)
 class Change:
-    """One intervention by hand: `strength(t)` of the token at position t of the sequence, None where it is left alone."""
+    """One intervention by hand: `strength(t)` of the token at position t, None where it is left alone."""
 
     layer: int | str
     formula: Formula

@@ -155,8 +155,9 @@ class RolloutConfig:
     sleep: bool = False
     """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
     top_p: float = 1.0
+    """Sample among the likeliest tokens that have this probability together; log-probs stay those of all tokens."""
     top_k: int = 0
-    """0 is no limit. With top_p or top_k log-probs stay those of the whole distribution, at temperature 1 only."""
+    """Sample among so many likeliest tokens; 0 is no limit. With top_k or top_p the temperature is 1."""
     max_logprob_gap: float | None = None
     """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
     record: bool = False

@@ -75,9 +75,9 @@ def test_reloaded_weights_are_the_ones_that_sample_though_the_prompts_were_cache
     ("fault", "message"),
     [
         ("outside", "InjectionError: position 99 of request group 1"),
-        ("not_marker", "InjectionError: token 40 left of the marker (5)"),
+        ("not_marker", "InjectionError: token 31 at the marker's position (5)"),
         ("neighbour", "InjectionError: token 7 right of the marker (4)"),
-        ("too_long", "LayoutError: a prompt of 115 tokens and 40 new ones in group 1"),
+        ("too_long", "LayoutError: a prompt of 115 tokens and 28 new ones in group 1"),
         ("greedy_group", "ConfigError: 2 samples of group 1 (row 1), greedy"),
         ("width", "WidthError: vectors of shape"),
         ("nan", "ColumnError: "),

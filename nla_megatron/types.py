@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+DATASET_SIDECAR = ".nla_meta.yaml"
+"""What a table's path takes on for its sidecar's."""
+
 
 @dataclass(frozen=True)
 class ModelShape:

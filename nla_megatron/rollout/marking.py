@@ -130,6 +130,8 @@ class Marker:
         where = site.intervention.where
         if asked.strengths[number] is None:
             return
+        # What is computed again after a preemption may come in pieces, and one of them be a single token.
+        self._end_run(number, live)
         span = Span(first, count, asked.prompt_tokens)
         live.period.marked[number] += mark(site.host_slot_T, where, live.slot, start, span, asked.positions)
         for indices in touched(where, span, asked.positions):
@@ -151,6 +153,14 @@ class Marker:
         starting = slots_N[self._stop_S[number, slots_N] == 0]
         self._first_S[number, starting] = first_N[self._stop_S[number, slots_N] == 0]
         self._stop_S[number, slots_N] = first_N + 1
+
+    def _end_run(self, number: int, live: Live) -> None:
+        """Enter the tokens that were marked one by one, which follow each other without a gap."""
+        first, stop = int(self._first_S[number, live.slot]), int(self._stop_S[number, live.slot])
+        if stop:
+            live.period.changed[number].append((first, stop))
+            live.period.marked[number] += stop - first
+            self._stop_S[number, live.slot] = 0
 
     def _admit(self, request: str, cached: int) -> Live:
         key, slot = self._keys[request], self._free.pop()
@@ -178,10 +188,7 @@ class Marker:
         for live in leaving:
             live.period.fed = int(self._fed_S[live.slot])
             for number in range(len(self.sites)):
-                first, stop = int(self._first_S[number, live.slot]), int(self._stop_S[number, live.slot])
-                if stop:
-                    live.period.changed[number].append((first, stop))
-                    live.period.marked[number] += stop - first
+                self._end_run(number, live)
         slots = [live.slot for live in leaving]
         self._closed.append(([live.period for live in leaving], [site.take_applied(slots) for site in self.sites]))
         self._free.extend(slots)

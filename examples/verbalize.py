@@ -36,6 +36,7 @@ def write(directory: Path, vector_D: Tensor, max_new_tokens: int) -> str:
     tokenizer = load_tokenizer(directory)
     contract, spec = prompt_contract(sidecar), sidecar.injection
     assert spec is not None, f"{directory} is no AV of ours: its sidecar does not say how to inject"
+    assert spec.layer >= 0, f"{directory} injects at the embedding, which this example does not"
     contract.check(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     prompt = contract.av_prompt_ids(tokenizer)

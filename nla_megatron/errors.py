@@ -69,6 +69,10 @@ class RunDirectoryError(NlaError):
     """The output directory holds another run."""
 
 
+class DiskFull(NlaError):
+    """There is no room for what a command writes."""
+
+
 class ProviderError(NlaError):
     """An explanation provider refused the request or failed for too many rows."""
 
@@ -81,6 +85,10 @@ class RunError(NlaError):
 
 class InjectionError(RunError):
     """An activation that should have been injected was not, or was injected somewhere else."""
+
+
+class ConversionMismatch(RunError):
+    """Two forms of a model that should be the same differ."""
 
 
 class RolloutError(RunError):

@@ -13,8 +13,54 @@ DATASET_SIDECAR = ".nla_meta.yaml"
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length; names as in Hugging Face's `rope_parameters`.
+
+    `kind` is "linear" (`factor`), "llama3" (`factor`, `low_freq_factor`, `high_freq_factor`, `original_max_positions`)
+    or "yarn" (`factor`, `beta_fast`, `beta_slow`, `original_max_positions`, `attention_factor`, `truncate`).
+    """
+
+    kind: str
+    factor: float
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The sparse feed-forward of a mixture-of-experts decoder: `count` experts, `top_k` of them for each token.
+
+    `renormalized`: the chosen experts' probabilities are scaled to sum to one.
+    """
+
+    count: int
+    top_k: int
+    ffn_hidden_size: int
+    renormalized: bool = True
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a decoder looks like, whoever wrote its configuration.
+
+    Args:
+        activation: of the gated feed-forward: "silu" or "gelu_tanh".
+        qkv_bias, output_bias, mlp_bias: of the query, key and value projections, of attention's output projection, and
+            of the feed-forward.
+        windows: per block, how many tokens back attention reaches (the token itself counted), None for all; empty
+            where no block has a window.
+        local_rope_theta: the rotary base of blocks with a window, where it differs.
+        query_scale: attention scores are multiplied by it; None is head_dim ** -0.5.
+        attention_softcap, logit_softcap: c in c * tanh(x / c) on scores and logits; None where there is none.
+        zero_centered_norms: a norm multiplies by 1 + weight.
+        sandwich_norms: attention and feed-forward have a norm behind them too.
+        embedding_scale: token embeddings are multiplied by it.
+        sinks: each head has a learned score that takes probability and gives nothing.
 
     Example:
         >>> shape.truncated(3).num_layers
@@ -34,10 +80,29 @@ class ModelShape:
     tied_embeddings: bool
     qk_norm: bool
     max_positions: int
+    activation: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    windows: tuple[int | None, ...] = ()
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    zero_centered_norms: bool = False
+    sandwich_norms: bool = False
+    embedding_scale: float = 1.0
+    sinks: bool = False
+    experts: Experts | None = None
 
     def truncated(self, num_layers: int) -> ModelShape:
         """The same shape with fewer blocks, as the AR has."""
-        return replace(self, num_layers=num_layers)
+        return replace(self, num_layers=num_layers, windows=self.windows[:num_layers])
+
+    def window_of(self, block: int) -> int | None:
+        """How many tokens back block `block` (0-based) attends, the token itself counted; None for all."""
+        return self.windows[block] if self.windows else None
 
     @property
     def padded_vocab_size(self) -> int:

@@ -55,7 +55,7 @@ def claim_run_directory(command: str, config: Any) -> None:
 
 
 def is_done(config: Any) -> bool:
-    return (Path(config.out) / DONE).is_file()
+    return bool(config.out) and (Path(config.out) / DONE).is_file()
 
 
 def mark_done(config: Any) -> None:

@@ -6,6 +6,7 @@ configuration after it is composed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from nla_megatron.config.logger import LoggerOptions
 from nla_megatron.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16")
+_STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -29,19 +31,29 @@ def _at_least(key: str, value: float, least: float) -> None:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Training layout: world = tp x pp x dp."""
+    """Training layout: world = tp x pp x dp; the experts of a mixture lie on etp x ep of each stage's tp x dp ranks."""
 
     tp: int = 1
     pp: int = 1
     dp: int | None = None
     """None: what the world size leaves over (1 when the command starts its own processes)."""
+    ep: int = 1
+    """Ranks that share the experts out among them."""
+    etp: int | None = None
+    """Ranks that cut each expert's matrices. None: as many as tp."""
+    vpp: int = 1
+    """Chunks of blocks on each pipeline stage, interleaved with the other stages' (for conversion)."""
+    stages: list[int] | None = None
+    """Blocks of each of the pp x vpp chunks in the model's order. None: even, the first ones taking the remainder."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run: a lost rank is never waited for for ever."""
 
     def __post_init__(self) -> None:
-        for key in ("tp", "pp", "dp"):
+        for key in ("tp", "pp", "dp", "ep", "etp", "vpp"):
             if getattr(self, key) is not None:
                 _at_least(f"parallel.{key}", getattr(self, key), 1)
+        for blocks in self.stages or ():
+            _at_least("parallel.stages", blocks, 1)
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,16 @@ class StageConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerOptions = field(default_factory=LoggerOptions)
 
+    @property
+    def layout(self) -> ParallelConfig:
+        """How the ranks are laid out."""
+        return self.parallel
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the command starts where nobody else has."""
+        return self.parallel.tp * self.parallel.pp * (self.parallel.dp or 1)
+
 
 @dataclass(frozen=True)
 class TrainingStageConfig(StageConfig):
@@ -361,15 +383,113 @@ class EvalConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ConvertConfig(StageConfig):
-    """Between a Hugging Face directory and a megatron-core distributed checkpoint."""
+    """Between a Hugging Face directory and a megatron-core distributed checkpoint (`torch_dist`), and whether the two
+    are the same model."""
 
     direction: str = "import"
-    input: str = MISSING
-    dtype: str = "float32"
+    """import (hf to out), export (checkpoint to out) or verify (hf against checkpoint)."""
+    out: str = ""
+    """The directory that an import or an export makes. The same command continues one that was killed."""
+    hf: str = ""
+    """A Hugging Face directory: what is imported, what a checkpoint is verified against, and in an export the
+    configuration and tokenizer of a checkpoint that has none beside it."""
+    checkpoint: str = ""
+    """A megatron-core checkpoint: of an import, of a training run, or of another tool. To verify also another Hugging
+    Face directory."""
+    dtype: str | None = None
+    """Of the weights that are written, and in which `verify` computes. None: as they are; `verify` takes float32."""
+    layers: int | None = None
+    """Import the first so many blocks as an AR: K+1 of them, where activations are of block K."""
+    shard_size: str = "5GB"
+    """The most that one file of an export or a checkpoint holds."""
+    processes: int | None = None
+    """Workers of an import or export; each holds one tensor. None: as many as `parallel` has ranks."""
+    dry_run: bool = False
+    """Print files, bytes, memory and time from config.json alone, and do nothing."""
+    disk_rate: float = 1.0
+    """GB per second that the disk of a dry run reads and writes."""
+    text: str = "The capital of France is Paris, and 2 + 2 = 4.\ndef f(x):\n    return x"
+    """On what `verify` compares logits."""
+    logits: bool = True
+    """Compare logits too, which needs memory for the model; else only the weights, tensor by tensor."""
 
     def __post_init__(self) -> None:
-        _one_of("direction", self.direction, ("import", "export"))
-        _one_of("dtype", self.dtype, _DTYPES)
+        _one_of("direction", self.direction, ("import", "export", "verify"))
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, _STORED_DTYPES)
+        for key in ("layers", "processes"):
+            if getattr(self, key) is not None:
+                _at_least(key, getattr(self, key), 1)
+        if not self.disk_rate > 0:
+            raise ConfigError(f"disk_rate={self.disk_rate}", "above 0", "set disk_rate= to GB per second")
+        if not self.shard_bytes:
+            raise ConfigError(
+                f"shard_size={self.shard_size!r}", "a size such as 5GB or 500MB", "set shard_size= to one"
+            )
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes; 0 where it is none."""
+        match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", self.shard_size.strip().upper())
+        if match is None or match[1].count(".") > 1 or not match[1].strip("."):
+            return 0
+        return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """Ranks share files and tensors, not a model; `verify` cuts one by `parallel` afterwards."""
+        return ParallelConfig(timeout_minutes=24 * 60.0)
+
+    @property
+    def ranks(self) -> int:
+        if self.dry_run:
+            return 1
+        return self.processes if self.processes is not None and self.direction != "verify" else super().ranks
+
+
+@dataclass(frozen=True)
+class MergeConfig(StageConfig):
+    """A LoRA adapter merged into its base model."""
+
+    base: str = MISSING
+    """The Hugging Face directory that the adapter was trained on."""
+    adapter: str = MISSING
+    """A directory that `peft` saved, or an adapter of ours."""
+    out: str = MISSING
+    """The merged Hugging Face directory; it must not exist yet."""
+    dtype: str | None = None
+    """Of the weights that are written. None: each keeps its own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, _DTYPES)
+
+
+@dataclass(frozen=True)
+class AdoptConfig(StageConfig):
+    """Another NLA trainer's checkpoint made a directory of ours. What its sidecar does not say is told here."""
+
+    checkpoint: str = MISSING
+    """A whole AV or AR, or an adapter of one."""
+    out: str = MISSING
+    """The adopted directory; it must not exist yet. `rl` and `eval` take it where its injection is at a block's output,
+    as in their table."""
+    base: str | None = None
+    """The whole model that an adapter was trained on."""
+    sidecar: str | None = None
+    """A directory with the sidecar, where the checkpoint has none."""
+    trainer: str | None = None
+    """Whose conventions fill what the sidecar leaves out: kitft or easynla."""
+    layer_index: int | None = None
+    """Block K of the activations, where the sidecar has none."""
+    bos_policy: str | None = None
+    """Whether prompts as text get the tokenizer's special tokens: tokenizer or none."""
+    dtype: str | None = None
+    """Of merged weights. None: each keeps its own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, _DTYPES)
 
 
 @dataclass(frozen=True)
@@ -394,5 +514,7 @@ SCHEMAS: dict[str, type] = {
     "rl": RlConfig,
     "eval": EvalConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
+    "adopt": AdoptConfig,
     "demo": DemoConfig,
 }

@@ -26,8 +26,8 @@ _FIELD = "{injection_char}"  # what the shared layout calls <INJECT>; the templa
 _REMEDY = "mend this key in the sidecar, or write the file again with the stage that made it"
 
 
-def load(path: Path, kind: str) -> dict[str, Any]:
-    """The YAML of a sidecar as a mapping, kind and version checked.
+def load(path: Path, *kinds: str) -> dict[str, Any]:
+    """The YAML of a sidecar as a mapping, kind (one of `kinds`) and version checked.
 
     Raises:
         MissingFile: no such file.
@@ -39,13 +39,14 @@ def load(path: Path, kind: str) -> dict[str, Any]:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         remedy = "copy the sidecar along with its table or checkpoint, or make both again"
-        raise MissingFile(f"no file at {str(path)!r}", f"a sidecar of kind {kind}", remedy) from error
+        raise MissingFile(f"no file at {str(path)!r}", f"a sidecar of kind {kinds[0]}", remedy) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SidecarError(f"{str(path)!r} is not readable YAML: {error}", "a YAML mapping", _REMEDY) from error
     if not isinstance(raw, Mapping):
         raise SidecarError(f"{str(path)!r} holds {raw!r}", "a YAML mapping", _REMEDY)
-    if raw.get("kind") != kind:
-        raise SidecarError(f"'kind' in {str(path)!r} is {raw.get('kind')!r}", repr(kind), "give a file of this kind")
+    kind = raw.get("kind")
+    if kind not in kinds:
+        raise SidecarError(f"'kind' in {str(path)!r} is {kind!r}", repr(kinds[0]), "give a file of this kind")
     if raw.get("schema_version") not in _VERSIONS[kind]:
         expected = " or ".join(str(version) for version in _VERSIONS[kind])
         raise SidecarError(f"'schema_version' in {str(path)!r} is {raw.get('schema_version')!r}", expected, _REMEDY)
@@ -86,8 +87,20 @@ def model_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         **raw,
         "role": _ROLES.get(str(raw.get("role")), raw.get("role")),
         "prompt_templates": _templates_in(raw.get("prompt_templates"), path),
-        "extraction": {**extraction, "layer_index": layer_index},
+        "extraction": {**{key: _scale_in(key, value) for key, value in extraction.items()}, "layer_index": layer_index},
     }
+
+
+def _scale_in(key: str, value: object) -> object:
+    """Other trainers also write a scale as a string, and "raw" or "none" for no scale."""
+    if key not in ("injection_scale", "mse_scale") or not isinstance(value, str) or value == "sqrt_d_model":
+        return value
+    if value in ("raw", "none"):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def dataset_yaml(sidecar: DatasetSidecar) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def _templates_in(raw: object, path: Path) -> dict[str, Any] | None:
     unknown = [key for key in raw if key not in ("av", "ar", "actor", "critic")]
     if unknown:
         raise SidecarError(f"unknown key 'prompt_templates.{unknown[0]}' in {str(path)!r}", "av, ar", _REMEDY)
-    av = raw.get("av", raw.get("actor"))
+    av = raw.get("av") or raw.get("actor")
     try:
         shown = av.format(injection_char=INJECT) if isinstance(av, str) else ""
     except (KeyError, IndexError, ValueError):  # another field, a positional field, an unbalanced brace
@@ -182,4 +195,4 @@ def _templates_in(raw: object, path: Path) -> dict[str, Any] | None:
             f"a format string with {_FIELD} exactly once and every literal brace doubled",
             _REMEDY,
         )
-    return {"av": shown, "ar": raw.get("ar", raw.get("critic"))}
+    return {"av": shown, "ar": raw.get("ar") or raw.get("critic")}

@@ -7,7 +7,7 @@ ids both depend on, and `check` compares them with the live tokenizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -186,6 +186,16 @@ class PromptContract:
                     f"{name} = {actual}, as tokenizer {name_of(tokenizer)!r} gives it",
                     "use the tokenizer the sidecar was written for, or build the data again with this one",
                 )
+
+    def with_suffix_of(self, other: PromptContract) -> PromptContract:
+        """The same contract with as many of the AR prompt's last ids recorded as `other` has, where both agree.
+
+        Trainers record different numbers of them; one that ends like the other says nothing else.
+        """
+        mine, theirs = self.ar_suffix_ids, other.ar_suffix_ids
+        common = min(len(mine), len(theirs))
+        agree = mine[len(mine) - common :] == theirs[len(theirs) - common :]
+        return replace(self, ar_suffix_ids=theirs) if agree else self
 
     def messages(self) -> list[dict[str, str]]:
         """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""

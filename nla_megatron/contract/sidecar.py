@@ -27,29 +27,16 @@ from nla_megatron.contract.blocks import (
 from nla_megatron.contract.files import git_commit
 from nla_megatron.contract.prompts import PromptContract
 from nla_megatron.errors import SidecarError, WidthError
+from nla_megatron.types import DATASET_SIDECAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "ApiSummaries",
-    "CorpusSlice",
-    "DatasetExtraction",
-    "DatasetSidecar",
-    "InjectionSpec",
-    "ModelExtraction",
-    "ModelSidecar",
-    "PromptTemplates",
-    "Tokens",
-    "check_dataset",
-    "dataset_sidecar_path",
-    "model_sidecar_path",
-    "prompt_contract",
-    "read_dataset_sidecar",
-    "read_model_sidecar",
-    "write_dataset_sidecar",
-    "write_model_sidecar",
-]
+    "ApiSummaries", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec", "ModelExtraction",
+    "ModelSidecar", "PromptTemplates", "Tokens", "check_dataset", "dataset_sidecar_path", "model_sidecar_path",
+    "prompt_contract", "read_dataset_sidecar", "read_model_sidecar", "write_dataset_sidecar", "write_model_sidecar",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -157,7 +144,7 @@ Sidecar = TypeVar("Sidecar", DatasetSidecar, ModelSidecar)
 
 def dataset_sidecar_path(parquet: Path | str) -> Path:
     """Where the sidecar of a table stands."""
-    return Path(f"{parquet}.nla_meta.yaml")
+    return Path(f"{parquet}{DATASET_SIDECAR}")
 
 
 def model_sidecar_path(directory: Path | str) -> Path:
@@ -181,12 +168,20 @@ def read_dataset_sidecar(parquet_path: Path | str) -> DatasetSidecar:
 def read_model_sidecar(directory: Path | str) -> ModelSidecar:
     """Read the sidecar of a checkpoint directory, ours or another trainer's (roles `actor`, `critic`).
 
+    One trainer leaves the sidecar of the training data there; `foreign.completed` adds what others leave unsaid.
+
     Raises:
         MissingFile: there is none.
         SidecarError: malformed, of another kind or version, or a key that is missing, unknown or of another type.
     """
     path = model_sidecar_path(directory)
-    sidecar = read_block(ModelSidecar, layout.model_fields(layout.load(path, "nla_model"), path), "", str(path))
+    raw = layout.load(path, "nla_model", "nla_dataset")
+    if raw["kind"] == "nla_dataset":
+        from nla_megatron.contract.foreign import model_of_dataset
+
+        dataset = read_block(DatasetSidecar, layout.dataset_fields(raw, path), "", str(path))
+        return model_of_dataset(dataset, Path(directory))
+    sidecar = read_block(ModelSidecar, layout.model_fields(raw, path), "", str(path))
     layout.check_model_values(sidecar, path)
     return sidecar
 

@@ -1,76 +1,116 @@
-"""`convert`: a Hugging Face directory to a megatron-core distributed checkpoint (`torch_dist`), and back.
+"""`convert`: a Hugging Face directory to a megatron-core distributed checkpoint, back, and whether both are the same.
 
-out/weights/…                 the distributed checkpoint, readable at any TP x PP
-out/config.json, tokenizer…   what goes with the weights in a Hugging Face directory
+A conversion needs no model in memory and no parallel layout, because the distributed format has none: the ranks of
+this command are workers that share files out among them.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
+from megatron.core import parallel_state
 
-from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import ConvertConfig
-from nla_megatron.conversion.hf import copy_companions, read_config, read_shape, write_shards
-from nla_megatron.conversion.live import Exporter, load_from_hf
-from nla_megatron.errors import MissingFile
-from nla_megatron.models.builder import DTYPES, check_layout
-from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.collectives import barrier
-from nla_megatron.parallel.cpu import megatron_device
-from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.conversion.description import described, located
+from nla_megatron.conversion.exporting import Export
+from nla_megatron.conversion.importing import Import
+from nla_megatron.conversion.outputs import TOLERANCE, Outputs, compare_outputs
+from nla_megatron.conversion.safetensors_file import DTYPES
+from nla_megatron.conversion.source import HuggingFaceSide
+from nla_megatron.conversion.verify import Difference, compare_weights, is_torch_dist, sides, table
+from nla_megatron.errors import ConfigError, ConversionMismatch, MissingFile
+from nla_megatron.models.builder import check_layout
+from nla_megatron.parallel.world import World, data_parallel_size, initialise
 
-WEIGHTS = "weights"
+_NEEDS = {"import": ("hf", "out"), "export": ("checkpoint", "out"), "verify": ("hf", "checkpoint")}
+_ALL = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 def check(config: ConvertConfig, world_size: int) -> None:
-    """Everything that can be known before the first tensor; raises a named error."""
-    data_parallel_size(config.parallel, world_size)
-    check_layout(read_shape(config.input), config.parallel.tp, config.parallel.pp)
-    if config.direction == "export" and not (Path(config.input) / WEIGHTS / "metadata.json").is_file():
-        raise MissingFile(
-            f"no {Path(config.input) / WEIGHTS}", "a directory that `convert direction=import` wrote", "correct input="
-        )
-    check_run_directory("convert", config)
+    """Everything that can be known without building a plan; raises a named error."""
+    for key in _NEEDS[config.direction]:
+        if not getattr(config, key):
+            raise ConfigError(f"no {key}=", f"{' and '.join(_NEEDS[config.direction])} for {config.direction}",
+                              f"add {key}=...")  # fmt: skip
+    if config.layers is not None and config.direction != "import":
+        raise ConfigError(f"layers={config.layers} for {config.direction}", "an import", "leave out layers=")
+    if config.direction == "import":
+        _import(config)
+    elif config.direction == "export":
+        located(Path(config.checkpoint), Path(config.hf) if config.hf else None)
+    else:
+        _check_verify(config, world_size)
+
+
+def _check_verify(config: ConvertConfig, world_size: int) -> None:
+    if config.dtype is not None and config.dtype not in TOLERANCE:
+        raise ConfigError(f"dtype={config.dtype!r} for verify", f"one of {', '.join(TOLERANCE)}", "change dtype=")
+    if not Path(config.checkpoint).is_dir():
+        raise MissingFile(f"no directory {config.checkpoint}", "a checkpoint or a Hugging Face directory",
+                          "correct checkpoint=")  # fmt: skip
+    HuggingFaceSide(config.hf)
+    if not is_torch_dist(config.checkpoint):
+        HuggingFaceSide(config.checkpoint)
+    if config.logits:
+        data_parallel_size(config.parallel, world_size)
+        check_layout(described(Path(config.hf), None, is_ar=False).shape, config.parallel, "forward")
+
+
+def _import(config: ConvertConfig) -> Import:
+    dtype = _ALL[config.dtype] if config.dtype else None
+    return Import(config.hf, config.out, dtype=dtype, layers=config.layers, shard_bytes=config.shard_bytes)
 
 
 def run(config: ConvertConfig, world: World) -> None:
-    if world.is_main:
-        claim_run_directory("convert", config)
-    barrier(world)
-    shape = read_shape(config.input)
-    model = build_verbalizer(shape, world, config.dtype)
+    if config.direction == "verify":
+        verify(config, world)
+        return
+    conversion: Import | Export
     if config.direction == "import":
-        load_from_hf(model, config.input, shape, world, with_head=True)
-        _save(model, Path(config.out) / WEIGHTS, world)
+        conversion = _import(config)
     else:
-        _load(model, Path(config.input) / WEIGHTS)
-        tensors = Exporter(model, shape, world, with_head=True).tensors(DTYPES[config.dtype])
+        dtype = _ALL[config.dtype] if config.dtype else None
+        conversion = Export(
+            config.checkpoint, config.hf or None, config.out, world, dtype=dtype, shard_bytes=config.shard_bytes
+        )
+    if not conversion.finished:
+        conversion.run(world)
+    elif world.is_main:
+        print(f"{config.out} is finished already", file=sys.stderr)
+
+
+def verify(config: ConvertConfig, world: World) -> None:
+    """Print what differs. Raises ConversionMismatch, on all ranks, if anything does."""
+    one, other = sides(config.hf, config.checkpoint, world)
+    count, differences = compare_weights(one, other, world)
+    if world.is_main:
+        print(f"weights: {count - len({found.tensor for found in differences})} of {count} tensors are the same")
+        if differences:
+            print(table(differences))
+    outputs = None
+    if config.logits and not any(found.what in ("only on one side", "another shape") for found in differences):
+        parallel_state.destroy_model_parallel()
+        world = initialise(config.parallel)
+        outputs = compare_outputs(one, other, world, config.text, config.dtype or "float32")
         if world.is_main:
-            write_shards(Path(config.out), tensors)
-        else:
-            for _ in tensors:
-                pass
-    if world.is_main:
-        copy_companions(Path(config.input), Path(config.out), read_config(config.input), DTYPES[config.dtype])
-        mark_done(config)
-    barrier(world)
+            print(_told(outputs, other.model.is_ar, world))
+    _conclude(config, differences, outputs)
 
 
-def _save(model: Any, directory: Path, world: World) -> None:
-    from megatron.core import dist_checkpointing
-
-    if world.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-    barrier(world)
-    with megatron_device():
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory))
+def _told(outputs: Outputs, is_ar: bool, world: World) -> str:
+    what = "the AR's vector" if is_ar else "logits"
+    return (
+        f"{what} of {outputs.tokens} tokens in {outputs.dtype} ({world.layout()}), against transformers: "
+        f"{outputs.apart:.3g} apart at most, of {outputs.scale:.3g}: {'the same' if outputs.same else 'they differ'}"
+    )
 
 
-def _load(model: Any, directory: Path) -> None:
-    from megatron.core import dist_checkpointing
-
-    with megatron_device(), torch.no_grad():
-        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory))["model"])
+def _conclude(config: ConvertConfig, differences: list[Difference], outputs: Outputs | None) -> None:
+    if differences or (outputs is not None and not outputs.same):
+        tensors = len({found.tensor for found in differences})
+        raise ConversionMismatch(
+            f"{config.checkpoint} differs from {config.hf} in {tensors} tensors"
+            + ("" if outputs is None or outputs.same else " and in what it computes"),
+            "the same model", "see the table above",
+        )  # fmt: skip

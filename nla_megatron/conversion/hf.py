@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,26 @@ import torch
 from torch import Tensor
 
 from nla_megatron.conversion.families import family_of
+from nla_megatron.conversion.safetensors_file import (
+    Placed,
+    Shard,
+    ShardFile,
+    TensorSpec,
+    index_of,
+    mapped,
+    plan_shards,
+    read_header,
+)
 from nla_megatron.errors import CheckpointError, MissingFile
 from nla_megatron.types import ModelShape
 
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
+MANIFEST = "conversion.json"
+SHARD_BYTES = 5_000_000_000
 _NOT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
+# Written by others beside the weights that a directory's index or model.safetensors holds.
+_NOT_OURS = (VALUE_HEAD, "adapter_model.safetensors", "consolidated")
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -37,55 +51,138 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 
 class SafetensorsReader:
-    """Slices of the tensors of a Hugging Face directory; only the asked bytes are read."""
+    """The tensors of a Hugging Face directory; only the asked bytes are read.
+
+    Raises:
+        MissingFile: there is no checkpoint, or a shard that the index names is not there.
+        CheckpointError: a file is damaged, or index and shards disagree. Only headers are read to know it.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._file_of = self._locate()
-        self._open: dict[str, Any] = {}
-
-    def _locate(self) -> dict[str, str]:
-        from safetensors import safe_open
-
+        self._files: dict[str, Path] = {}
+        self._placed: dict[str, Placed] = {}
         index = self.directory / INDEX
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
-        files = [path for path in sorted(self.directory.glob("*.safetensors")) if path.name != VALUE_HEAD]
-        if not files:
-            raise MissingFile(
-                f"no *.safetensors in {self.directory}", "a Hugging Face checkpoint", "export it as safetensors"
-            )
-        names = {}
-        for path in files:
-            with safe_open(path, "pt") as handle:
-                names.update(dict.fromkeys(handle.keys(), path.name))
-        return names
+            self._read_indexed(json.loads(index.read_text())["weight_map"])
+        else:
+            self._read_all()
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def _handle(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        if name not in self._file_of:
-            raise CheckpointError(
-                f"no tensor {name!r} in {self.directory}", "a complete checkpoint", "download or export it again"
-            )
-        file = self._file_of[name]
-        if file not in self._open:
+    def _read_indexed(self, file_of: dict[str, str]) -> None:
+        for file in sorted(set(file_of.values())):
             path = self.directory / file
             if not path.is_file():
                 raise MissingFile(f"no {path}", f"the shard that {INDEX} names", "download the missing shard")
-            self._open[file] = safe_open(path, "pt")
-        return self._open[file]
+            self._add(path)
+        for name, file in file_of.items():
+            if name not in self._placed or self._files[name].name != file:
+                raise CheckpointError(
+                    f"{INDEX} of {self.directory} with {name!r} in {file}",
+                    f"{self._files[name].name if name in self._files else 'a shard'} with that tensor",
+                    "download the index and the shards of one version",
+                )
+        if extra := sorted(set(self._placed) - set(file_of)):
+            raise CheckpointError(
+                f"{len(extra)} tensors in {self.directory} that {INDEX} does not name, first {extra[0]!r}",
+                "an index of every tensor", "download the index and the shards of one version",
+            )  # fmt: skip
+
+    def _read_all(self) -> None:
+        for path in sorted(self.directory.glob("*.safetensors")):
+            if not path.name.startswith(_NOT_OURS):
+                self._add(path)
+        if not self._placed:
+            raise MissingFile(
+                f"no *.safetensors in {self.directory}", "a Hugging Face checkpoint", "export it as safetensors"
+            )
+
+    def _add(self, path: Path) -> None:
+        for name, placed in read_header(path).items():
+            if name in self._placed:
+                raise CheckpointError(
+                    f"{name} in {self._files[name]} and in {path}", "each tensor once", "keep one of the two files"
+                )
+            self._placed[name], self._files[name] = placed, path
+
+    def names(self) -> set[str]:
+        return set(self._placed)
+
+    def spec(self, name: str) -> TensorSpec:
+        if name not in self._placed:
+            raise CheckpointError(
+                f"no tensor {name!r} in {self.directory}", "a complete checkpoint", "download or export it again"
+            )
+        return self._placed[name].spec
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return self.spec(name).shape
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """`tensor[start:stop]` along `axis` (0 or 1)."""
-        window = self._handle(name).get_slice(name)
-        return window[start:stop] if axis == 0 else window[:, start:stop]
+        """`tensor[start:stop]` along `axis` (0 or 1): a map of the file, not a copy."""
+        spec = self.spec(name)
+        if axis == 0 and spec.shape:
+            row = spec.nbytes // max(spec.shape[0], 1)
+            stop = min(stop, spec.shape[0])
+            rows = TensorSpec(name, spec.dtype, (max(stop - start, 0), *spec.shape[1:]))
+            return mapped(self._files[name], self._placed[name].start + start * row, rows)
+        whole = mapped(self._files[name], self._placed[name].start, spec)
+        return whole[:, start:stop] if spec.shape else whole
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor as a map of its file."""
+        return mapped(self._files[name], self._placed[name].start, self.spec(name))
+
+
+def check_tensors(reader: SafetensorsReader, expected: Iterable[TensorSpec], optional: Iterable[str] = ()) -> None:
+    """Raises CheckpointError unless the directory holds exactly `expected`, in their shapes, and some of `optional`."""
+    specs = {spec.name: spec for spec in expected}
+    remedy = "check that config.json belongs to these weights"
+    if extra := sorted(reader.names() - set(specs) - set(optional)):
+        raise CheckpointError(
+            f"{len(extra)} tensors in {reader.directory} that the model has no place for, first {extra[0]!r}",
+            "exactly the tensors of its config.json", remedy,
+        )  # fmt: skip
+    for name, spec in specs.items():
+        found = reader.spec(name)
+        if found.shape != spec.shape:
+            raise CheckpointError(f"{name} of shape {found.shape} in {reader.directory}", f"shape {spec.shape}", remedy)
+        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise CheckpointError(
+                f"{name} of dtype {found.dtype} in {reader.directory}",
+                "float32, bfloat16, float16 or float64: quantised weights are not converted",
+                "take the original of the checkpoint",
+            )
+
+
+def check_vocabulary(directory: Path, vocab_size: int) -> None:
+    """Raises CheckpointError where the tokenizer knows ids that the model has no row for.
+
+    Placeholders of other modalities are never fed to a text model; tokenizers shared with a multimodal one have them.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"].get("vocab", ())
+    largest = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else len(vocabulary) - 1
+    unused = _placeholders(directory)
+    added = [one["id"] for one in tokenizer.get("added_tokens", ()) if one["content"] not in unused]
+    largest = max([largest, *added])
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"token id {largest} in {path}", f"ids below the model's vocabulary of {vocab_size}",
+            "take the model's own tokenizer, or resize the model's embedding to the tokenizer",
+        )  # fmt: skip
+
+
+def _placeholders(directory: Path) -> set[str]:
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return set()
+    config = json.loads(path.read_text(encoding="utf-8"))
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    return {str(named[key]) for key in ("image_token", "audio_token", "video_token") if key in named}
 
 
 def read_value_head(directory: str | Path) -> Tensor | None:
@@ -102,33 +199,33 @@ def write_value_head(directory: Path, weight: Tensor) -> None:
     save_file({"weight": weight.detach().float().cpu().contiguous()}, directory / VALUE_HEAD, metadata={"format": "pt"})
 
 
-def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 5 << 30) -> None:
-    """Write tensors in order into shards of at most `shard_bytes` (one tensor at least), with an index if several."""
-    from safetensors.torch import save_file
+def write_shards(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES,
+    specs: Sequence[TensorSpec] | None = None,
+) -> None:  # fmt: skip
+    """Write tensors in order into shards of at most `shard_bytes`, with an index if there are several.
 
-    shards: list[dict[str, str]] = []
-    pending: dict[str, Tensor] = {}
-    total = size = 0
+    Args:
+        specs: the tensors that will come, in order: then one of them at a time is in memory. Without it they are
+            collected first.
+    """
+    if specs is None:
+        tensors = list(tensors)
+        specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    shards, stream = plan_shards(specs, shard_bytes), iter(tensors)
+    for shard in shards:
+        file = ShardFile(directory, shard)
+        for _ in shard.specs:
+            file.write(*next(stream))
+        file.close()
+        assert not file.missing(), f"a tensor of {shard.file} came twice"
+    write_index(directory, shards)
 
-    def flush() -> None:
-        nonlocal pending, size
-        file = f"model-{len(shards) + 1:05d}.safetensors"
-        save_file(pending, directory / file, metadata={"format": "pt"})
-        shards.append(dict.fromkeys(pending, file))
-        pending, size = {}, 0
 
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map = {name: file for shard in shards for name, file in shard.items()}
-    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+def write_index(directory: Path, shards: Sequence[Shard]) -> None:
+    """The index of several shards; a single one needs none."""
+    if len(shards) > 1:
+        (directory / INDEX).write_text(json.dumps(index_of(shards), indent=2) + "\n")
 
 
 def truncated_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -149,7 +246,7 @@ def copy_companions(source: Path, target: Path, config: dict[str, Any], dtype: t
     """The tokenizer and generation files of `source`, and `config` with the weights' dtype."""
     for pattern in _NOT_WEIGHTS:
         for path in source.glob(pattern):
-            if path.name not in ("config.json", INDEX):
+            if path.name not in ("config.json", INDEX, MANIFEST):
                 shutil.copyfile(path, target / path.name)
     written = {key: value for key, value in config.items() if key != "torch_dtype"}
     (target / "config.json").write_text(

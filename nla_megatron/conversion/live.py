@@ -1,4 +1,7 @@
-"""Between a live Megatron model, on any TP x PP layout, and Hugging Face tensors."""
+"""Between a live Megatron model, on any layout, and Hugging Face tensors.
+
+`model` is one chunk of blocks or the list of a rank's chunks (virtual pipeline stages).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nla_megatron.conversion.artefacts import value_head_of
 from nla_megatron.conversion.families import rules_of
-from nla_megatron.conversion.hf import SafetensorsReader, read_value_head
+from nla_megatron.conversion.hf import SafetensorsReader
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
+from nla_megatron.models.lora import LORA
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -22,17 +27,37 @@ from nla_megatron.types import ModelShape
 VALUE_HEAD = "value_head.weight"
 
 
+def chunks_of(model: Any) -> list[Any]:
+    return list(model) if isinstance(model, list | tuple) else [model]
+
+
 def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by name, blocks numbered over the whole pipeline."""
-    numbers = {str(local): block.layer_number - 1 for local, block in enumerate(model.decoder.layers)}
+    """This rank's parameters by name, blocks numbered over the whole pipeline and experts over all ranks."""
     return {
-        re.sub(r"^decoder\.layers\.(\d+)\.", lambda match: f"decoder.layers.{numbers[match[1]]}.", name): parameter
-        for name, parameter in model.named_parameters()
+        _global_name(chunk, name): parameter
+        for chunk in chunks_of(model)
+        for name, parameter in chunk.named_parameters()
     }
 
 
+def _global_name(chunk: Any, name: str) -> str:
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    block, rest = chunk.decoder.layers[int(match[1])], match[2]
+    expert = re.match(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)", rest)
+    if expert is not None:
+        rest = f"{expert[1]}{block.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
+    return f"decoder.layers.{block.layer_number - 1}.{rest}"
+
+
+def place_of(rule: Rule, world: World) -> tuple[int, int]:
+    """(rank, size) of the tensor parallelism that cuts a rule's parameter: the experts' own for an expert."""
+    return (world.tp_rank, world.tp) if rule.expert is None else (world.etp_rank, world.etp)
+
+
 @torch.no_grad()
-def load_from_hf(model: torch.nn.Module, directory: str, shape: ModelShape, world: World, *, with_head: bool) -> None:
+def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *, with_head: bool) -> None:
     """Fill a model from a Hugging Face directory; each rank reads only its own slices.
 
     With `with_head=False` (an AR) deeper blocks, the final norm and the output layer may be there and are not read.
@@ -43,8 +68,8 @@ def load_from_hf(model: torch.nn.Module, directory: str, shape: ModelShape, worl
     reader, rules = SafetensorsReader(directory), by_name(rules_of(shape, with_head))
     _check_tensors(reader, list(rules.values()), strict=with_head)
     for name, parameter in global_parameters(model).items():
-        if name != VALUE_HEAD:
-            parameter.copy_(rules[name].read(reader.read, world.tp_rank, world.tp))
+        if name != VALUE_HEAD and f".{LORA}." not in name:
+            parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 
 def load_reconstructor(directory: str, shape: ModelShape, world: World, dtype: str) -> Reconstructor:
@@ -52,10 +77,13 @@ def load_reconstructor(directory: str, shape: ModelShape, world: World, dtype: s
 
     Args:
         shape: already truncated to the K+1 blocks; deeper ones in the directory are not read.
+
+    Raises:
+        MissingFile, CheckpointError: weights or head of an AR are missing, or of another shape.
     """
     model = build_reconstructor(shape, world, dtype)
     load_from_hf(model, directory, shape, world, with_head=False)
-    head = read_value_head(directory)
+    head = value_head_of(directory, shape.hidden_size)
     if head is not None and model.value_head is not None:
         model.value_head.load_state_dict({"weight": head})
     return model
@@ -79,26 +107,25 @@ def _check_tensors(reader: SafetensorsReader, rules: list[Rule], strict: bool) -
 
 
 class Exporter:
-    """Full HF tensors from a live model: gathered over TP, handed over the pipeline, one tensor at a time."""
+    """Full HF tensors from a live model: gathered over TP, handed to all ranks, one tensor at a time."""
 
-    def __init__(self, model: torch.nn.Module, shape: ModelShape, world: World, *, with_head: bool):
+    def __init__(self, model: Any, shape: ModelShape, world: World, *, with_head: bool):
         self.world = world
         self.parameters = global_parameters(model)
         self.rules = [rule for rule in rules_of(shape, with_head) if not rule.alias]
+        self.experts_per_rank = shape.experts.count // world.ep if shape.experts is not None else 0
         self.stage_of = self._stages()
 
     def _stages(self) -> dict[str, int]:
         """Which pipeline stage owns each parameter; fixed for the model's life, so asked once."""
-        stages: list[dict[str, int]] = [{}] * self.world.pp
-        mine = dict.fromkeys(self.parameters, self.world.pp_rank)
+        stages: list[set[str]] = [{_any_expert(name) for name in self.parameters}]
         if self.world.pp > 1:
+            [mine], stages = stages, [set()] * self.world.pp
             dist.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
-        else:
-            stages = [mine]
         owners: dict[str, int] = {}
-        for stage in stages:
-            for name, owner in stage.items():
-                owners.setdefault(name, owner)
+        for stage, names in enumerate(stages):
+            for name in names:
+                owners.setdefault(name, stage)
         return owners
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -108,30 +135,54 @@ class Exporter:
 
     @torch.no_grad()
     def _tensors_of(self, rule: Rule, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        owner = self.stage_of[rule.megatron]
+        way = self._way(rule)
         tensors: dict[str, Tensor] = {}
-        if owner == self.world.pp_rank:
+        if all(rank == owner for _, rank, owner in way):
             tensors = rule.write(self._shards(rule))
             tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
         for part in rule.parts:
-            yield part.hf, self._over_pipeline(tensors.get(part.hf), rule.hf_shape(part), owner, dtype)
+            yield part.hf, self._to_all(tensors.get(part.hf), rule.hf_shape(part), way, dtype)
+
+    def _way(self, rule: Rule) -> list[tuple[dist.ProcessGroup, int, int]]:
+        """The groups a tensor is broadcast over, one after the other, with this rank's and the owner's place in it."""
+        way = []
+        if rule.expert is not None and self.world.ep > 1:
+            group = parallel_state.get_expert_model_parallel_group()
+            way.append((group, self.world.ep_rank, rule.expert // self.experts_per_rank))
+        if self.world.pp > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            way.append((group, self.world.pp_rank, self.stage_of[_any_expert(rule.megatron)]))
+        return way
 
     def _shards(self, rule: Rule) -> list[Tensor]:
         mine = self.parameters[rule.megatron].detach()
-        if rule.tp_axis is None or self.world.tp == 1:
+        size = place_of(rule, self.world)[1]
+        if rule.tp_axis is None or size == 1:
             return [mine]
-        shards = [torch.empty_like(mine) for _ in range(self.world.tp)]
-        dist.all_gather(shards, mine.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        if rule.expert is None:
+            group = parallel_state.get_tensor_model_parallel_group()
+        else:
+            group = parallel_state.get_expert_tensor_parallel_group()
+        shards = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(shards, mine.contiguous(), group=group)
         return shards
 
-    def _over_pipeline(
-        self, tensor: Tensor | None, shape: tuple[int, ...], owner: int, dtype: torch.dtype | None
+    def _to_all(
+        self,
+        tensor: Tensor | None,
+        shape: tuple[int, ...],
+        way: list[tuple[dist.ProcessGroup, int, int]],
+        dtype: torch.dtype | None,
     ) -> Tensor:
-        if self.world.pp == 1:
-            assert tensor is not None
-            return tensor
+        """Within the owner's stage to the ranks with other experts, then to the other stages."""
         like = next(iter(self.parameters.values()))
         full = torch.empty(shape, dtype=dtype or like.dtype, device=like.device) if tensor is None else tensor
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(full, src=dist.get_global_rank(group, owner), group=group)
+        for at, (group, _, owner) in enumerate(way):
+            if all(rank == source for _, rank, source in way[at + 1 :]):
+                dist.broadcast(full, src=dist.get_global_rank(group, owner), group=group)
         return full
+
+
+def _any_expert(name: str) -> str:
+    """A name without its expert's number: a rank knows its own experts only, and a block's are all on one stage."""
+    return re.sub(r"\.local_experts\.\d+\.", ".local_experts.*.", name)

@@ -2,7 +2,8 @@
 
 A rule views the full parameter as an n-d array. Tensor parallelism cuts one axis of that view (`tp_axis`), the HF
 tensors lie side by side along another (`slot_axis`). So a rule can be read in both directions, and which region of
-which HF tensor a rank holds can be computed without touching a weight.
+which HF tensor a rank holds can be computed without touching a weight. For a rule of an expert, tensor parallelism is
+expert tensor parallelism.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ class Rule:
     """One Megatron parameter.
 
     Args:
-        megatron: its name, blocks numbered globally.
+        megatron: its name, blocks and experts numbered globally.
         view: the full parameter's shape, seen as an n-d array.
         parts: the HF tensors, in slot order.
         tp_axis: the axis of `view` that tensor parallelism cuts; None for replicated parameters.
         slot_axis: the axis along which the parts lie; None for a single part.
         rows: real rows of axis 0 where the vocabulary is padded; None where nothing is padded.
         alias: the same HF tensor is exported by another rule (tied embeddings on the last stage).
+        expert: its global number; None for what is no expert's.
+        vector: the parameter and its HF tensors have one axis (biases, norms), into which the view's axes merge; else
+            they are matrices, whose columns are the view's last axis.
 
     Example: q, k and v of a grouped-query attention with 2 groups of 2 heads, head width 8, hidden size 32:
         >>> Rule("…linear_qkv.weight", (2, 4, 8, 32), (Part(q, 2), Part(k), Part(v)), tp_axis=0, slot_axis=1)
@@ -50,6 +54,8 @@ class Rule:
     slot_axis: int | None = None
     rows: int | None = None
     alias: bool = False
+    expert: int | None = None
+    vector: bool = False
 
     def local_view(self, tp: int) -> tuple[int, ...]:
         """The view's shape on one TP rank."""
@@ -62,8 +68,10 @@ class Rule:
         """The HF tensor's shape: the view's leading axes merged into rows."""
         if self.rows is not None:
             return (self.rows, *self.view[1:])
-        view = self.part_view(part)
-        return (prod(view[:-1]), view[-1]) if len(view) > 1 else view
+        return self._merged(self.part_view(part))
+
+    def _merged(self, view: tuple[int, ...]) -> tuple[int, ...]:
+        return (prod(view),) if self.vector else (prod(view[:-1]), view[-1])
 
     def slice_of(self, part: Part, tp_rank: int, tp: int) -> tuple[int, int, int]:
         """(axis, start, stop) of the HF tensor that one TP rank holds."""
@@ -72,11 +80,11 @@ class Rule:
             return 0, 0, shape[0]
         view = self.part_view(part)
         per_rank = view[self.tp_axis] // tp
-        if self.tp_axis == len(view) - 1 and len(view) > 1:
+        if self.tp_axis == len(view) - 1 and not self.vector:
             return 1, tp_rank * per_rank, (tp_rank + 1) * per_rank
         if prod(view[: self.tp_axis]) != 1:
             raise AssertionError(f"{self.megatron}: the TP axis is not the outermost of {part.hf}")
-        inner = prod(view[self.tp_axis + 1 : -1]) if len(view) > 1 else 1
+        inner = prod(view[self.tp_axis + 1 :]) if self.vector else prod(view[self.tp_axis + 1 : -1])
         start, stop = tp_rank * per_rank * inner, (tp_rank + 1) * per_rank * inner
         return 0, min(start, shape[0]), min(stop, shape[0])
 
@@ -90,7 +98,7 @@ class Rule:
                 piece = torch.cat([piece, piece.new_zeros(view[0] - piece.shape[0], *view[1:])])
             pieces.append(piece.reshape(view))
         local = pieces[0] if self.slot_axis is None else torch.cat(pieces, dim=self.slot_axis)
-        return local.reshape(-1, local.shape[-1]) if local.dim() > 1 else local
+        return local.reshape(self._merged(self.local_view(tp)))
 
     def write(self, shards: list[Tensor]) -> dict[str, Tensor]:
         """The HF tensors, from the parameter's shards of all TP ranks in order (one shard where it is replicated)."""
@@ -102,8 +110,7 @@ class Rule:
             tensors = list(full.split([part.slots for part in self.parts], dim=self.slot_axis))
         out = {}
         for part, tensor in zip(self.parts, tensors, strict=True):
-            rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
-            out[part.hf] = rows[: self.rows].contiguous()
+            out[part.hf] = tensor.reshape(self._merged(tuple(tensor.shape)))[: self.rows].contiguous()
         return out
 
 

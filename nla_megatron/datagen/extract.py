@@ -24,7 +24,7 @@ from nla_megatron.contract.sidecar import DatasetSidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import write_table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
-from nla_megatron.errors import ConfigError
+from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.pipeline import forward_each
@@ -59,7 +59,12 @@ def check(config: ExtractConfig, world_size: int) -> None:
     """Everything that can be known before the first forward; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     shape = read_shape(config.model)
-    check_layout(shape.truncated(layer_of(config, shape) + 1), config.parallel.tp, config.parallel.pp)
+    check_layout(shape.truncated(layer_of(config, shape) + 1), config.parallel, "forward")
+    if config.parallel.ep > 1:
+        raise LayoutError(
+            f"parallel.ep={config.parallel.ep} for extraction", "parallel.ep=1",
+            "cut the experts with parallel.etp: each data-parallel rank goes through passages of its own",
+        )  # fmt: skip
     if config.max_length > shape.max_positions:
         raise ConfigError(
             f"max_length={config.max_length}",

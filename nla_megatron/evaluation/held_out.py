@@ -38,7 +38,7 @@ def check(config: EvalConfig, world_size: int) -> None:
     task = NlaTask.open(config.data, "rl", config.av)
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
-    check_layout(read_shape(config.ar), config.parallel.tp, config.parallel.pp)
+    check_layout(read_shape(config.ar), config.parallel, "forward")
     check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
     for name in (columns.EXPLANATION, columns.TEXT):
         task.table.column(name)

@@ -22,13 +22,16 @@ from nla_megatron.parallel import started
 class Command:
     """`module` offers `check(config, world_size)`, `run(config[, world])`.
 
-    `on_ranks`: run by every Megatron rank. `samples`: with vLLM.
+    `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
+    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set.
     """
 
     module: str
     on_ranks: bool
     about: str
     samples: bool = False
+    verb: str | None = None
+    estimate: str | None = None
 
 
 COMMANDS: dict[str, Command] = {
@@ -46,7 +49,15 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it", True
     ),
-    "convert": Command("nla_megatron.conversion.command", True, "between Hugging Face and megatron-core checkpoints"),
+    "convert": Command(
+        "nla_megatron.conversion.command",
+        True,
+        "between Hugging Face and megatron-core: import, export, verify",
+        verb="direction",
+        estimate="nla_megatron.conversion.estimate",
+    ),
+    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
+    "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
 }
 
 
@@ -61,13 +72,17 @@ def run(argv: Sequence[str]) -> int:
 def execute(name: str, overrides: Sequence[str]) -> int:
     """Run one command to its end; returns the exit code, or raises a named error.
 
-    A command for ranks that nobody started (torchrun, srun) starts tp x pp x dp of them on this machine. Each rank
+    A command for ranks that nobody started (torchrun, srun) starts as many as it asks for on this machine. Each rank
     checks everything before it does anything.
     """
     if name not in COMMANDS:
         raise ConfigError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", "run `nla-megatron --help`")
-    command, config = COMMANDS[name], compose(name, overrides)
+    command = COMMANDS[name]
+    config = compose(name, as_overrides(command, overrides))
     silence_libraries()
+    if command.estimate is not None and config.dry_run:
+        importlib.import_module(command.estimate).run(config)
+        return 0
     if not command.on_ranks:
         module = importlib.import_module(command.module)
         module.check(config, 1)
@@ -77,13 +92,25 @@ def execute(name: str, overrides: Sequence[str]) -> int:
             module.finished(config)
         return 0
     ranks = started.world_size()
-    size = ranks or config.parallel.tp * config.parallel.pp * (config.parallel.dp or 1)
+    size = ranks or config.ranks
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
         preload = [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
         return launch(run, [name, *overrides], size, preload)
     return _run_rank(command, config, size)
+
+
+def as_overrides(command: Command, arguments: Sequence[str]) -> list[str]:
+    """What was typed as Hydra knows it: `import` is `direction=import`, `--dry-run` is `dry_run=true`."""
+    overrides = list(arguments)
+    if command.verb is not None and overrides and overrides[0].isalpha():
+        overrides[0] = f"{command.verb}={overrides[0]}"
+    for position, word in enumerate(overrides):
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            overrides[position] = f"{key.replace('-', '_')}={value if equals else 'true'}"
+    return overrides
 
 
 def silence_libraries() -> None:
@@ -100,8 +127,14 @@ def _run_rank(command: Command, config: Any, size: int) -> int:
     module = importlib.import_module(command.module)
     module.check(config, size)
     if not _finished(config):
-        world = initialise(config.parallel)
-        module.run(config, world)
+        world = initialise(config.layout)
+        try:
+            module.run(config, world)
+        except Exception:
+            # Among several ranks an orderly leave would wait for those that are gone; see `launch.ending`.
+            if world.size == 1:
+                shut_down()
+            raise
         shut_down()
     return 0
 

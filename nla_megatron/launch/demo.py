@@ -17,7 +17,7 @@ from nla_megatron.contract.files import write_json
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch import commands
-from nla_megatron.launch.local import command_process
+from nla_megatron.launch.local import command_process, warm_up
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def run(config: DemoConfig) -> None:
     out = Path(config.out)
     claim_run_directory("demo", config)
     started, seconds = time.monotonic(), _read_seconds(out)
+    warm_up()
     for name, work in _work(config):
         if (out / name / "done").is_file() and name in seconds:
             continue

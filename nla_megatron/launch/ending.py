@@ -57,8 +57,8 @@ def _let_rank_0_tell() -> None:
 
 
 def _store() -> Any:
-    """The process group's store; None before there is a group. Does not import torch."""
+    """The store that connects this rank with others; None where there are none yet. Does not import torch."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
+    if distributed is None or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return None
     return distributed.distributed_c10d._get_default_store()

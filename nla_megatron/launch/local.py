@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from types import FrameType
 from typing import Any
 
@@ -45,10 +46,12 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
         port = door.getsockname()[1]
         sys.stdout.flush()
         sys.stderr.flush()
-        ranks = start_processes(
-            _rank, (entry, argv, processes, port), processes, join=False, start_method="fork" if forks else "spawn"
-        )
+        pids: list[int] = []
         try:
+            ranks = start_processes(
+                _rank, (entry, argv, processes, port), processes, join=False, start_method="fork" if forks else "spawn"
+            )
+            pids += ranks.pids()
             # The store lives here, so that it outlives every rank; its threads start after the forks.
             store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
             while not ranks.join(grace_period=_LAST_WORDS_SECONDS):
@@ -56,7 +59,7 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
         except ProcessExitedException as failed:
             return _exit_code(failed.error_index, failed.exit_code)
         finally:
-            _end(ranks.pids())
+            _end(pids)
     del store
     return 0
 
@@ -82,6 +85,9 @@ def _exit_code(rank: int, code: int) -> int:
 
 
 def _end(ranks: Sequence[int]) -> None:
+    """End the groups of `ranks`, and ranks that were still starting: those are known as children alone."""
+    for child in multiprocessing.active_children():
+        child.kill()
     for rank in ranks:
         try:
             os.killpg(rank, signal.SIGKILL)
@@ -103,15 +109,20 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def warm_up() -> None:
+    """Start the server that `command_process` forks from; it imports while this process does something else."""
+    forkserver.set_forkserver_preload([PRELOAD])
+    forkserver.ensure_running()
+
+
 def command_process(entry: Entry, argv: Sequence[str]) -> Any:
     """A process, not started yet, that runs `entry(argv)` and exits with its code.
 
     It is forked from a server that has imported what the commands need (see `launch.preload`): the imports of all
     commands that this process runs are paid once.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOAD])
-    return context.Process(target=_command, args=(entry, argv))
+    warm_up()
+    return multiprocessing.get_context("forkserver").Process(target=_command, args=(entry, argv))
 
 
 def _command(entry: Entry, argv: Sequence[str]) -> None:

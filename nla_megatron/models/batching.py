@@ -52,8 +52,8 @@ def shares(lengths: Sequence[int], world: World, micro_batch_size: int) -> list[
 def microbatches(batch: Batch, world: World, micro_batch_size: int) -> list[Microbatch]:
     """This DP rank's part of a batch.
 
-    Without pipeline stages a microbatch is as wide as its longest row; with them all are equally wide, because the
-    stages exchange tensors of one shape.
+    A microbatch is as wide as its longest row. With pipeline stages or expert parallelism all are equally wide, because
+    stages, and the ranks that share experts, exchange tensors of one shape.
     """
     parts = shares([len(row) for row in batch.ids], world, micro_batch_size)
     return [_microbatch(batch, rows, world) for rows in parts]
@@ -61,7 +61,7 @@ def microbatches(batch: Batch, world: World, micro_batch_size: int) -> list[Micr
 
 def _microbatch(batch: Batch, rows: list[int], world: World) -> Microbatch:
     real = [max(row, 0) for row in rows]
-    width = batch.longest if world.pp > 1 else max(len(batch.ids[row]) for row in real)
+    width = batch.longest if world.pp > 1 or world.ep > 1 else max(len(batch.ids[row]) for row in real)
     ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     for index, row in enumerate(real):
         ids_BT[index, : len(batch.ids[row])] = torch.as_tensor(batch.ids[row])

@@ -1,100 +1,111 @@
-"""From a model's shape and a parallel layout to Megatron's configuration and layer specification."""
+"""Which layouts a model fits, and how its blocks are dealt to the pipeline. Imports no Megatron."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Protocol
 
 import torch
 
 from nla_megatron.errors import LayoutError
 from nla_megatron.parallel.world import World
-from nla_megatron.types import ModelShape
+from nla_megatron.types import Experts, ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Use = Literal["convert", "forward", "train"]
+"""What a layout is for: moving weights only, computing without gradients, or learning."""
 
-def check_layout(shape: ModelShape, tp: int, pp: int) -> None:
-    """Raises LayoutError where heads, groups, vocabulary or blocks do not fit the layout."""
-    cut = {
-        "attention heads": shape.num_heads,
-        "key/value heads": shape.num_kv_heads,
-        "feed-forward columns": shape.ffn_hidden_size,
-        "vocabulary rows (padded)": shape.padded_vocab_size,
-    }
+
+class Layout(Protocol):
+    """What `ParallelConfig` and `World` both say of a layout; `etp` None is tp."""
+
+    @property
+    def tp(self) -> int: ...
+    @property
+    def pp(self) -> int: ...
+    @property
+    def ep(self) -> int: ...
+    @property
+    def etp(self) -> int | None: ...
+    @property
+    def vpp(self) -> int: ...
+    @property
+    def stages(self) -> list[int] | tuple[int, ...] | None: ...
+
+
+def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
+    """Whether this model can be cut so.
+
+    Raises:
+        LayoutError: heads, groups, columns, experts or blocks do not fit, or the layout is not made for `use`.
+    """
+    cut = {"attention heads": shape.num_heads, "key/value heads": shape.num_kv_heads}
+    cut["vocabulary rows (padded)"] = shape.padded_vocab_size
+    if shape.experts is None:
+        cut["feed-forward columns"] = shape.ffn_hidden_size
     for name, size in cut.items():
-        if size % tp:
-            raise LayoutError(
-                f"{size} {name} at parallel.tp={tp}", f"a tp that divides {size}", "choose another parallel.tp"
-            )
-    if shape.num_layers < pp:
+        _check_divides("tp", layout.tp, size, name)
+    _check_experts(shape.experts, layout)
+    _check_blocks(shape.num_layers, layout)
+    if use == "convert":
+        return
+    if layout.vpp > 1:
         raise LayoutError(
-            f"{shape.num_layers} blocks at parallel.pp={pp}",
-            "at least one block for each pipeline stage",
-            "lower parallel.pp",
+            f"parallel.vpp={layout.vpp} for a model that computes", "one chunk of blocks per pipeline stage",
+            "drop parallel.vpp; only conversion takes it",
+        )  # fmt: skip
+    if use == "train" and shape.experts is not None and layout.tp > 1:
+        raise LayoutError(
+            f"a mixture of experts that trains at parallel.tp={layout.tp}", "parallel.tp=1",
+            "share the experts out with parallel.ep: megatron-core trains experts at tp > 1 with sequence parallelism"
+            " only",
+        )  # fmt: skip
+
+
+def _check_divides(key: str, ranks: int, size: int, name: str) -> None:
+    if size % ranks:
+        raise LayoutError(
+            f"{size} {name} at parallel.{key}={ranks}", f"a {key} that divides {size}", f"choose another parallel.{key}"
         )
 
 
-def blocks_per_stage(num_layers: int, pp: int) -> list[int]:
-    """Blocks of each pipeline stage, the first stages taking the remainder: 3 over 2 stages is [2, 1]."""
-    return [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)]
+def _check_experts(experts: Experts | None, layout: Layout) -> None:
+    if experts is not None:
+        _check_divides("ep", layout.ep, experts.count, "experts")
+        _check_divides("etp", layout.etp or layout.tp, experts.ffn_hidden_size, "columns of each expert")
+    elif layout.ep > 1:
+        raise LayoutError(f"parallel.ep={layout.ep} for a model without experts", "parallel.ep=1", "drop parallel.ep")
 
 
-def transformer_config(shape: ModelShape, world: World, dtype: torch.dtype) -> Any:
-    """megatron-core's TransformerConfig for this shape on this layout."""
-    from megatron.core.transformer import TransformerConfig
-
-    check_layout(shape, world.tp, world.pp)
-    return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
-        qk_layernorm=shape.qk_norm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=world.tp,
-        pipeline_model_parallel_size=world.pp,
-        pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, world.pp),
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype,
-        # The master weight is drawn whole and split: no two TP ranks start with the same shard.
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-    )
+def _check_blocks(num_layers: int, layout: Layout) -> None:
+    chunks = layout.pp * layout.vpp
+    if num_layers < chunks:
+        raise LayoutError(
+            f"{num_layers} blocks at parallel.pp={layout.pp}" + (f", vpp {layout.vpp}" if layout.vpp > 1 else ""),
+            "at least one block for each pipeline stage", "lower parallel.pp",
+        )  # fmt: skip
+    if layout.stages is not None and (len(layout.stages) != chunks or sum(layout.stages) != num_layers):
+        raise LayoutError(
+            f"parallel.stages={list(layout.stages)} for {num_layers} blocks on pp {layout.pp} x vpp {layout.vpp}",
+            f"{chunks} numbers that sum to {num_layers}",
+            "correct parallel.stages, or leave it out for an even division",
+        )
 
 
-def _pipeline_layout(num_layers: int, pp: int) -> list[list[str]] | None:
-    if pp == 1:
-        return None
-    stages = [["decoder"] * blocks for blocks in blocks_per_stage(num_layers, pp)]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
-    return stages
+def blocks_per_chunk(num_layers: int, layout: Layout) -> list[int]:
+    """Blocks of each of the pp x vpp chunks in the model's order.
 
-
-def layer_spec(shape: ModelShape) -> Any:
-    """Megatron's local layers with SDPA as core attention."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from nla_megatron.models.attention import SdpaCoreAttention
-
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-    return spec
+    The first ones take the remainder: 3 blocks over 2 stages are [2, 1].
+    """
+    if layout.stages is not None:
+        return list(layout.stages)
+    chunks = layout.pp * layout.vpp
+    return [num_layers // chunks + (chunk < num_layers % chunks) for chunk in range(chunks)]
 
 
 def placed(model: torch.nn.Module, world: World, dtype: str) -> None:
-    """Move a built model to its device with every parameter in `dtype`: torch's own norms are built in fp32."""
+    """Move a built model to its device with every parameter but an AR's head in `dtype`."""
     model.to(world.device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype])
+    for name, parameter in model.named_parameters():
+        if not name.startswith("value_head."):
+            parameter.data = parameter.data.to(DTYPES[dtype])

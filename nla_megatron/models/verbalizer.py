@@ -6,35 +6,20 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nla_megatron.interventions.maths import intervene
-from nla_megatron.models.builder import DTYPES, layer_spec, placed, transformer_config
-from nla_megatron.parallel.cpu import megatron_device
+from nla_megatron.models.decoder import Decoder, build_chunks
+from nla_megatron.models.layers import soft_capped
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Injection, Microbatch, ModelShape
 
 
-class Verbalizer(GPTModel):
+class Verbalizer(Decoder):
     """A Megatron decoder with an injection at the output of one block, on whichever stage owns it."""
 
-    shape: ModelShape
-
-    def __init__(self, shape: ModelShape, world: World, dtype: str):
-        config = transformer_config(shape, world, DTYPES[dtype])
-        super().__init__(
-            config,
-            layer_spec(shape),
-            vocab_size=shape.padded_vocab_size,
-            max_sequence_length=shape.max_positions,
-            pre_process=world.is_first_stage,
-            post_process=world.is_last_stage,
-            position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
-            share_embeddings_and_output_weights=shape.tied_embeddings,
-        )
-        self.shape = shape
+    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
+        super().__init__(shape, world, dtype, vp_stage, with_head=True)
         self._injection: Injection | None = None
 
     def inject_at(self, layer: int, method: str, scale: float) -> None:
@@ -52,10 +37,11 @@ class Verbalizer(GPTModel):
 
     def forward(self, batch: Microbatch) -> Tensor:
         """Logits of this TP rank's vocabulary rows, (B, T, V/tp), on the last stage; hidden states elsewhere."""
-        positions_BT = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None].expand_as(batch.ids)
         self._injection = batch.injection
-        out = super().forward(batch.ids, positions_BT, attention_mask=None)
-        return self._without_padding_rows(out) if self.post_process else out
+        out = self.through_blocks(batch)
+        if not self.post_process:
+            return out
+        return self._without_padding_rows(soft_capped(out, self.shape.logit_softcap))
 
     def _without_padding_rows(self, logits_BTV: Tensor) -> Tensor:
         """Rows that only pad the vocabulary take no probability."""
@@ -74,7 +60,6 @@ def _injected(stream_TBD: Tensor, injection: Injection, method: str, scale: floa
 
 
 def build_verbalizer(shape: ModelShape, world: World, dtype: str) -> Verbalizer:
-    with megatron_device():
-        model = Verbalizer(shape, world, dtype)
-    placed(model, world, dtype)
+    """The AV of a stage that is one chunk; `build_chunks(Verbalizer, …)` builds any."""
+    [model] = build_chunks(Verbalizer, shape, world, dtype)
     return model

@@ -1,4 +1,7 @@
-"""The process groups: world = tp x pp x dp for training, as megatron-core lays ranks out (tp fastest, pp slowest)."""
+"""The process groups: world = tp x pp x dp for training, as megatron-core lays ranks out (tp fastest, pp slowest).
+
+The experts of a mixture have a grid of their own on the same stages: etp x ep x (what is left), etp fastest.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: sizes, coordinates and device. `control` carries objects and CPU tensors."""
+    """This process among all: sizes, coordinates and device. `control` carries objects and CPU tensors.
+
+    `vpp` chunks of blocks lie on each pipeline stage; `stages` are the blocks of each chunk in the model's order, None
+    for an even division.
+    """
 
     rank: int
     size: int
@@ -33,6 +40,12 @@ class World:
     dp_rank: int
     device: torch.device
     control: dist.ProcessGroup | None
+    ep: int = 1
+    etp: int = 1
+    ep_rank: int = 0
+    etp_rank: int = 0
+    vpp: int = 1
+    stages: tuple[int, ...] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -52,14 +65,20 @@ class World:
         return self.is_last_stage and self.tp_rank == 0
 
     def layout(self) -> str:
-        return f"tp {self.tp} pp {self.pp} dp {self.dp}"
+        sizes = f"tp {self.tp} pp {self.pp} dp {self.dp}"
+        if self.ep > 1 or self.etp != self.tp:
+            sizes += f" ep {self.ep} etp {self.etp}"
+        if self.vpp > 1:
+            sizes += f" vpp {self.vpp}"
+        return sizes if self.stages is None else f"{sizes} stages {'-'.join(map(str, self.stages))}"
 
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     """The DP size of a world.
 
     Raises:
-        LayoutError: tp x pp does not divide the world, or dp is given and the product differs.
+        LayoutError: tp x pp does not divide the world, dp is given and the product differs, etp x ep does not divide
+            the ranks of a pipeline stage, or there are chunks (vpp) without a pipeline.
     """
     model = config.tp * config.pp
     if world_size % model:
@@ -74,6 +93,17 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
             f"{world_size} processes for tp {config.tp} x pp {config.pp} x dp {config.dp}",
             f"{model * (config.dp or 1)} processes", "leave parallel.dp out, or start that many processes",
         )  # fmt: skip
+    etp = config.etp or config.tp
+    if (config.tp * dp) % (etp * config.ep):
+        raise LayoutError(
+            f"parallel.ep={config.ep} x etp {etp} on the {config.tp * dp} ranks of a pipeline stage (tp x dp)",
+            f"a product that divides {config.tp * dp}",
+            "change parallel.ep, parallel.etp or parallel.dp",
+        )
+    if config.vpp > 1 and config.pp == 1:
+        raise LayoutError(
+            f"parallel.vpp={config.vpp} at parallel.pp=1", "several pipeline stages", "raise parallel.pp, or drop vpp"
+        )
     return dp
 
 
@@ -85,6 +115,10 @@ def initialise(config: ParallelConfig) -> World:
     timeout = timedelta(minutes=config.timeout_minutes)
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # A process that was forked from one that imported torch has that one's number of threads.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks))))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     dp = data_parallel_size(config, dist.get_world_size())
@@ -96,6 +130,9 @@ def initialise(config: ParallelConfig) -> World:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
+            virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+            expert_model_parallel_size=config.ep,
+            expert_tensor_parallel_size=config.etp or config.tp,
             distributed_timeout_minutes=max(1, int(config.timeout_minutes)),
         )
         # Dropout is 0 everywhere, so the tracker's forks have nothing to keep apart; this one makes them no-ops.
@@ -111,6 +148,12 @@ def initialise(config: ParallelConfig) -> World:
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         control=cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD),
+        ep=config.ep,
+        etp=config.etp or config.tp,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        vpp=config.vpp,
+        stages=None if config.stages is None else tuple(config.stages),
     )
 
 

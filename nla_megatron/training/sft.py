@@ -34,7 +34,7 @@ def check(config: SftConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     task = NlaTask.open(config.data, table_stage(config), config.model)
-    check_layout(model_shape(config.role, config.model, task), config.parallel.tp, config.parallel.pp)
+    check_layout(model_shape(config.role, config.model, task), config.parallel)
     check_run_directory("sft", config)
 
 

@@ -142,6 +142,26 @@ def reference(directory: Path) -> dict[str, Any]:
     return {"logprobs": logprobs, "errors": errors, "losses": losses, "norms": norms, "trained": model.state_dict()}
 
 
+def in_bf16(directory: Path, world: World) -> dict[str, Any]:
+    """Log-probs, dtypes of parameters and masters, and the loss over a few updates, all in bf16."""
+    shape = read_shape(directory)
+    batch, width = av_batch(rows(shape)), max(LENGTHS)
+    av = build_verbalizer(shape, world, "bfloat16")
+    load_from_hf(av, str(directory), shape, world, with_head=True)
+    av.inject_at(LAYER, "norm_add", 1.0)
+    module = TrainModule(av, world, OPTIM, STEPS, 2, "bfloat16")
+    logprobs = module.rows(batch, response_logprobs(1.0), width)
+    total = float(batch.fields["mask"].sum())
+    updates = [module.update(batch, cross_entropy(total), ("loss",), step) for step in range(STEPS)]
+    masters = [master for group in module.optimizer.param_groups for master in group["params"]]
+    return {
+        "logprobs": logprobs,
+        "losses": [update.statistics["loss"] for update in updates],
+        "parameters": sorted({str(parameter.dtype) for parameter in av.parameters()}),
+        "masters": sorted({str(master.dtype) for master in masters}),
+    }
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     rows_of = [found["logprobs"][row, PROMPT - 1 : LENGTHS[row] - 1] for row in range(len(LENGTHS))]
     return {
@@ -163,6 +183,7 @@ def main(result: str, scratch: str) -> None:
 
     out: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    bf16: dict[str, Any] = {}
     # One more block than stages divide, a vocabulary that needs padding, tied and untied embeddings.
     models = {"tied": {"tied_embeddings": True}, "untied": {"tied_embeddings": False}}
     for tp, pp in LAYOUTS:
@@ -173,10 +194,15 @@ def main(result: str, scratch: str) -> None:
                 tiny_model(directory, num_layers=5, vocab_size=1000, **options)
             barrier(world)
             found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
+        bf16[f"tp{tp} pp{pp}"] = in_bf16(directory, world)
         parallel_state.destroy_model_parallel()
     if world.is_main:
         for key, numbers in found.items():
             out[key] = compare(numbers, reference(Path(scratch) / key.split()[0]))
+        exact = found["untied tp1 pp1"]["logprobs"]
+        for key, numbers in bf16.items():
+            gap = float((numbers.pop("logprobs") - exact).abs().max())
+            out[f"bf16 {key}"] = {**numbers, "gap": gap}
         Path(result).write_text(json.dumps(out))
     barrier(world)
 

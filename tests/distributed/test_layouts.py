@@ -45,3 +45,12 @@ def test_the_ar_learns_alike_on_every_layout(found: Any, layout: str) -> None:
     assert found[layout]["ar_losses"] == pytest.approx(single["ar_losses"], rel=2e-5)
     assert found[layout]["ar_norms"] == pytest.approx(single["ar_norms"], rel=1e-4)
     assert single["ar_losses"][-1] < single["ar_losses"][0]
+
+
+@pytest.mark.parametrize("layout", [f"tp{tp} pp{pp}" for tp in (1, 2) for pp in (1, 2)])
+def test_bf16_has_bf16_parameters_and_fp32_masters_and_learns(found: Any, layout: str) -> None:
+    numbers = found[f"bf16 {layout}"]
+    assert numbers["parameters"] == ["torch.bfloat16"] and numbers["masters"] == ["torch.float32"]
+    assert numbers["gap"] <= 0.1
+    assert numbers["losses"][-1] < numbers["losses"][0]
+    assert numbers["losses"] == pytest.approx(found["bf16 tp1 pp1"]["losses"], rel=5e-3)

@@ -1,4 +1,4 @@
-"""Hugging Face to a megatron-core checkpoint on one layout, back on another: every tensor to the bit."""
+"""What the demo trained, through megatron-core checkpoints and back, as a user types it."""
 
 from __future__ import annotations
 
@@ -14,38 +14,32 @@ from tests.support.ranks import command
 @pytest.fixture(scope="module")
 def imported(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("convert") / "megatron"
-    done = command("convert", "direction=import", f"input={toy / 'pretrain' / 'hf'}", f"out={out}", "parallel=tp2")
+    done = command("convert", "import", f"hf={toy / 'pretrain' / 'hf'}", f"out={out}", "processes=2")
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
 
-def test_a_checkpoint_written_at_pp2_exports_bit_exact_at_tp2(toy: Path, tmp_path: Path) -> None:
-    for arguments in (
-        ("direction=import", f"input={toy / 'pretrain' / 'hf'}", f"out={tmp_path / 'megatron'}", "parallel=pp2"),
-        ("direction=export", f"input={tmp_path / 'megatron'}", f"out={tmp_path / 'hf'}", "parallel=tp2"),
-    ):
-        done = command("convert", *arguments)
-        assert done.returncode == 0, done.stderr[-4000:]
-    before, after = (load_file(path / "model.safetensors") for path in (toy / "pretrain" / "hf", tmp_path / "hf"))
-    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("layout", ["single", "pp2"])
-def test_a_checkpoint_written_at_tp2_exports_bit_exact(toy: Path, imported: Path, tmp_path: Path, layout: str) -> None:
-    out = tmp_path / "hf"
-    done = command("convert", "direction=export", f"input={imported}", f"out={out}", f"parallel={layout}")
-    assert done.returncode == 0, done.stderr[-4000:]
-    before, after = (load_file(path / "model.safetensors") for path in (toy / "pretrain" / "hf", out))
-    assert set(before) == set(after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_the_exported_directory_is_one_that_transformers_loads(toy: Path, imported: Path, tmp_path: Path) -> None:
+def test_an_import_is_verified_and_exports_what_transformers_loads(toy: Path, imported: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = tmp_path / "hf"
-    assert command("convert", "direction=export", f"input={imported}", f"out={out}").returncode == 0
+    hf, out = toy / "pretrain" / "hf", tmp_path / "hf"
+    for arguments in (
+        ("export", f"checkpoint={imported}", f"out={out}"),
+        ("verify", f"hf={out}", f"checkpoint={imported}", "parallel=tp2"),
+    ):
+        done = command("convert", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     ids = AutoTokenizer.from_pretrained(out)("The with statement", return_tensors="pt").input_ids
     with torch.no_grad():
-        logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (toy / "pretrain" / "hf", out)]
+        logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (hf, out)]
     assert torch.equal(*logits)
+
+
+def test_the_last_checkpoint_of_a_run_exports_to_what_the_run_exported(toy: Path, tmp_path: Path) -> None:
+    last = max((toy / "pretrain" / "checkpoints").glob("step_*"))
+    [module] = [path for path in last.iterdir() if path.is_dir()]
+    hf, out = toy / "pretrain" / "hf", tmp_path / "hf"
+    done = command("convert", "export", f"checkpoint={module}", f"hf={hf}", f"out={out}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    before, after = (load_file(path / "model.safetensors") for path in (hf, out))
+    assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)

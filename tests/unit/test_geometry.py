@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron import geometry as g
@@ -48,7 +48,6 @@ def test_a_scale_that_means_nothing_is_refused(scale: g.Scale) -> None:
         g.normalise(vectors(1, 2), scale)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 40), st.integers(0, 10**6), st.floats(0.01, 100))
 def test_mse_is_twice_one_minus_cosine(n: int, d: int, seed: int, factor: float) -> None:
     pred, target = vectors(n, d, seed), vectors(n, d, seed + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from nla_megatron.conversion.families import qwen3
+from nla_megatron.conversion.families import gemma2, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.errors import UnsupportedModel
 from nla_megatron.types import ModelShape
@@ -21,19 +21,31 @@ class Family(Protocol):
     def rules(self, shape: ModelShape, with_head: bool) -> list[Rule]: ...
 
 
-FAMILIES: dict[str, Family] = {qwen3.ARCHITECTURE: qwen3}
+_MODULES: tuple[Family, ...] = (qwen2, qwen3, qwen3_moe, llama, mistral, mixtral, gemma2, gemma3)
+FAMILIES: dict[str, Family] = {family.ARCHITECTURE: family for family in _MODULES}
+
+_NOT_CONVERTED = {
+    "Gemma3ForConditionalGeneration": (
+        "a text model: images are not converted",
+        "save its language model as Gemma3ForCausalLM with transformers",
+    ),
+    "GptOssForCausalLM": (
+        "a family whose experts are tensors of their own: gpt-oss stacks a block's experts in one tensor, transposed,"
+        " gate and up interleaved, in MXFP4 as published, and a rule here is made of whole tensors",
+        "convert another family",
+    ),
+}
+"""(what is expected, what to do) for architectures that look as if they were known."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Raises UnsupportedModel by name for an architecture without a table."""
-    names = config.get("architectures") or ["none"]
-    if names[0] not in FAMILIES:
-        raise UnsupportedModel(
-            f"architecture {names[0]!r} in config.json",
-            f"one of {', '.join(FAMILIES)}",
-            "add a table to conversion/families",
-        )
-    return FAMILIES[names[0]]
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in FAMILIES:
+        known = f"one of {', '.join(FAMILIES)}", "add a table to conversion/families"
+        expected, remedy = _NOT_CONVERTED.get(name, known)
+        raise UnsupportedModel(f"architecture {name!r} in config.json", expected, remedy)
+    return FAMILIES[name]
 
 
 def rules_of(shape: ModelShape, with_head: bool) -> list[Rule]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.algorithms import make_algorithm, register
@@ -40,7 +40,6 @@ def reference(rewards: np.ndarray, groups: np.ndarray, normalise_std: bool) -> n
     return out
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.floats(-10, 10, width=32)), min_size=1, max_size=40),
     st.booleans(),

@@ -142,7 +142,7 @@ def test_the_bos_policy_is_the_tokenizers_and_decides_about_the_ar_prompt(tokeni
     without.check(bos_tokenizer)  # a checkpoint trained without BOS stays usable
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(explanation=st.text(max_size=30))
 def test_every_ar_prompt_ends_with_the_suffix(tokenizer: Tok, contract: PromptContract, explanation: str) -> None:
     ids = contract.ar_ids(tokenizer, explanation)

@@ -240,7 +240,7 @@ def test_a_bad_key_of_a_dataset_sidecar_is_named(parquet: Path, change: Callable
         (lambda raw: raw.pop("tokens"), "no key 'tokens'"),
         (lambda raw: raw.update(extraction=3), "'extraction' in"),
         (lambda raw: raw["critic"].update(extraction_layer_index=4), "several block indices"),
-        (lambda raw: raw.update(kind="nla_dataset"), "'kind' in"),
+        (lambda raw: raw.update(kind="nla_judge"), "'kind' in"),
     ],
 )
 def test_a_bad_key_of_a_model_sidecar_is_named(checkpoint: Path, change: Callable[..., object], key: str) -> None:

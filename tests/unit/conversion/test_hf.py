@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import (
     INDEX,
     SafetensorsReader,
+    check_vocabulary,
     copy_companions,
     read_config,
     read_shape,
@@ -20,8 +23,9 @@ from nla_megatron.conversion.hf import (
     write_shards,
     write_value_head,
 )
+from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.errors import CheckpointError, MissingFile
-from tests.support.tiny import SHAPE, tiny_model
+from tests.support.tiny import SHAPE, tiny_config, tiny_model
 
 TENSORS = {name: torch.arange(start, start + 12.0).reshape(4, 3) for start, name in enumerate(("a", "b", "c", "d"))}
 
@@ -35,7 +39,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_shards_hold_what_fits_and_the_index_says_where(sharded: Path) -> None:
     index = json.loads((sharded / INDEX).read_text())
-    first, second = "model-00001.safetensors", "model-00002.safetensors"
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     assert index["weight_map"] == {"a": first, "b": first, "c": second, "d": second}
     assert index["metadata"]["total_size"] == 4 * 48
     assert sorted(path.name for path in sharded.iterdir()) == [first, second, INDEX]
@@ -44,6 +48,42 @@ def test_shards_hold_what_fits_and_the_index_says_where(sharded: Path) -> None:
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
     write_shards(tmp_path, TENSORS.items(), shard_bytes=1)
     assert len(set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values())) == 4
+
+
+def test_shards_and_index_are_those_of_transformers(tmp_path: Path) -> None:
+    """The same names, the same index, the same tensors in each file, for the same order of tensors."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    model = Qwen3ForCausalLM(Qwen3Config(**read_config(tiny_config(tmp_path / "config", tied_embeddings=False))))
+    model.save_pretrained(theirs, max_shard_size="300KB")
+    write_shards(ours, model.state_dict().items(), shard_bytes=300_000)
+    files = sorted(path.name for path in theirs.iterdir() if "safetensors" in path.name)
+    assert sorted(path.name for path in ours.iterdir()) == files and len(files) > 3
+    assert json.loads((ours / INDEX).read_text()) == json.loads((theirs / INDEX).read_text())
+    loaded = Qwen3ForCausalLM.from_pretrained(copy_of_config(theirs, ours)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def copy_of_config(source: Path, target: Path) -> Path:
+    shutil.copyfile(source / "config.json", target / "config.json")
+    return target
+
+
+def test_with_the_plan_given_one_tensor_at_a_time_is_taken(tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():
+            written = sum(path.stat().st_size for path in tmp_path.iterdir())
+            assert written or not taken, "the first tensor is on its way when the second is asked for"
+            taken.append(name)
+            yield name, tensor
+
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+    write_shards(tmp_path, tensors(), 50, specs)
+    assert SafetensorsReader(tmp_path).names() == set(taken) == set(TENSORS)
 
 
 def test_one_shard_needs_no_index(tmp_path: Path) -> None:
@@ -79,11 +119,68 @@ def test_several_files_without_an_index_are_searched(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
-    (sharded / "model-00002.safetensors").unlink()
-    reader = SafetensorsReader(sharded)
-    assert reader.shape("a") == (4, 3)
-    with pytest.raises(MissingFile, match="model-00002.safetensors"):
-        reader.read("c", 0, 0, 1)
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MissingFile, match="model-00002-of-00002.safetensors"):
+        SafetensorsReader(sharded)
+
+
+def changed_index(directory: Path, **file_of: str | None) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    for name, file in file_of.items():
+        index["weight_map"].pop(name, None)
+        index["weight_map"] |= {} if file is None else {name: file}
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["a", "nobody"])
+def test_an_index_that_names_a_file_without_the_tensor_is_refused(sharded: Path, name: str) -> None:
+    changed_index(sharded, **{name: "model-00002-of-00002.safetensors"})
+    with pytest.raises(CheckpointError, match=f"'{name}' in model-00002"):
+        SafetensorsReader(sharded)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None:
+    changed_index(sharded, d=None)
+    with pytest.raises(CheckpointError, match="does not name, first 'd'"):
+        SafetensorsReader(sharded)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, TENSORS.items())
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="each tensor once"):
+        SafetensorsReader(tmp_path)
+
+
+def tokenizer_of(directory: Path, vocabulary: object, *added: tuple[int, str], **config: object) -> Path:
+    tokens = [{"id": number, "content": content} for number, content in added]
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": tokens}))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "added", "config", "largest"),
+    [
+        ({"a": 0, "b": 9}, [], {}, 9),
+        ([["a", 0.0], ["b", -1.0]], [], {}, 1),
+        ({"a": 0}, [(12, "<x>")], {}, 12),
+        ({"a": 3}, [(12, "<image>")], {"image_token": "<image>"}, 3),
+        ({"a": 3}, [(12, "<image>")], {"extra_special_tokens": {"image_token": "<image>"}}, 3),
+        ({"a": 3}, [(12, "<image>")], {"extra_special_tokens": ["<image>"]}, 12),
+    ],
+)
+def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused(
+    tmp_path: Path, vocabulary: object, added: list[tuple[int, str]], config: dict[str, object], largest: int
+) -> None:
+    directory = tokenizer_of(tmp_path, vocabulary, *added, **config)
+    check_vocabulary(directory, largest + 1)
+    with pytest.raises(CheckpointError, match=f"token id {largest} "):
+        check_vocabulary(directory, largest)
+
+
+def test_a_directory_without_a_tokenizer_has_none_that_is_too_large(tmp_path: Path) -> None:
+    check_vocabulary(tmp_path, 1)
 
 
 def test_a_missing_tensor_is_named(sharded: Path) -> None:

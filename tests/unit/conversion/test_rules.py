@@ -1,4 +1,4 @@
-"""Qwen3's table in both directions, on tensors made from its own shapes, and what the family refuses.
+"""Rules in both directions: Qwen3's table, on tensors made from its own shapes, and what other families add.
 
 Legend: D hidden, V vocabulary, P padded vocabulary.
 """
@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nla_megatron.conversion.families import family_of, rules_of
+from nla_megatron.conversion.families import rules_of
+from nla_megatron.conversion.families.llama_like import decoder_rules
 from nla_megatron.conversion.families.qwen3 import config_from_shape, shape_from_config
 from nla_megatron.conversion.rules import Part, ReadSlice, Rule, by_name
-from nla_megatron.errors import UnsupportedModel
-from nla_megatron.types import ModelShape
+from nla_megatron.types import Experts, ModelShape
 
 # Every size differs from every other, so that no transposition fits by chance; four groups, so that tp 4 divides them.
 SHAPE = ModelShape(
@@ -227,31 +227,6 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ({"rope_parameters": None, "rope_theta": None}, "no rope_theta"),
-    ],
-)
-def test_a_feature_that_is_not_honoured_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(UnsupportedModel) as caught:
-        shape_from_config(config(**changes))
-    assert named in caught.value.found and "config.json" in caught.value.found
-
-
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], ["Qwen3MoeForCausalLM"], [], None])
-def test_an_unknown_architecture_is_refused_with_the_known_ones(architectures: list[str] | None) -> None:
-    with pytest.raises(UnsupportedModel) as caught:
-        family_of({"architectures": architectures})
-    assert repr(architectures[0] if architectures else "none") in caught.value.found
-    assert "Qwen3ForCausalLM" in caught.value.expected
-
-
-@pytest.mark.parametrize(
     ("changes", "theta"),
     [
         ({"rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}, "rope_theta": None}, 7e5),
@@ -264,5 +239,51 @@ def test_the_rope_base_is_read_from_the_new_and_from_the_old_key(changes: dict[s
     assert shape_from_config(config(**changes)).rope_theta == theta
 
 
-def test_a_head_width_that_is_not_given_is_the_hidden_sizes_share() -> None:
-    assert shape_from_config(config(head_dim=None, num_attention_heads=4)).head_dim == 5
+def test_a_head_width_that_is_not_given_is_qwen3s_own() -> None:
+    """Not the hidden size's share, as in other families: transformers assumes 128."""
+    assert shape_from_config(config(head_dim=None, num_attention_heads=4)).head_dim == 128
+
+
+def test_biases_interleave_as_their_weights_do() -> None:
+    """A vector's axes merge into one: each number stays with the row of the weight that it belongs to."""
+    shape = replace(SHAPE, qkv_bias=True, output_bias=True, mlp_bias=True)
+    rules = by_name(decoder_rules(shape, with_head=True))
+    for layer in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        weight, bias = (rules[f"decoder.layers.1.{layer}.{kind}"] for kind in ("weight", "bias"))
+        numbered, start = {}, 0
+        for part in bias.parts:
+            [length] = bias.hf_shape(part)
+            numbered[part.hf] = torch.arange(start, start + length, dtype=torch.float64)
+            start += length
+        for part, like in zip(weight.parts, bias.parts, strict=True):
+            numbered[part.hf] = numbered[like.hf][:, None].expand(-1, shape.hidden_size)
+        for tp in (1, 2, 4):
+            biases = shards_of(bias, numbered, tp)
+            rows = [shard[:, 0] for shard in shards_of(weight, numbered, tp)]
+            assert all(torch.equal(one, row) for one, row in zip(biases, rows, strict=True))
+            written = bias.write(biases)
+            assert all(torch.equal(written[part.hf], numbered[part.hf]) for part in bias.parts)
+
+
+def test_sinks_are_cut_with_their_heads() -> None:
+    shape = replace(SHAPE, sinks=True)
+    sinks = by_name(decoder_rules(shape, with_head=True))[
+        "decoder.layers.0.self_attention.core_attention.softmax_offset"
+    ]
+    tensors = {"model.layers.0.self_attn.sinks": torch.arange(8.0)}
+    assert [shard.tolist() for shard in shards_of(sinks, tensors, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_experts_are_numbered_over_all_ranks_and_cut_alike() -> None:
+    shape = replace(SHAPE, experts=Experts(3, 2, 8))
+    rules = decoder_rules(shape, with_head=False)
+    numbers = [(rule.megatron, rule.expert) for rule in rules if rule.expert is not None]
+    assert len(numbers) == 2 * 3 * SHAPE.num_layers
+    assert all(f".local_experts.{expert}." in name for name, expert in numbers)
+    tensors = hf_tensors(rules)
+    gate, up = (tensors[f"model.layers.1.mlp.experts.2.{name}_proj.weight"] for name in ("gate", "up"))
+    first = by_name(rules)["decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"]
+    for rank, shard in enumerate(shards_of(first, tensors, 2)):
+        assert torch.equal(shard, torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]]))
+    router = by_name(rules)["decoder.layers.1.mlp.router.weight"]
+    assert router.tp_axis is None and router.expert is None

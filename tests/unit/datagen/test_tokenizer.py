@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -35,7 +35,6 @@ def test_marker_and_tags_are_one_token_wherever_they_stand(tokenizer: PreTrained
     assert tokenizer.decode([number], skip_special_tokens=True) == token
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(encode(tokenizer, text)) == text

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -69,7 +69,6 @@ def slowly(mode: str, stream_TD: Tensor, slots: Slots) -> list[list[float]]:
     return out
 
 
-@settings(deadline=None, max_examples=60)
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", list(FORMULAS))
@@ -119,7 +118,6 @@ def test_norms_of_a_bf16_stream_are_fp32(form) -> None:  # noqa: ANN001
     assert form(FORMULAS["norm_add"], stream_TD, slots)[0].tolist() == [154.0, 206.0, 0.0, 0.0]
 
 
-@settings(deadline=None, max_examples=60)
 @cases
 @pytest.mark.parametrize("dtype", list(BITS))
 @pytest.mark.parametrize("mode", list(FORMULAS))
@@ -182,7 +180,6 @@ def test_the_masked_forms_can_be_captured_and_the_indexed_ones_cannot(mode: str)
                 form(FORMULAS[mode], stream_TD, slots)
 
 
-@settings(deadline=None, max_examples=60)
 @cases
 def test_the_account_of_tokens_per_slot_is_a_count(
     t: int, d: int, s: int, seed: int, share: float, with_factor: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,7 +52,6 @@ def test_every_mode_has_a_hand_calculation() -> None:
     assert set(MODES) == {"norm_add", "add", "replace"}
 
 
-@settings(deadline=None)
 @cases
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_add_adds_the_streams_own_size_along_the_vector(
@@ -67,7 +66,6 @@ def test_norm_add_adds_the_streams_own_size_along_the_vector(
     torch.testing.assert_close(cosine_N, torch.ones(n), rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None)
 @cases
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_replace_leaves_the_vector_at_the_given_norm(
@@ -79,14 +77,12 @@ def test_replace_leaves_the_vector_at_the_given_norm(
     torch.testing.assert_close(out_ND, replace(torch.zeros(n, d), vectors_ND, scale))
 
 
-@settings(deadline=None)
 @cases
 def test_add_is_linear_in_the_raw_vector(n: int, d: int, seed: int, scale: float, size: float) -> None:
     stream_ND, vectors_ND = draw(n, d, seed, size)
     torch.testing.assert_close(add(stream_ND, vectors_ND, scale), stream_ND + scale * vectors_ND)
 
 
-@settings(deadline=None)
 @cases
 @pytest.mark.parametrize("method", list(MODES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.interventions.placement import UNTOUCHED, Span, mark, row_slots, touched
@@ -33,7 +33,6 @@ def test_a_span_across_the_prompt_s_end_by_hand(where: str, by_hand: list[int]) 
     assert span.decode_steps().tolist() == [0, 0, 0, 0, 1]
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data(), st.sampled_from(WHERE), st.integers(1, 30), st.integers(0, 12))
 def test_any_cut_of_a_request_into_chunks_touches_what_the_whole_does(
     data: st.DataObject, where: str, prompt: int, generated: int
@@ -50,7 +49,6 @@ def test_any_cut_of_a_request_into_chunks_touches_what_the_whole_does(
     assert steps.tolist() == [max(0, index - prompt) for index in range(total)]
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data(), st.sampled_from(WHERE), st.integers(1, 5))
 def test_rows_and_a_flat_batch_of_spans_mark_the_same_tokens(data: st.DataObject, where: str, rows: int) -> None:
     """The trainer's padded rows against the sampler's concatenated requests."""

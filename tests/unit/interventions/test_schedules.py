@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.errors import ConfigError
@@ -27,7 +27,6 @@ def test_each_kind_by_hand(kind: str, by_hand: list[float]) -> None:
     assert len(schedule.factors()) == (1 if kind == "constant" else 5)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(KINDS), st.floats(-5, 5), st.floats(-5, 5), st.integers(1, 50), st.integers(0, 200)
 )  # fmt: skip

@@ -24,7 +24,7 @@ kinds = pytest.mark.parametrize(
     ("architecture", "normalisation"), list(itertools.product(ARCHITECTURES, NORMALISATIONS))
 )
 # The same examples every time: a feature on the very edge of its threshold falls on either side in fp32 and fp64.
-exact = settings(deadline=None, max_examples=15, derandomize=True)
+exact = settings(max_examples=15, derandomize=True)
 cases = given(seed=st.integers(0, 10**6), centred=st.booleans())
 
 
@@ -104,7 +104,7 @@ def test_global_steering_scales_all_features_and_keeps_the_error(
     assert torch.equal(got[1], stream_TD[1])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), strength=st.floats(-5, 5))
 def test_clamping_one_feature_sets_the_stream_s_component_along_it(seed: int, strength: float) -> None:
     (sae, slow), stream_TD = make("standard", "none", True, seed), draw(seed)
@@ -119,7 +119,7 @@ def test_clamping_one_feature_sets_the_stream_s_component_along_it(seed: int, st
     close(got, each(by_formula, stream_TD))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), order=st.permutations([1, 4, 8]))
 def test_clamping_several_features_sets_all_components_in_any_order_and_nothing_else(
     seed: int, order: list[int]

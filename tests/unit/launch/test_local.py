@@ -45,6 +45,8 @@ def two_ranks(entry: Callable[[Sequence[str]], int], argument: Path) -> Child:
 
 
 def launched(arguments: Sequence[str]) -> int:
+    # A suite that a script started in the background has SIGINT ignored, and so have its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return launch(globals()[arguments[0]], arguments[1:], 2, [])
 
 

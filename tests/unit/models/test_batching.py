@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.errors import ColumnError
@@ -58,7 +58,6 @@ def test_a_microbatch_by_hand() -> None:
     assert second.fields["mask"].tolist() == [[1.0], [1.0]]
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2]))
 def test_sums_over_weighted_rows_are_those_of_the_batch(lengths: list[int], dp: int, micro: int, pp: int) -> None:
     """What every loss relies on: padding rows weigh nothing, padding tokens are beyond `lengths`."""

@@ -1,0 +1,161 @@
+"""From a model's shape and a parallel layout to Megatron's configuration and layer specification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from nla_megatron.models.attention import RotaryAttention, SdpaCoreAttention
+from nla_megatron.models.builder import Layout, blocks_per_chunk, check_layout
+from nla_megatron.models.layers import NormedRowParallelLinear, RmsNorm, biased, gelu_tanh
+from nla_megatron.models.rotary import RotaryTables
+from nla_megatron.parallel.world import World
+from nla_megatron.types import ModelShape
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": gelu_tanh,
+}
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """Megatron's configuration, carrying the shape to the modules of ours that it is handed to."""
+
+    shape: ModelShape | None = None
+
+
+def decoder_config(shape: ModelShape, world: World, dtype: torch.dtype) -> DecoderConfig:
+    """The configuration of this shape on this layout. Raises LayoutError."""
+    check_layout(shape, world, "convert")
+    return DecoderConfig(
+        shape=shape,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.zero_centered_norms,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=_ACTIVATIONS[shape.activation],
+        # Layers with a bias are named in the specification, one by one.
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=world.tp,
+        pipeline_model_parallel_size=world.pp,
+        virtual_pipeline_model_parallel_size=world.vpp if world.vpp > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(shape.num_layers, world),
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        # The master weight is drawn whole and split: no two TP ranks start with the same shard.
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        **_expert_options(shape, world),
+    )
+
+
+def _expert_options(shape: ModelShape, world: World) -> dict[str, Any]:
+    if shape.experts is None:
+        return {}
+    # Without Transformer Engine the router asks for a name that its module has not defined.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_ffn_hidden_size": shape.experts.ffn_hidden_size,
+        "moe_router_topk": shape.experts.top_k,
+        # The softmax over the chosen experts alone is the softmax over all, renormalised.
+        "moe_router_pre_softmax": not shape.experts.renormalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": world.ep,
+        "expert_tensor_parallel_size": world.etp,
+    }
+
+
+def _pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
+    if layout.pp == 1:
+        return None
+    chunks = [["decoder"] * blocks for blocks in blocks_per_chunk(num_layers, layout)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
+def block_spec(shape: ModelShape, config: DecoderConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """This stage's (or chunk's) layers and the final norm."""
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RmsNorm)
+
+
+def _layer_spec(shape: ModelShape) -> ModuleSpec:
+    """Megatron's local layers with our norms and attention."""
+    qk_norm = RmsNorm if shape.qk_norm else IdentityOp
+    row = NormedRowParallelLinear if shape.sandwich_norms else RowParallelLinear
+    rotary = (RotaryTables(shape), RotaryTables(shape, local=True))
+    attention = ModuleSpec(
+        module=RotaryAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SdpaCoreAttention,
+            linear_proj=biased(row) if shape.output_bias else row,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    # The keys in checkpoints are those of Transformer Engine's layers, whose linear layers hold the norm before them.
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if shape.experts is None:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RmsNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RmsNorm,
+            mlp=_feed_forward_spec(shape, row),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys,
+        ),
+    )
+
+
+def _feed_forward_spec(shape: ModelShape, row: type) -> ModuleSpec:
+    if shape.experts is not None:
+        assert not shape.sandwich_norms and not shape.mlp_bias, "no family has a norm behind a mixture, or biases in it"
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    column = ColumnParallelLinear
+    if shape.mlp_bias:
+        column, row = biased(column), biased(row)
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))

@@ -1,0 +1,282 @@
+"""Adapters in `peft`'s files: what is read and refused, merged bit for bit, and written so that `peft` loads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nla_megatron.config.schema import ParallelConfig
+from nla_megatron.conversion.hf import SafetensorsReader, read_shape
+from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.conversion.merge import merge
+from nla_megatron.conversion.peft import attach, load_adapter, save_adapter
+from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, PeftConfig, read_peft_config
+from nla_megatron.errors import CheckpointError, MissingFile, NlaError, RunDirectoryError, UnsupportedModel
+from nla_megatron.models.lora_spec import LoraSpec
+from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.world import World, initialise, shut_down
+from tests.support.ranks import ROOT, environment
+from tests.support.tiny import tiny_model
+
+REGEX = r".*\.self_attn\.(q_proj|k_proj|v_proj|o_proj)|.*\.mlp\.(gate_proj|up_proj|down_proj)"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": REGEX},
+    "patterns": {
+        "r": 4, "lora_alpha": 8, "target_modules": "all-linear",
+        "rank_pattern": {r".*\.mlp\..*": 2, "k_proj": 6}, "alpha_pattern": {"self_attn.o_proj": 3},
+    },
+    "by block": {
+        "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 3],
+        "rank_pattern": {"model.layers.1.self_attn.q_proj": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield initialise(ParallelConfig())
+    shut_down()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Path]:
+    """Adapters as `peft` makes and saves them, with B away from zero."""
+    found = {}
+    for name, options in OPTIONS.items():
+        torch.manual_seed(2)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1)
+        found[name] = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(found[name])
+    return found
+
+
+def altered(source: Path, target: Path, **changes: Any) -> Path:
+    """The adapter with other values in its configuration."""
+    target.mkdir()
+    (target / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())
+    (target / CONFIG).write_text(json.dumps({**json.loads((source / CONFIG).read_text()), **changes}))
+    return target
+
+
+def live(base: Path, world: World) -> Any:
+    model, shape = build_verbalizer(read_shape(base), world, "float32"), read_shape(base)
+    load_from_hf(model, str(base), shape, world, with_head=True)
+    return model
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    reader = SafetensorsReader(directory)
+    return {name: reader.whole(name) for name in reader.names()}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_merge_is_bit_for_bit_what_peft_merges(
+    name: str, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    merge(base, adapters[name], tmp_path / "merged", shard_bytes=200_000)
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters[name])
+    expected = reference.merge_and_unload().state_dict()
+    found, before = tensors(tmp_path / "merged"), tensors(base)
+    assert found.keys() == before.keys()
+    assert [one for one in found if not torch.equal(found[one], expected[one])] == []
+    assert (
+        sum(not torch.equal(found[one], before[one]) for one in found) == len(load_file(adapters[name] / WEIGHTS)) / 2
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert torch.equal(
+        again["model.layers.1.self_attn.q_proj.weight"], expected["model.layers.1.self_attn.q_proj.weight"]
+    )
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_a_merge_into_bf16_rounds_the_fp32_sum_once(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    exact = tensors_of_merge(base, adapters["rslora"], tmp_path / "exact", None)
+    rounded = tensors_of_merge(base, adapters["rslora"], tmp_path / "rounded", torch.bfloat16)
+    assert {one.dtype for one in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def tensors_of_merge(base: Path, adapter: Path, out: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    merge(base, adapter, out, dtype)
+    return tensors(out)
+
+
+def test_the_adapters_own_sidecar_and_tokenizer_go_along(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    adapter = altered(adapters["plain"], tmp_path / "adapter")
+    for name in ("nla_meta.yaml", "chat_template.jinja"):
+        (adapter / name).write_text("the adapter's")
+    merge(base, adapter, tmp_path / "merged")
+    for name in ("nla_meta.yaml", "chat_template.jinja"):
+        assert (tmp_path / "merged" / name).read_text() == "the adapter's"
+
+
+def test_a_refused_merge_leaves_nothing(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    other = tiny_model(tmp_path / "narrow", num_heads=2, num_kv_heads=2)
+    with pytest.raises(CheckpointError, match=r"A and B of shapes .* for model.layers.0.self_attn.q_proj"):
+        merge(other, adapters["plain"], tmp_path / "merged")
+    shallow = tiny_model(tmp_path / "shallow", num_layers=2)
+    with pytest.raises(CheckpointError, match=r"adapts model.layers.2.self_attn.q_proj"):
+        merge(shallow, adapters["plain"], tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["narrow", "shallow"]
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(RunDirectoryError, match="merged is there already"):
+        merge(base, adapters["plain"], tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    quantised = tiny_model(tmp_path / "base")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UnsupportedModel, match="quantization_config"):
+        merge(quantised, adapters["plain"], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
+        {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"fan_in_fan_out": True},
+        {"peft_type": "IA3"}, {"trainable_token_indices": [3]}, {"target_parameters": ["experts.gate_up_proj"]},
+        {"layer_replication": [[0, 2]]}, {"a_key_of_tomorrow": 1}, {"use_qalora": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_honoured_is_refused_by_its_key(
+    change: dict[str, Any], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModel, match=next(iter(change))):
+        read_peft_config(altered(adapters["plain"], tmp_path / "adapter", **change))
+
+
+def test_the_patterns_are_read_as_peft_reads_them(adapters: dict[str, Path]) -> None:
+    """The ranks are those of the matrices that `peft` made."""
+    for name in OPTIONS:
+        config = read_peft_config(adapters[name])
+        for key, tensor in load_file(adapters[name] / WEIGHTS).items():
+            if "lora_A" in key:
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                assert config.rank_of(module) == tensor.shape[0], (name, module)
+    patterns = read_peft_config(adapters["patterns"])
+    assert patterns.scale_of("model.layers.2.self_attn.o_proj") == 3 / 4
+    assert patterns.scale_of("model.layers.2.mlp.up_proj") == 8 / 2
+
+
+def test_tensors_that_are_no_pairs_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    held = load_file(adapters["plain"] / WEIGHTS)
+    strange = altered(adapters["plain"], tmp_path / "strange")
+    save_file({**held, "base_model.model.lm_head.modules_to_save.weight": torch.eye(2)}, strange / WEIGHTS)
+    with pytest.raises(UnsupportedModel, match="modules_to_save"):
+        merge(base, strange, tmp_path / "merged")
+    half = altered(adapters["plain"], tmp_path / "half")
+    lost = next(key for key in held if "lora_B" in key)
+    save_file({key: tensor for key, tensor in held.items() if key != lost}, half / WEIGHTS)
+    with pytest.raises(CheckpointError, match="only lora_A of model.layers"):
+        merge(base, half, tmp_path / "merged")
+    with pytest.raises(MissingFile, match="adapter_config.json"):
+        merge(base, base, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"lora_dropout": 0.1}, UnsupportedModel, "lora_dropout=0.1"),
+        ({"r": 5}, CheckpointError, r"\(5, 64\)"),
+        ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, UnsupportedModel, "rank_pattern"),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}, UnsupportedModel, "alpha_pattern"),
+    ],
+)
+def test_an_adapter_that_a_live_model_cannot_hold_is_refused(
+    change: dict[str, Any], kind: type[NlaError], message: str, world: World, base: Path, adapters: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model = live(base, world)
+    with pytest.raises(kind, match=message):
+        load_adapter(model, altered(adapters["plain"], tmp_path / "adapter", **change), read_shape(base), world)
+    assert not any(".lora." in name for name, _ in model.named_parameters())
+
+
+def test_an_adapter_of_some_blocks_or_other_modules_is_refused(
+    world: World, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    model, shape = live(base, world), read_shape(base)
+    with pytest.raises(UnsupportedModel, match="q_proj adapted in 2 of 4 blocks"):
+        load_adapter(model, adapters["by block"], shape, world)
+    with pytest.raises(UnsupportedModel, match="an adapter of model.layers.2.self_attn.q_proj"):
+        load_adapter(model, adapters["plain"], shape.truncated(2), world)
+    strange = altered(adapters["plain"], tmp_path / "head")
+    head = {f"base_model.model.lm_head.lora_{one}.weight": torch.ones(4, 4) for one in "AB"}
+    save_file({**load_file(strange / WEIGHTS), **head}, strange / WEIGHTS)
+    with pytest.raises(UnsupportedModel, match="an adapter of lm_head"):
+        load_adapter(model, strange, shape, world)
+
+
+@pytest.mark.parametrize("name", ["plain", "rslora", "patterns"])
+def test_what_is_loaded_is_written_back_for_peft(
+    name: str, world: World, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    model, shape = live(base, world), read_shape(base)
+    load_adapter(model, adapters[name], shape, world)
+    save_adapter(model, tmp_path / "adapter", shape, world, str(base))
+    source, written = load_file(adapters[name] / WEIGHTS), load_file(tmp_path / "adapter" / WEIGHTS)
+    assert written.keys() == source.keys()
+    assert all(torch.equal(written[key], source[key]) for key in source)
+    ids = torch.arange(3, 20)[None]
+    logits = []
+    for directory in (adapters[name], tmp_path / "adapter"):
+        reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
+        with torch.no_grad():
+            logits.append(reference(ids).logits)
+    assert torch.equal(*logits)
+    assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+
+
+def test_peft_knows_every_key_that_is_written(world: World, base: Path, tmp_path: Path) -> None:
+    model, shape = live(base, world), read_shape(base)
+    spec = LoraSpec(8, 4.0, ("q_proj", "down_proj"), rslora=True, ranks={"down_proj": 2}, alphas={"q_proj": 3.0})
+    attach(model, shape, world, spec)
+    save_adapter(model, tmp_path / "adapter", shape, world, "org/base")
+    raw = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    known = LoraConfig(**{key: value for key, value in raw.items() if key != "peft_type"})
+    assert (known.base_model_name_or_path, known.r, known.lora_alpha, known.use_rslora) == ("org/base", 8, 4.0, True)
+    assert set(known.target_modules) == {"q_proj", "down_proj"}
+    found = read_peft_config(tmp_path / "adapter")
+    assert found == PeftConfig(8, 4.0, True, 0.0, "org/base", {"down_proj": 2}, {"q_proj": 3.0})
+
+
+def test_a_model_without_adapters_is_not_saved(world: World, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="without adapters"):
+        save_adapter(live(base, world), tmp_path / "adapter", read_shape(base), world, "base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tool_merges_and_says_what_is_wrong(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "merge_lora.py"), f"base={base}", f"adapter={adapters['plain']}"]
+    missing = subprocess.run(tool, env=environment(), capture_output=True, text=True, timeout=60)
+    assert missing.returncode == 2 and missing.stderr.startswith("ConfigError: ") and "out" in missing.stderr
+    done = subprocess.run([*tool, f"out={tmp_path / 'merged'}"], env=environment(), timeout=60)
+    merge(base, adapters["plain"], tmp_path / "here")
+    assert done.returncode == 0
+    written = [(tmp_path / one / "model.safetensors").read_bytes() for one in ("merged", "here")]
+    assert written[0] == written[1]

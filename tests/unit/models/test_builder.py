@@ -1,0 +1,98 @@
+"""Layouts that do not fit are refused by name; blocks are dealt to stages and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nla_megatron.config.schema import ParallelConfig
+from nla_megatron.errors import LayoutError
+from nla_megatron.models.builder import Use, blocks_per_chunk, check_layout
+from nla_megatron.parallel.world import data_parallel_size
+from nla_megatron.types import Experts
+from tests.support.tiny import SHAPE
+
+DENSE = replace(SHAPE, num_layers=7, num_heads=8, num_kv_heads=4, ffn_hidden_size=24)
+MIXTURE = replace(DENSE, ffn_hidden_size=25, experts=Experts(6, 2, 30))
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, [7]),
+        ({"pp": 2}, [4, 3]),
+        ({"pp": 3}, [3, 2, 2]),
+        ({"pp": 2, "vpp": 2}, [2, 2, 2, 1]),
+        ({"pp": 2, "stages": [1, 6]}, [1, 6]),
+        ({"pp": 2, "vpp": 2, "stages": [1, 3, 2, 1]}, [1, 3, 2, 1]),
+    ],
+)
+def test_blocks_of_each_chunk_in_the_models_order(options: dict[str, Any], blocks: list[int]) -> None:
+    layout = ParallelConfig(**options)
+    check_layout(DENSE, layout, "convert")
+    assert blocks_per_chunk(7, layout) == blocks
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "use", "named"),
+    [
+        (replace(DENSE, num_heads=6), {"tp": 4}, "convert", "6 attention heads at parallel.tp=4"),
+        (DENSE, {"tp": 8}, "convert", "4 key/value heads at parallel.tp=8"),
+        (replace(DENSE, ffn_hidden_size=26), {"tp": 4}, "convert", "26 feed-forward columns at parallel.tp=4"),
+        (DENSE, {"pp": 8}, "convert", "7 blocks at parallel.pp=8"),
+        (DENSE, {"pp": 4, "vpp": 2}, "convert", "7 blocks at parallel.pp=4, vpp 2"),
+        (DENSE, {"pp": 2, "stages": [3, 3]}, "convert", "parallel.stages=[3, 3] for 7 blocks"),
+        (DENSE, {"pp": 2, "stages": [7]}, "convert", "parallel.stages=[7] for 7 blocks"),
+        (DENSE, {"ep": 2}, "convert", "parallel.ep=2 for a model without experts"),
+        (MIXTURE, {"ep": 4}, "convert", "6 experts at parallel.ep=4"),
+        (MIXTURE, {"tp": 4}, "convert", "30 columns of each expert at parallel.etp=4"),
+        (MIXTURE, {"etp": 4}, "convert", "30 columns of each expert at parallel.etp=4"),
+        (DENSE, {"pp": 2, "vpp": 2}, "forward", "parallel.vpp=2"),
+        (DENSE, {"pp": 2, "vpp": 2}, "train", "parallel.vpp=2"),
+        (MIXTURE, {"tp": 2, "etp": 1}, "train", "a mixture of experts that trains at parallel.tp=2"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_by_name(
+    shape: Any, options: dict[str, Any], use: Use, named: str
+) -> None:
+    with pytest.raises(LayoutError) as caught:
+        check_layout(shape, ParallelConfig(**options), use)
+    assert named in caught.value.found
+
+
+def test_a_mixture_is_cut_by_its_own_sizes() -> None:
+    """Its 25 dense columns are nowhere; tp 4 cuts attention, etp 2 the experts."""
+    check_layout(MIXTURE, ParallelConfig(tp=4, etp=2, ep=2), "forward")
+    check_layout(MIXTURE, ParallelConfig(ep=3), "train")
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "dp"),
+    [
+        ({"tp": 2}, 8, 4),
+        ({"tp": 2, "ep": 4}, 8, 4),
+        ({"tp": 4, "etp": 1, "ep": 4}, 8, 2),
+        ({"etp": 2, "ep": 2, "pp": 2}, 8, 4),
+        ({"pp": 2, "vpp": 3}, 2, 1),
+    ],
+)
+def test_experts_lie_on_the_ranks_of_a_pipeline_stage(options: dict[str, Any], world: int, dp: int) -> None:
+    assert data_parallel_size(ParallelConfig(**options), world) == dp
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "named"),
+    [
+        ({"ep": 2}, 1, "parallel.ep=2 x etp 1 on the 1 ranks"),
+        ({"tp": 2, "ep": 4}, 4, "parallel.ep=4 x etp 2 on the 4 ranks"),
+        ({"pp": 2, "ep": 4}, 4, "parallel.ep=4 x etp 1 on the 2 ranks"),
+        ({"vpp": 2}, 4, "parallel.vpp=2 at parallel.pp=1"),
+        ({"tp": 3}, 4, "4 processes for parallel.tp=3"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused_by_name(options: dict[str, Any], world: int, named: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        data_parallel_size(ParallelConfig(**options), world)
+    assert named in caught.value.found

@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, result: Path) -> None:
     shape = read_shape(directory)
     config = RolloutConfig(
         tp=options.tp, max_new_tokens=options.new_tokens, max_model_len=1024, max_num_seqs=options.requests,
-        max_num_batched_tokens=4096, cpu_kv_cache_gib=options.cache_gib,
+        max_num_batched_tokens=options.requests * options.prompt_tokens, cpu_kv_cache_gib=options.cache_gib,
     )  # fmt: skip
     vectors = np.random.default_rng(1).standard_normal((options.requests, shape.hidden_size)).astype(np.float32)
     ours = Engine(directory, shape, config, [Intervention(LAYER, "norm_add")], world, EOS, 0)

@@ -166,6 +166,12 @@ class RolloutConfig:
     """torch.compile and CUDA graphs. None: on a GPU; a CPU engine would start in half a minute in place of seconds."""
     sleep: bool = False
     """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
+    lora: str = "merged"
+    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own."""
+    lora_rank: int = 16
+    """With `lora: adapter`, the largest rank that one may have."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response; they belong to it, and it counts as finished."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that have this probability together; log-probs stay those of all tokens."""
     top_k: int = 0
@@ -181,6 +187,10 @@ class RolloutConfig:
         _at_least("rollout.tp", self.tp, 1)
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         _at_least("rollout.top_k", self.top_k, 0)
+        _at_least("rollout.lora_rank", self.lora_rank, 1)
+        _one_of("rollout.lora", self.lora, ("merged", "adapter"))
+        if not all(self.stop):
+            raise ConfigError(f"rollout.stop={list(self.stop)}", "texts of at least one character", "remove the empty")
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature}", "0 (greedy) or above", "raise it")

@@ -172,6 +172,25 @@ class _AdapterExporter(Exporter):
         self.stage_of = self._stages()
 
 
+def _spec_on(model: Any) -> LoraSpec:
+    layers = adapted(model)
+    if not layers:
+        raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
+    spec: LoraSpec = next(iter(layers.values())).lora.spec
+    return spec
+
+
+def adapter_config(model: Any, base: str | None = None) -> PeftConfig:
+    """What `peft` needs to know of the adapters on a live model. Raises CheckpointError where there are none."""
+    spec = _spec_on(model)
+    return PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
+
+
+def adapter_exporter(model: Any, shape: ModelShape, world: World) -> Exporter:
+    """An `Exporter` of the adapters alone, whole on every rank, by their names in `peft`'s files."""
+    return _AdapterExporter(model, shape, world, _spec_on(model))
+
+
 def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: World, base: str) -> None:
     """Write the adapter as `peft` loads it, whole or not at all; collective, rank 0 writes.
 
@@ -180,16 +199,12 @@ def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: Wo
     """
     from safetensors.torch import save_file
 
-    layers = adapted(model)
-    if not layers:
-        raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
-    spec: LoraSpec = next(iter(layers.values())).lora.spec
+    spec, config = _spec_on(model), adapter_config(model, base)
     tensors = {}
-    for name, tensor in _AdapterExporter(model, shape, world, spec).tensors():
+    for name, tensor in adapter_exporter(model, shape, world).tensors():
         if world.is_main:
             tensors[name] = tensor.detach().cpu().contiguous()
     if world.is_main:
-        config = PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
         out, partial = Path(directory), Path(f"{directory}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nla_megatron.conversion.peft_format import PeftConfig
 from nla_megatron.errors import ConfigError, InjectionError, RolloutError
 from nla_megatron.interventions.checks import Marker, check_layers
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.accounting import Asked, Ledger, Report, missing_samples
+from nla_megatron.rollout.adapter import Adapter, install
+from nla_megatron.rollout.adapter import request as policy_request
 from nla_megatron.rollout.plugin import NAME
 from nla_megatron.rollout.requests import (
     Project,
@@ -78,6 +81,7 @@ class Engine:
         self.marker = self.runner.marker
         self.ledger = Ledger(interventions)
         self.reports: tuple[Report, ...] = ()
+        self.policy: Any = None
         self.tokenizer = self.llm.get_tokenizer()
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -87,6 +91,19 @@ class Engine:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
         self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
+        self.forget()
+
+    def load_adapter(self, tensors: Iterable[tuple[str, Tensor]], config: PeftConfig) -> None:
+        """Put a LoRA policy in the place of the one before: pairs by `peft`'s names; every rank passes all of them.
+
+        Raises:
+            ConfigError: the engine was not started with `rollout.lora: adapter`, or for a smaller rank.
+            UnsupportedModel, CheckpointError: pairs that vLLM has no layer for, or that are none.
+        """
+        if self.config.lora != "adapter":
+            raise ConfigError(f"an adapter with rollout.lora={self.config.lora}", "adapter", "set rollout.lora=adapter")
+        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank))
+        self.policy = policy_request()
         self.forget()
 
     def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -110,10 +127,11 @@ class Engine:
             return False
         self.llm.sleep(level=2)
         self.ledger.clear()
+        self.policy = None
         return True
 
     def wake(self) -> None:
-        """Take the memory again; after a `sleep` that gave it back, `load` comes before anything is generated."""
+        """Take the memory again; after a `sleep` that gave it back, `load` (and `load_adapter`) come first."""
         if self.world.device.type != "cpu" and self.config.sleep:
             self.llm.wake_up()
 
@@ -144,8 +162,12 @@ class Engine:
         outputs, wrong = self._run([request.prompt_ids for request in mine], params, asked)
         rollouts = [
             self._rollout(
-                request, index, sample.token_ids, [next(iter(step.values())).logprob for step in sample.logprobs]
-            )
+                request,
+                index,
+                sample.token_ids,
+                [next(iter(step.values())).logprob for step in sample.logprobs],
+                sample.finish_reason == "stop",
+            )  # fmt: skip
             for request, output in zip(mine, outputs, strict=True)
             for index, sample in enumerate(output.outputs)
         ]
@@ -163,7 +185,8 @@ class Engine:
             seed=request.seed,
             logprobs=0,
             stop_token_ids=[self.eos_id],
-            detokenize=False,
+            stop=self.config.stop or None,
+            detokenize=bool(self.config.stop),
             extra_args={NAME: key},
         )
 
@@ -201,7 +224,8 @@ class Engine:
         for index, rollout, output in zip(chosen, mine, outputs, strict=True):
             steps = output.prompt_logprobs[len(rollout.prompt_ids) :]
             logprobs = [step[token].logprob for step, token in zip(steps, rollout.response_ids, strict=True)]
-            scored.append(self._rollout(requests[index], rollout.sample, rollout.response_ids, logprobs))
+            ended = rollout.finished
+            scored.append(self._rollout(requests[index], rollout.sample, rollout.response_ids, logprobs, ended))
         return self._exchange(scored, wrong, expected=len(recorded))
 
     def close(self) -> None:
@@ -212,6 +236,8 @@ class Engine:
         self, prompts: list[tuple[int, ...]], params: list[Any], asked: Mapping[str, Asked]
     ) -> tuple[list[Any], list[str]]:
         """vLLM's outputs, and a line for each request that did not get what it asked for."""
+        if self.config.lora == "adapter" and self.policy is None:
+            raise ConfigError("rollout.lora=adapter and no adapter", "the policy's", "call Engine.load_adapter first")
         self.marker.begin(asked)
         outputs: list[Any] = []
         if prompts:
@@ -219,7 +245,7 @@ class Engine:
                 {"prompt_token_ids": list(ids), "cache_salt": each.salt}
                 for ids, each in zip(prompts, asked.values(), strict=True)
             ]
-            outputs = self.llm.generate(inputs, params, use_tqdm=False)
+            outputs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=self.policy)
         periods = self.marker.finish()
         reports, wrong = self.ledger.settle(asked, periods)
         self.reports = tuple(reports)
@@ -231,8 +257,10 @@ class Engine:
         }
         return outputs, wrong + missing_samples(asked, periods, fed)
 
-    def _rollout(self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float]) -> Rollout:
-        finished = bool(ids) and ids[-1] == self.eos_id
+    def _rollout(
+        self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool
+    ) -> Rollout:
+        ended = bool(ids) and ids[-1] == self.eos_id
         return Rollout(
             group=request.group,
             sample=sample,
@@ -240,7 +268,7 @@ class Engine:
             prompt_ids=request.prompt_ids,
             response_ids=tuple(ids),
             logprobs=tuple(logprobs),
-            text=self.tokenizer.decode(ids[:-1] if finished else ids),
+            text=self.tokenizer.decode(ids[:-1] if ended else ids),
             finished=finished,
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout import plugin
+from nla_megatron.rollout import adapter, plugin
 from nla_megatron.types import ModelShape
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def _device_options(config: RolloutConfig, world: World) -> dict[str, Any]:
     on_gpu = world.device.type != "cpu"
     compiled = on_gpu if config.compiled is None else config.compiled
     options: dict[str, Any] = {"enforce_eager": not compiled}
+    if config.lora == "adapter":
+        options |= adapter.options(config.lora_rank)
     if config.kv_block_size is not None:
         options["block_size"] = config.kv_block_size
     if on_gpu:

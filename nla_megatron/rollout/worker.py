@@ -7,7 +7,7 @@ from typing import Any
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.interventions.steering import formula_of
-from nla_megatron.rollout import plugin
+from nla_megatron.rollout import adapter, plugin
 from nla_megatron.rollout.blocks import call_sites, site_name
 from nla_megatron.rollout.marking import Marker
 from nla_megatron.rollout.sites import Site
@@ -31,6 +31,9 @@ class InterveningWorker:
         call_sites(model, interventions)
         context = self.vllm_config.compilation_config.static_forward_context
         context.update({site_name(number): site for number, site in enumerate(sites)})
+        if self.vllm_config.lora_config is not None:
+            manager = self.model_runner.lora_manager
+            manager.__class__ = adapter.from_memory(type(manager))
         self.model_runner.__class__ = self.runner_class(type(self.model_runner))
         self.model_runner.marker = Marker(sites, scheduler.max_num_seqs)
 

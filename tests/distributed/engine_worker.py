@@ -174,8 +174,8 @@ def faults(bench: Bench) -> dict[str, str]:
     engine.marker._mark_chunk = mark_chunk  # type: ignore[method-assign]
     make = engine._rollout
 
-    def other_on_rank_one(request: Any, index: int, ids: Any, logprobs: Any) -> Rollout:
-        return make(request, index, [*ids[:-1], 7] if rank == 1 and request.group == 2 else ids, logprobs)
+    def other_on_rank_one(request: Any, index: int, ids: Any, *rest: Any) -> Rollout:
+        return make(request, index, [*ids[:-1], 7] if rank == 1 and request.group == 2 else ids, *rest)
 
     engine._rollout = other_on_rank_one  # type: ignore[method-assign]
     out["other_rank"] = named(lambda: bench.sample(bench.requests[:3]))

@@ -1,7 +1,7 @@
 """What injection costs the sampler, and what the prefix cache is worth. Plain vLLM runs beside ours, in turns.
 
     python tools/bench_rollout.py                  # both layouts, on the ranks it starts itself
-    python tools/bench_rollout.py --repeats 5 --requests 256 --new-tokens 32
+    python tools/bench_rollout.py --repeats 3 --requests 64 --new-tokens 16
 
 The last line is JSON. `injected_over_plain_tp1` and `injected_over_plain_tp2`: tokens/s with a vector of its own in
 each request, accounts and exchange included, over vLLM alone on the same prompts, medians of paired runs.
@@ -139,14 +139,12 @@ def timed(engine: Any, requests: list[Any], vectors: Any) -> tuple[int, float]:
     return tokens, time.perf_counter() - start
 
 
-def ratio(
-    options: argparse.Namespace, rate: Callable[[Any], float], first: Any, second: Any, what: str
-) -> float:  # fmt: skip
+def ratio(rate: Callable[[Any], float], first: Any, second: Any, repeats: int, what: str) -> float:
     """Median over pairs of the first engine's rate over the second's; who begins alternates."""
     for engine in (first, second, first, second):
         rate(engine)  # the first calls of an engine are slow
     pairs = []
-    for number in range(options.repeats):
+    for number in range(repeats):
         order = (first, second) if number % 2 else (second, first)
         rates = {id(engine): rate(engine) for engine in order}
         pairs.append((rates[id(first)], rates[id(second)]))
@@ -165,7 +163,7 @@ def paired(options: argparse.Namespace, ours: Any, plain: Any, vectors: Any) -> 
         tokens, seconds = timed(engine, requests, vectors)
         return tokens / seconds
 
-    return ratio(options, rate, ours, plain, f"injected over plain, tp {options.tp}")
+    return ratio(rate, ours, plain, options.repeats, f"injected over plain, tp {options.tp}")
 
 
 def prefix_cache(options: argparse.Namespace, cached: Any, uncached: Any, vectors: Any) -> float:
@@ -178,7 +176,7 @@ def prefix_cache(options: argparse.Namespace, cached: Any, uncached: Any, vector
         _, seconds = timed(engine, requests, vectors)
         return options.groups * GROUP * LONG / seconds
 
-    return ratio(options, rate, cached, uncached, "groups of 8, prefix cache")
+    return ratio(rate, cached, uncached, (options.repeats + 1) // 2, "groups of 8, prefix cache")
 
 
 def error(directory: str, engine: Any, vectors: Any) -> float:
@@ -220,8 +218,10 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--requests", type=int, default=256, help="as many vectors")
     each.add_argument("--prompt-tokens", type=int, default=48)
     each.add_argument("--new-tokens", type=int, default=32)
-    each.add_argument("--groups", type=int, default=6, help="groups of 8 for the prefix cache")
-    each.add_argument("--repeats", type=int, default=5, help="pairs of runs")
+    each.add_argument("--groups", type=int, default=4, help="groups of 8 for the prefix cache")
+    each.add_argument(
+        "--repeats", type=int, default=7, help="pairs of runs; half as many of the prefix cache, whose effect is large"
+    )
     each.add_argument("--layers", type=int, default=6)
     each.add_argument("--width", type=int, default=256)
     each.add_argument("--cache-gib", type=float, default=1.5)

@@ -175,7 +175,7 @@ class RolloutConfig:
     top_p: float = 1.0
     """Sample among the likeliest tokens that have this probability together; log-probs stay those of all tokens."""
     top_k: int = 0
-    """Sample among so many likeliest tokens; 0 is no limit. With top_k or top_p the temperature is 1."""
+    """Sample among so many likeliest tokens; 0 is no limit."""
     max_logprob_gap: float | None = None
     """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
     record: bool = False
@@ -196,17 +196,6 @@ class RolloutConfig:
             raise ConfigError(f"rollout.temperature={self.temperature}", "0 (greedy) or above", "raise it")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p={self.top_p}", "above 0, at most 1", "set rollout.top_p")
-        if self.filters and self.temperature not in (0.0, 1.0):
-            raise ConfigError(
-                f"rollout.temperature={self.temperature} with top_p={self.top_p} and top_k={self.top_k}",
-                "temperature 1 with filters: vLLM gives log-probs after temperature and filters, or before both",
-                "sample without filters, or at temperature 1",
-            )  # fmt: skip
-
-    @property
-    def filters(self) -> bool:
-        """Whether sampling is kept to some of the tokens."""
-        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True)

@@ -196,17 +196,11 @@ class Engine:
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
 
         Raises:
-            ConfigError: at a temperature other than 1, which vLLM does not apply to given tokens.
             As `generate`.
         """
         from vllm import SamplingParams
 
-        if self.config.temperature != 1.0:
-            raise ConfigError(
-                f"rollout.temperature={self.config.temperature} with rollout.replay",
-                "temperature 1",
-                "replay at temperature 1",
-            )
+        self.runner.sampler.given_temperature = self.config.temperature or 1.0
         requests = [
             PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0)
             for rollout, position in zip(recorded, positions, strict=True)

@@ -52,8 +52,8 @@ def start(
         distributed_executor_backend="external_launcher",
         # Compiled graphs are kept by a digest of this too: one interferes with no other's.
         additional_config={plugin.NAME: [each.to_dict() for each in interventions]},
-        # The trainer's log-probs are of the tempered distribution, so the sampler's must be. Filters would renormalise.
-        logprobs_mode="raw_logprobs" if config.filters else "processed_logprobs",
+        # Before the filters, which would renormalise; our sampler takes the temperature in, as the trainer does.
+        logprobs_mode="raw_logprobs",
         seed=seed,
         disable_log_stats=True,
         use_tqdm_on_load=False,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.interventions.steering import formula_of
@@ -11,6 +14,8 @@ from nla_megatron.rollout import adapter, plugin
 from nla_megatron.rollout.blocks import call_sites, site_name
 from nla_megatron.rollout.marking import Marker
 from nla_megatron.rollout.sites import Site
+
+_GREEDY = 1e-5  # vLLM draws nothing at a temperature below
 
 
 class InterveningWorker:
@@ -36,6 +41,7 @@ class InterveningWorker:
             manager.__class__ = adapter.from_memory(type(manager))
         self.model_runner.__class__ = self.runner_class(type(self.model_runner))
         self.model_runner.marker = Marker(sites, scheduler.max_num_seqs)
+        self.model_runner.sampler.__class__ = tempering(type(self.model_runner.sampler))
 
     def runner_class(self, base: Any) -> Any:
         """The class that the model runner, of class `base`, is turned into."""
@@ -68,6 +74,33 @@ def marking(base: Any) -> Any:
             return prepared
 
     return MarkingRunner
+
+
+def tempering(base: Any) -> Any:
+    """A class of vLLM's samplers whose raw log-probs are those at the temperature of each request.
+
+    vLLM itself gives them before the temperature, or after the temperature and the filters: the trainer has the former,
+    and no filters. Greedy requests are at temperature 1. `given_temperature` is that of tokens that are only scored.
+    """
+
+    class TemperingSampler(base):
+        given_temperature = 1.0
+        drawn_R: Tensor | None = None
+
+        def forward(self, logits: Tensor, sampling_metadata: Any, *rest: Any, **options: Any) -> Any:
+            self.drawn_R = sampling_metadata.temperature
+            try:
+                return super().forward(logits, sampling_metadata, *rest, **options)
+            finally:
+                self.drawn_R = None
+
+        def compute_logprobs(self, logits: Tensor) -> Tensor:
+            if self.drawn_R is None:
+                return super().compute_logprobs(logits.float() / self.given_temperature)
+            temperature_R = torch.where(self.drawn_R < _GREEDY, 1.0, self.drawn_R)
+            return super().compute_logprobs(logits.float() / temperature_R[:, None])
+
+    return TemperingSampler
 
 
 def runner_of(llm: Any) -> Any:

@@ -227,8 +227,12 @@ def main(result: str, scratch: str, tp: str) -> None:
     )
     out["greedy"] = bench.gap(bench.sample([replace(r, greedy=True) for r in bench.requests[:3]], 1))
     engine.config = replace(engine.config, temperature=0.7)
-    out["score_refused"] = named(lambda: engine.score(short, [POSITION] * len(short), bench.read))
-    out["tempered_gap"] = bench.gap(bench.sample(bench.requests[:4]), 0.7)
+    tempered = bench.sample([replace(r, greedy=r.group == 3) for r in bench.requests[:4]], 1)
+    out["tempered_gap"] = bench.gap([r for r in tempered if r.group != 3], 0.7)
+    out["tempered_greedy_gap"] = bench.gap([r for r in tempered if r.group == 3])
+    whole = [r for r in tempered if r.group == 0]
+    rescored = engine.score(whole, [POSITION] * len(whole), bench.read).rollouts
+    out["tempered_score_gap"] = bench.gap(rescored, 0.7)
     engine.config = replace(engine.config, temperature=1.0)
     out |= cache(bench)
     changed = AutoModelForCausalLM.from_pretrained(bench.directory, dtype=torch.float32)

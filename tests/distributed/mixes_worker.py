@@ -181,7 +181,12 @@ def gaps_of_compiled(eager: Engine, compiled: Engine) -> dict[str, float]:
     """Largest differences of log-probs: on what the eager engine sampled, and on what the compiled one filtered."""
     requests = [PromptRequest(group, group, STEM[:20], 3, 40 + group) for group in range(3)]
     gaps = {}
-    for name, sampler, scorer in (("compiled", eager, compiled), ("filtered", compiled, eager)):
+    for name, sampler, scorer, temperature in (
+        ("compiled", eager, compiled, 1.0),
+        ("filtered", compiled, eager, 0.7),
+    ):
+        for engine in (sampler, scorer):
+            engine.config = replace(engine.config, temperature=temperature)
         sampled = sampler.generate(requests, read, 2).rollouts
         scored = scorer.score(sampled, [3] * len(sampled), read).rollouts
         gaps[f"gap_of_{name}"] = max(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_megatron.config.schema import InterventionConfig, RolloutConfig
-from nla_megatron.errors import ConfigError, LayoutError, VersionError
+from nla_megatron.config.schema import InterventionConfig
+from nla_megatron.errors import LayoutError, VersionError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
 from nla_megatron.rollout.plugin import TESTED, check_version
@@ -114,12 +114,6 @@ def test_an_untested_vllm_is_refused_with_those_that_work(found: str) -> None:
 def test_builds_of_a_tested_vllm_are_taken() -> None:
     check_version("0.32.0")
     check_version("0.32.0+cpu")
-
-
-def test_filters_at_another_temperature_are_refused_because_their_logprobs_would_be_wrong() -> None:
-    RolloutConfig(top_p=0.9)
-    with pytest.raises(ConfigError, match=r"temperature=0.7 with top_p=0.9"):
-        RolloutConfig(top_p=0.9, temperature=0.7)
 
 
 @pytest.mark.parametrize(("tp", "world"), [(3, 4), (8, 8)])

@@ -51,5 +51,9 @@ setup(
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },
-    entry_points={"console_scripts": ["nla-megatron = nla_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["nla-megatron = nla_megatron.cli:main"],
+        # vLLM calls it in each of its processes, before it loads a model or a compiled graph.
+        "vllm.general_plugins": ["nla_megatron = nla_megatron.rollout.plugin:register"],
+    },
 )

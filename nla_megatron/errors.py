@@ -53,6 +53,10 @@ class LayoutError(NlaError):
     """A parallel layout that does not fit the world size or the model."""
 
 
+class VersionError(NlaError):
+    """A library of a version whose interface is not the one that was tested."""
+
+
 class UnsupportedModel(NlaError):
     """An architecture or a model feature that conversion does not honour."""
 

@@ -147,7 +147,8 @@ class Rollout:
     """One sampled response.
 
     `group`: index of its prompt within the step, never inferred from equal tokens. `row`: the activation's row in the
-    data table. `logprobs`: the sampler's, one per response token. `finished`: the policy wrote its end token.
+    data table. `logprobs`: the sampler's, one per response token. `finished`: the policy wrote its end token, or a stop
+    text.
     """
 
     group: int

@@ -157,7 +157,25 @@ class RolloutConfig:
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.3
     """The rest of the device belongs to training."""
-    cpu_kv_cache_gib: int = 1
+    cpu_kv_cache_gib: float = 1.0
+    kv_block_size: int | None = None
+    """Tokens of a block of the cache; only whole blocks are shared. None: vLLM's own, 16 on a GPU and 128 on a CPU."""
+    prefix_caching: bool = True
+    """Prompts with equal tokens and equal interventions are computed once."""
+    compiled: bool | None = None
+    """torch.compile and CUDA graphs. None: on a GPU; a CPU engine would start in half a minute in place of seconds."""
+    sleep: bool = False
+    """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
+    lora: str = "merged"
+    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own."""
+    lora_rank: int = 16
+    """With `lora: adapter`, the largest rank that one may have."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response; they belong to it, and it counts as finished."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that have this probability together; log-probs stay those of all tokens."""
+    top_k: int = 0
+    """Sample among so many likeliest tokens; 0 is no limit."""
     max_logprob_gap: float | None = None
     """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
     record: bool = False
@@ -168,9 +186,16 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         _at_least("rollout.tp", self.tp, 1)
         _at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("rollout.top_k", self.top_k, 0)
+        _at_least("rollout.lora_rank", self.lora_rank, 1)
+        _one_of("rollout.lora", self.lora, ("merged", "adapter"))
+        if not all(self.stop):
+            raise ConfigError(f"rollout.stop={list(self.stop)}", "texts of at least one character", "remove the empty")
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature}", "0 (greedy) or above", "raise it")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p={self.top_p}", "above 0, at most 1", "set rollout.top_p")
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,25 @@ class _AdapterExporter(Exporter):
         self.stage_of = self._stages()
 
 
+def _spec_on(model: Any) -> LoraSpec:
+    layers = adapted(model)
+    if not layers:
+        raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
+    spec: LoraSpec = next(iter(layers.values())).lora.spec
+    return spec
+
+
+def adapter_config(model: Any, base: str | None = None) -> PeftConfig:
+    """What `peft` needs to know of the adapters on a live model. Raises CheckpointError where there are none."""
+    spec = _spec_on(model)
+    return PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
+
+
+def adapter_exporter(model: Any, shape: ModelShape, world: World) -> Exporter:
+    """An `Exporter` of the adapters alone, whole on every rank, by their names in `peft`'s files."""
+    return _AdapterExporter(model, shape, world, _spec_on(model))
+
+
 def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: World, base: str) -> None:
     """Write the adapter as `peft` loads it, whole or not at all; collective, rank 0 writes, one tensor at a time.
 
@@ -189,13 +208,9 @@ def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: Wo
     strange = out.exists() and any(out.iterdir()) and not (out / CONFIG).is_file()
     if broadcast_object(strange if world.is_main else None, world):
         raise RunDirectoryError(f"{out}, which holds no adapter", "a new directory", "choose another one")
-    layers = adapted(model)
-    if not layers:
-        raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
-    spec: LoraSpec = next(iter(layers.values())).lora.spec
-    exporter, partial = _AdapterExporter(model, shape, world, spec), Path(f"{directory}.partial")
+    spec, config = _spec_on(model), adapter_config(model, base)
+    exporter, partial = adapter_exporter(model, shape, world), Path(f"{directory}.partial")
     if world.is_main:
-        config = PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
         with room_on(partial):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

@@ -1,7 +1,10 @@
-"""vLLM's CPU worker with shared-memory segments of its own.
+"""vLLM's CPU worker, intervening, with two things mended.
 
-vLLM names the segments of its CPU collectives after the rendezvous address, which is the same for every engine that an
-external launcher starts: two runs on one machine would write into each other's tensors, silently.
+vLLM names the shared-memory segments of its CPU collectives after the rendezvous address, which is the same for every
+engine that an external launcher starts: two runs on one machine would write into each other's tensors, silently.
+
+It draws a token for every request of a batch, also for those whose prompt is cut and goes on in the next one, and winds
+the generator of a seeded one back by an offset, which a CPU's generator does not have: the step would end there.
 """
 
 from __future__ import annotations
@@ -11,20 +14,50 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from nla_megatron.rollout.worker import InterveningWorker, marking
 
 _PREFIX = "nla_megatron"
 _SEGMENTS = Path("/dev/shm")
 NAME_VARIABLE = "NLA_MEGATRON_SEGMENTS"
 
 
-class IsolatedCpuWorker(CPUWorker):
+class IsolatedCpuWorker(InterveningWorker, CPUWorker):
     """The worker class that the engine asks vLLM for on a CPU."""
 
     def init_device(self) -> Any:
         # The groups exist already, so the address is only a name here; vLLM takes what follows its last colon.
         self.distributed_init_method = f"env://:{os.environ[NAME_VARIABLE]}"
         return super().init_device()
+
+    def runner_class(self, base: Any) -> Any:
+        return _rewinding(marking(base))
+
+
+def _rewinding(base: Any) -> Any:
+    class RewindingRunner(base):
+        """Keeps the state of the generators whose draw will not count."""
+
+        def _prepare_inputs(self, *args: Any) -> Any:
+            prepared = super()._prepare_inputs(*args)
+            generators = self.input_batch.generators
+            cut = np.flatnonzero(self.discard_request_mask.np[: self.input_batch.num_reqs]).tolist()
+            self.states = {index: generators[index].get_state() for index in cut if index in generators}
+            return prepared
+
+        def _bookkeeping_sync(self, *args: Any) -> Any:
+            generators = self.input_batch.generators
+            for index, state in self.states.items():
+                generators[index].set_state(state)
+            self.input_batch.generators = {}
+            try:
+                return super()._bookkeeping_sync(*args)
+            finally:
+                self.input_batch.generators = generators
+
+    return RewindingRunner
 
 
 def segment_name() -> str:

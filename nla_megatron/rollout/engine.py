@@ -3,60 +3,55 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError, RolloutError
-from nla_megatron.interventions.maths import check_vectors
-from nla_megatron.parallel.collectives import broadcast_object, gather_objects
+from nla_megatron.conversion.peft_format import PeftConfig
+from nla_megatron.errors import ConfigError, InjectionError, RolloutError
+from nla_megatron.interventions.checks import Marker, check_layers
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.worker import LOAD_FORMAT, InjectingWorker, register_loader
+from nla_megatron.rollout.accounting import Asked, Ledger, Report, missing_samples
+from nla_megatron.rollout.adapter import Adapter, install
+from nla_megatron.rollout.adapter import request as policy_request
+from nla_megatron.rollout.plugin import NAME
+from nla_megatron.rollout.requests import (
+    Project,
+    Prompt,
+    PromptRequest,
+    Terms,
+    Vectors,
+    as_interventions,
+    check_rollout_layout,
+    encode,
+    shares,
+)
+from nla_megatron.rollout.start import start
+from nla_megatron.rollout.worker import runner_of
 from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
 
-Vectors = Callable[[Sequence[int]], np.ndarray]
-"""Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
-
-
-@dataclass(frozen=True)
-class PromptRequest:
-    """One prompt to sample: `position` is the marker's index in `prompt_ids`, `row` the activation's."""
-
-    group: int
-    row: int
-    prompt_ids: tuple[int, ...]
-    position: int
-    seed: int
-
-
-def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:
-    """Raises LayoutError where replicas of `tp` ranks do not tile the world, or heads do not divide."""
-    if world_size % tp:
-        raise LayoutError(
-            f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp"
-        )
-    fits_groups = shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0
-    if shape.num_heads % tp or shape.ffn_hidden_size % tp or not fits_groups:
-        raise LayoutError(
-            f"{shape.num_heads} attention heads, {shape.num_kv_heads} key/value heads and {shape.ffn_hidden_size} "
-            f"feed-forward columns at rollout.tp={tp}",
-            "a tp that divides them",
-            "change rollout.tp",
-        )
+__all__ = ["Engine", "PromptRequest", "Vectors", "check_rollout_layout"]
 
 
 class Engine:
     """vLLM over all ranks: `world.size / tp` replicas, each serving its share of every batch.
 
-    Every method is collective: all ranks call it with the same arguments.
+    Every method is collective: all ranks call it with the same arguments. `reports` tells what was injected where in
+    this replica's last batch.
+
+    Args:
+        intervention: the configuration's one, or any number of `Intervention`.
+        marker: what must stand at every position; None where any token may.
+        project: what the mode `project` does to the vectors.
+
+    Raises:
+        LayoutError, ConfigError, VersionError: what it is started with does not fit.
     """
 
     def __init__(
@@ -64,23 +59,52 @@ class Engine:
         model: str,
         shape: ModelShape,
         config: RolloutConfig,
-        intervention: InterventionConfig,
+        intervention: InterventionConfig | Intervention | Sequence[Intervention],
         world: World,
         eos_id: int,
         seed: int,
+        marker: Marker | None = None,
+        project: Project | None = None,
     ):
         check_rollout_layout(shape, config.tp, world.size)
+        interventions = as_interventions(intervention)
+        check_layers(interventions, shape.num_layers)
+        if project is None and any(each.mode == "project" for each in interventions):
+            raise ConfigError("mode project without a projection", "Engine(project=...)", "pass the trainer's")
+        limit = min(config.max_model_len, shape.max_positions)
+        self.terms = Terms(interventions, shape.hidden_size, limit, marker)
         self.config, self.world, self.eos_id, self.tied = config, world, eos_id, shape.tied_embeddings
+        self.project = project
         self.replicas, self.replica = world.size // config.tp, world.rank // config.tp
-        self.llm = _start(model, shape, config, intervention, world, seed)
-        runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        self.runner = runner
-        self.injecting = InjectingWorker(runner, intervention.layer)
+        self.llm = start(model, shape, config, interventions, world, seed)
+        self.runner = runner_of(self.llm)
+        self.marker = self.runner.marker
+        self.ledger = Ledger(interventions)
+        self.reports: tuple[Report, ...] = ()
+        self.policy: Any = None
         self.tokenizer = self.llm.get_tokenizer()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a text, a chat or ids; never two beginnings."""
+        return encode(self.tokenizer, prompt)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
         self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
+        self.forget()
+
+    def load_adapter(self, tensors: Iterable[tuple[str, Tensor]], config: PeftConfig) -> None:
+        """Put a LoRA policy in the place of the one before: pairs by `peft`'s names; every rank passes all of them.
+
+        Raises:
+            ConfigError: the engine was not started with `rollout.lora: adapter`, or for a smaller rank.
+            UnsupportedModel, CheckpointError: pairs that vLLM has no layer for, or that are none.
+        """
+        if self.config.lora != "adapter":
+            raise ConfigError(f"an adapter with rollout.lora={self.config.lora}", "adapter", "set rollout.lora=adapter")
+        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank))
+        self.policy = policy_request()
+        self.forget()
 
     def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """vLLM packs a tied output layer apart from the embedding: not named, it would keep its old weights."""
@@ -89,98 +113,148 @@ class Engine:
             if self.tied and name == "model.embed_tokens.weight":
                 yield "lm_head.weight", tensor
 
-    def generate(self, requests: Sequence[PromptRequest], vectors: Vectors, samples: int) -> RolloutBatch:
+    def forget(self) -> None:
+        """Empty the prefix cache, as `load` does: keys and values of other weights are of no use."""
+        assert self.llm.reset_prefix_cache(), "no request is under way"
+        self.ledger.clear()
+
+    def sleep(self) -> bool:
+        """Give the device's memory back until `wake`; the weights are dropped. False where nothing could be given.
+
+        Needs `rollout.sleep` and a GPU: on a CPU vLLM has nothing to take its memory from.
+        """
+        if self.world.device.type == "cpu" or not self.config.sleep:
+            return False
+        self.llm.sleep(level=2)
+        self.ledger.clear()
+        self.policy = None
+        return True
+
+    def wake(self) -> None:
+        """Take the memory again; after a `sleep` that gave it back, `load` (and `load_adapter`) come first."""
+        if self.world.device.type != "cpu" and self.config.sleep:
+            self.llm.wake_up()
+
+    def generate(
+        self, requests: Sequence[PromptRequest], vectors: Vectors, samples: int, training_step: int = 0
+    ) -> RolloutBatch:
         """`samples` responses per request, with the sampler's log-probs under the sampling temperature.
 
+        Args:
+            training_step: for strengths that follow a schedule over training.
+
         Raises:
-            InjectionError: not every request's marker was injected exactly where asked.
+            InjectionError: not every request was changed exactly where asked, or it asks for what cannot be.
+            LayoutError, ConfigError, WidthError, ColumnError: a request that cannot be served; nothing was generated.
             RolloutError: ranks of one replica sampled differently.
         """
-        from vllm import SamplingParams
-
-        mine = self._share(requests)
-        outputs = self._run(
-            [request.prompt_ids for request in mine],
-            [
-                SamplingParams(
-                    n=samples,
-                    max_tokens=self.config.max_new_tokens,
-                    temperature=self.config.temperature,
-                    seed=request.seed,
-                    logprobs=0,
-                    stop_token_ids=[self.eos_id],
-                    detokenize=False,
-                    extra_args={"slot": slot, "position": request.position},
-                )
-                for slot, request in enumerate(mine)
-            ],
-            vectors([request.row for request in mine]) if mine else None,
-        )
+        self.terms.check(requests, samples, [self.config.max_new_tokens] * len(requests))
+        counts = [request.samples or samples for request in requests]
+        weights = [
+            len(request.prompt_ids) + count * self.config.max_new_tokens
+            for request, count in zip(requests, counts, strict=True)
+        ]
+        mine = [requests[index] for index in shares(weights, self.replicas)[self.replica]]
+        asked = self.terms.asked(mine, samples, vectors, self.project, training_step)
+        params = [
+            self._sampling(request, key, each.samples) for request, (key, each) in zip(mine, asked.items(), strict=True)
+        ]
+        outputs, wrong = self._run([request.prompt_ids for request in mine], params, asked)
         rollouts = [
             self._rollout(
-                request, index, sample.token_ids, [next(iter(step.values())).logprob for step in sample.logprobs]
-            )
+                request,
+                index,
+                sample.token_ids,
+                [next(iter(step.values())).logprob for step in sample.logprobs],
+                sample.finish_reason == "stop",
+            )  # fmt: skip
             for request, output in zip(mine, outputs, strict=True)
             for index, sample in enumerate(output.outputs)
         ]
-        return self._exchange(rollouts, expected=len(requests) * samples)
+        return self._exchange(rollouts, wrong, expected=sum(counts))
 
-    def score(self, recorded: Sequence[Rollout], positions: Sequence[int], vectors: Vectors) -> RolloutBatch:
+    def _sampling(self, request: PromptRequest, key: str, samples: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=samples,
+            max_tokens=self.config.max_new_tokens,
+            temperature=0.0 if request.greedy else self.config.temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            seed=request.seed,
+            logprobs=0,
+            stop_token_ids=[self.eos_id],
+            stop=self.config.stop or None,
+            detokenize=bool(self.config.stop),
+            extra_args={NAME: key},
+        )
+
+    def score(
+        self, recorded: Sequence[Rollout], positions: Sequence[int], vectors: Vectors, training_step: int = 0
+    ) -> RolloutBatch:
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
 
         Raises:
-            ConfigError: at a temperature other than 1, which vLLM does not apply to given tokens.
+            As `generate`.
         """
         from vllm import SamplingParams
 
-        if self.config.temperature != 1.0:
-            raise ConfigError(
-                f"rollout.temperature={self.config.temperature} with rollout.replay",
-                "temperature 1",
-                "replay at temperature 1",
-            )
-        mine = self._share(list(zip(recorded, positions, strict=True)))
-        outputs = self._run(
-            [(*rollout.prompt_ids, *rollout.response_ids) for rollout, _ in mine],
-            [
-                SamplingParams(
-                    max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={"slot": slot, "position": position}
-                )
-                for slot, (_, position) in enumerate(mine)
-            ],
-            vectors([rollout.row for rollout, _ in mine]) if mine else None,
-        )
+        self.runner.sampler.given_temperature = self.config.temperature or 1.0
+        requests = [
+            PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0)
+            for rollout, position in zip(recorded, positions, strict=True)
+        ]
+        self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
+        weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
+        chosen = shares(weights, self.replicas)[self.replica]
+        asked = self.terms.asked([requests[index] for index in chosen], 1, vectors, self.project, training_step)
+        params = [
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={NAME: key}) for key in asked
+        ]
+        mine = [recorded[index] for index in chosen]
+        outputs, wrong = self._run([(*each.prompt_ids, *each.response_ids) for each in mine], params, asked)
         scored = []
-        for (rollout, _), output in zip(mine, outputs, strict=True):
+        for index, rollout, output in zip(chosen, mine, outputs, strict=True):
             steps = output.prompt_logprobs[len(rollout.prompt_ids) :]
             logprobs = [step[token].logprob for step, token in zip(steps, rollout.response_ids, strict=True)]
-            request = PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, 0, 0)
-            scored.append(self._rollout(request, rollout.sample, rollout.response_ids, logprobs))
-        return self._exchange(scored, expected=len(recorded))
+            ended = rollout.finished
+            scored.append(self._rollout(requests[index], rollout.sample, rollout.response_ids, logprobs, ended))
+        return self._exchange(scored, wrong, expected=len(recorded))
 
     def close(self) -> None:
         """Give back the engine's memory and groups; the process group of the trainer may go with them."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def _share(self, items: Sequence[Any]) -> list[Any]:
-        """This replica's contiguous part; shares differ by at most one."""
-        bounds = [len(items) * index // self.replicas for index in range(self.replicas + 1)]
-        return list(items[bounds[self.replica] : bounds[self.replica + 1]])
+    def _run(
+        self, prompts: list[tuple[int, ...]], params: list[Any], asked: Mapping[str, Asked]
+    ) -> tuple[list[Any], list[str]]:
+        """vLLM's outputs, and a line for each request that did not get what it asked for."""
+        if self.config.lora == "adapter" and self.policy is None:
+            raise ConfigError("rollout.lora=adapter and no adapter", "the policy's", "call Engine.load_adapter first")
+        self.marker.begin(asked)
+        outputs: list[Any] = []
+        if prompts:
+            inputs = [
+                {"prompt_token_ids": list(ids), "cache_salt": each.salt}
+                for ids, each in zip(prompts, asked.values(), strict=True)
+            ]
+            outputs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=self.policy)
+        periods = self.marker.finish()
+        reports, wrong = self.ledger.settle(asked, periods)
+        self.reports = tuple(reports)
+        if not self.terms.interventions:
+            return outputs, []
+        fed = {
+            key: [len(ids) + len(sample.token_ids) - 1 for sample in output.outputs]
+            for key, ids, output in zip(asked, prompts, outputs, strict=True)
+        }
+        return outputs, wrong + missing_samples(asked, periods, fed)
 
-    def _run(self, prompts: list[tuple[int, ...]], params: list[Any], vectors_SD: np.ndarray | None) -> list[Any]:
-        if vectors_SD is None:
-            self.injecting.begin(torch.zeros(1, 1))
-            return []
-        vectors = torch.from_numpy(vectors_SD)
-        if bad := check_vectors(vectors):
-            raise ColumnError(
-                f"{bad} activations that are zero or not finite", "finite activations", "extract the table again"
-            )
-        self.injecting.begin(vectors)
-        return self.llm.generate([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
-
-    def _rollout(self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float]) -> Rollout:
-        finished = bool(ids) and ids[-1] == self.eos_id
+    def _rollout(
+        self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool
+    ) -> Rollout:
+        ended = bool(ids) and ids[-1] == self.eos_id
         return Rollout(
             group=request.group,
             sample=sample,
@@ -188,101 +262,34 @@ class Engine:
             prompt_ids=request.prompt_ids,
             response_ids=tuple(ids),
             logprobs=tuple(logprobs),
-            text=self.tokenizer.decode(ids[:-1] if finished else ids),
+            text=self.tokenizer.decode(ids[:-1] if ended else ids),
             finished=finished,
         )
 
-    def _exchange(self, mine: list[Rollout], expected: int) -> RolloutBatch:
+    def _exchange(self, mine: list[Rollout], wrong: list[str], expected: int) -> RolloutBatch:
         """Everybody's rollouts on every rank; each replica's first rank sends, the others vouch with a digest."""
         digest = hashlib.sha256(repr([(r.group, r.sample, r.row, r.response_ids) for r in mine]).encode()).hexdigest()
         leads = self.world.rank % self.config.tp == 0
-        everyone = gather_objects((digest, self.injecting.finish(), mine if leads else None), self.world)
+        everyone = gather_objects((digest, wrong, mine if leads else None), self.world)
+        if any(problems for _, problems, _ in everyone):
+            # Blocks that were computed without their intervention must not be found again, by any rank of a replica.
+            self.forget()
         rollouts: list[Rollout] = []
-        requests = marked = applied = 0
-        for rank, (seen, counts, sent) in enumerate(everyone):
-            if seen != everyone[rank - rank % self.config.tp][0]:
+        for rank, (seen, problems, sent) in enumerate(everyone):
+            first = rank - rank % self.config.tp
+            if problems:
+                raise InjectionError(
+                    f"{len(problems)} of {expected} requests on rank {rank} did not get what they asked for; "
+                    f"the first, {problems[0]}", "every token that a request names changed, and no other",
+                    "this is a defect of the rollout engine: report it",
+                )  # fmt: skip
+            if seen != everyone[first][0]:
                 raise RolloutError(
-                    f"rank {rank} holds other rollouts than rank {rank - rank % self.config.tp} of its replica",
+                    f"rank {rank} holds other rollouts than rank {first} of its replica",
                     "the same samples on all ranks of a replica", "check that all ranks run the same code and seeds",
                 )  # fmt: skip
-            if counts != everyone[rank - rank % self.config.tp][1]:
-                raise InjectionError(
-                    f"rank {rank} injected {counts[0]} requests and changed {counts[2]} of {counts[1]} marked tokens",
-                    "as many as the first rank of its replica",
-                    "this is a defect of the rollout engine: report it",
-                )
-            if sent is not None:
-                rollouts += sent
-                requests, marked, applied = requests + counts[0], marked + counts[1], applied + counts[2]
-        if requests != expected or marked != applied:
-            raise InjectionError(
-                f"{requests} of {expected} requests injected, {applied} of {marked} marked tokens changed",
-                "every request's marker injected", "this is a defect of the rollout engine: report it",
-            )  # fmt: skip
+            rollouts += sent or []
+        if len(rollouts) != expected:
+            raise RolloutError(f"{len(rollouts)} rollouts", f"{expected}", "this is a defect of the engine: report it")
         rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
-        return RolloutBatch(tuple(rollouts), InjectionCount(requests, expected))
-
-
-def _start(
-    model: str, shape: ModelShape, config: RolloutConfig, intervention: InterventionConfig, world: World, seed: int
-) -> Any:
-    """An `LLM` whose worker lives in this process."""
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1",
-        # The second model runner, the default where Triton is there, has no place to mark the tokens of a batch.
-        VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_CPU_KVCACHE_SPACE=str(config.cpu_kv_cache_gib),
-        VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),
-    )
-    from vllm import LLM
-
-    register_loader()
-    dtype: Any = config.dtype
-    return LLM(
-        model,
-        dtype=dtype,
-        load_format=LOAD_FORMAT,
-        model_loader_extra_config={
-            "layer": intervention.layer,
-            "method": intervention.method,
-            "scale": intervention.scale,
-            "max_tokens": config.max_num_batched_tokens,
-        },
-        max_model_len=min(config.max_model_len, shape.max_positions),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        tensor_parallel_size=config.tp,
-        distributed_executor_backend="external_launcher",
-        worker_cls=_worker_class(world),
-        # The op asks how many tokens it changes, which a captured graph cannot.
-        enforce_eager=True,
-        # Equal prompts hold different activations: a cache keyed on token ids alone would mix them up.
-        enable_prefix_caching=False,
-        # The trainer's log-probs are of the tempered distribution, so the sampler's must be.
-        logprobs_mode="processed_logprobs",
-        seed=seed,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
-
-
-def _worker_class(world: World) -> str:
-    """vLLM's own worker on a GPU; on a CPU one whose shared memory belongs to this run alone."""
-    if world.device.type != "cpu":
-        return "auto"
-    from nla_megatron.rollout import cpu_worker
-
-    if world.is_main:
-        cpu_worker.remove_stale_segments()
-    os.environ[cpu_worker.NAME_VARIABLE] = broadcast_object(cpu_worker.segment_name() if world.is_main else None, world)
-    return f"{cpu_worker.__name__}.{cpu_worker.IsolatedCpuWorker.__name__}"
-
-
-def _cores(ranks: int) -> str:
-    """vLLM's CPU binding: the machine's cores dealt to the ranks, shared where there are fewer cores than ranks."""
-    cores = os.cpu_count() or 1
-    share = max(1, cores // ranks)
-    first = [rank * share % cores for rank in range(ranks)]
-    return "|".join(f"{core}-{core + share - 1}" if share > 1 else str(core) for core in first)
+        return RolloutBatch(tuple(rollouts), InjectionCount(expected, expected))

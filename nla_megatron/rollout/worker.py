@@ -1,157 +1,108 @@
-"""The worker side of vLLM: the target block calls one custom op on static buffers, filled before every forward.
-
-The block's class is swapped for a subclass after its weights are loaded and before the model could be compiled, so
-parameter names stay what they are and loading, reloading and tracing still work. vLLM keeps the residual stream as
-the sum of two tensors; the reference norm is that of the sum, and the change goes into one of them.
-"""
+"""The worker side of vLLM: its own workers, whose model calls our sites and whose runner marks the tokens."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nla_megatron.interventions.maths import delta
+from nla_megatron.interventions.sae_files import load_sae
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.interventions.steering import formula_of
+from nla_megatron.rollout import adapter, plugin
+from nla_megatron.rollout.blocks import call_sites, site_name
+from nla_megatron.rollout.marking import Marker
+from nla_megatron.rollout.sites import Site
 
-LOAD_FORMAT = "nla_megatron"
-
-
-@torch.library.custom_op("nla_megatron::inject", mutates_args=("applied",))
-def inject(
-    hidden_TD: Tensor, residual_TD: Tensor, slot_T: Tensor, table_SD: Tensor, applied: Tensor, method: str, scale: float
-) -> Tensor:
-    """`hidden` with the intervention's change at tokens whose slot is not negative; `applied` counts those tokens."""
-    out, slot = hidden_TD.clone(), slot_T[: hidden_TD.shape[0]]
-    rows = (slot >= 0).nonzero()[:, 0]
-    if len(rows):
-        out[rows] += delta(method, hidden_TD[rows] + residual_TD[rows], table_SD[slot[rows].long()], scale)
-        applied += len(rows)
-    return out
+_GREEDY = 1e-5  # vLLM draws nothing at a temperature below
 
 
-@inject.register_fake
-def _(
-    hidden_TD: Tensor, residual_TD: Tensor, slot_T: Tensor, table_SD: Tensor, applied: Tensor, method: str, scale: float
-) -> Tensor:
-    return torch.empty_like(hidden_TD)
+class InterveningWorker:
+    """Mixed into a worker class of vLLM, before it. The interventions are in the engine's `additional_config`."""
+
+    vllm_config: Any
+    model_runner: Any
+    device: Any
+
+    def load_model(self, **options: Any) -> None:
+        # Sites are built outside vLLM's memory pool, which sleeping gives back.
+        super().load_model(**options)  # type: ignore[misc]
+        plugin.register()
+        wanted = self.vllm_config.additional_config.get(plugin.NAME, [])
+        interventions = [Intervention.from_dict(each) for each in wanted]
+        model, scheduler = self.model_runner.get_model(), self.vllm_config.scheduler_config
+        sites = [self._site(each) for each in interventions]
+        call_sites(model, interventions)
+        context = self.vllm_config.compilation_config.static_forward_context
+        context.update({site_name(number): site for number, site in enumerate(sites)})
+        if self.vllm_config.lora_config is not None:
+            manager = self.model_runner.lora_manager
+            manager.__class__ = adapter.from_memory(type(manager))
+        self.model_runner.__class__ = self.runner_class(type(self.model_runner))
+        self.model_runner.marker = Marker(sites, scheduler.max_num_seqs)
+        self.model_runner.sampler.__class__ = tempering(type(self.model_runner.sampler))
+
+    def runner_class(self, base: Any) -> Any:
+        """The class that the model runner, of class `base`, is turned into."""
+        return marking(base)
+
+    def _site(self, intervention: Intervention) -> Site:
+        width = self.vllm_config.model_config.get_hidden_size()
+        sae = None if intervention.sae is None else load_sae(intervention.sae).to(self.device)
+        formula = formula_of(intervention, width, sae)
+        scheduler = self.vllm_config.scheduler_config
+        tokens, slots = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        return Site(intervention, formula, tokens, slots, width, self.device)
 
 
-@dataclass
-class InjectionBuffers:
-    """What the op reads: outside the module's own buffers, which a weight reload rebuilds.
+def marking(base: Any) -> Any:
+    """A class of vLLM's model runners that tells its `marker` what is scheduled and what is about to run."""
 
-    `slot_T` (tokens of a batch,) int32, -1 for none; `table_SD` one raw activation per live slot, fp32.
-    """
+    class MarkingRunner(base):
+        marker: Marker
 
-    method: str
-    scale: float
-    slot_T: Tensor
-    table_SD: Tensor
-    applied: Tensor
+        def _update_states(self, scheduler_output: Any) -> Any:
+            updated = super()._update_states(scheduler_output)
+            self.marker.follow(scheduler_output)
+            return updated
 
-
-def make_block_inject(block: torch.nn.Module, method: str, scale: float, max_tokens: int, device: torch.device) -> None:
-    """Swap one vLLM decoder block's class for a subclass that injects after its forward."""
-    base: Any = type(block)
-    buffers = InjectionBuffers(
-        method=method,
-        scale=scale,
-        slot_T=torch.full((max_tokens,), -1, dtype=torch.int32, device=device),
-        table_SD=torch.zeros(1, 1, device=device),
-        applied=torch.zeros((), dtype=torch.int64, device=device),
-    )
-
-    class InjectingBlock(base):
-        injection = buffers
-
-        def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
-            return (
-                torch.ops.nla_megatron.inject(
-                    hidden_TD,
-                    residual_TD,
-                    buffers.slot_T,
-                    buffers.table_SD,
-                    buffers.applied,
-                    buffers.method,
-                    buffers.scale,
-                ),
-                residual_TD,
-            )
-
-    block.__class__ = InjectingBlock
-
-
-def register_loader() -> None:
-    """Register the loader that swaps the block; vLLM's own default loader does the loading."""
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    class InjectingLoader(DefaultModelLoader):
-        def __init__(self, load_config: Any):
-            self.intervention = dict(load_config.model_loader_extra_config)
-            super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
-
-        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            super().load_weights(model, model_config)
-            spec = self.intervention
-            decoder: Any = model
-            block = decoder.model.layers[spec["layer"]]
-            if not hasattr(block, "injection"):
-                device = next(model.parameters()).device
-                make_block_inject(block, spec["method"], spec["scale"], spec["max_tokens"], device)
-
-    register_model_loader(LOAD_FORMAT)(InjectingLoader)
-
-
-class InjectingWorker:
-    """Marks, before each forward, which tokens of the batch take which slot, and keeps count of the requests.
-
-    Requests carry `extra_args = {"slot", "position"}`; `position` is the marker's absolute index in the prompt, so
-    chunked prefills find it in whichever chunk it falls.
-    """
-
-    def __init__(self, runner: Any, layer: int):
-        self.runner = runner
-        self.buffers: InjectionBuffers = runner.model.model.layers[layer].injection
-        self.marked_tokens = 0
-        self.marked_requests: set[str] = set()
-        prepare = runner._prepare_inputs
-
-        def prepare_and_mark(*args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(*args, **kwargs)
-            self._mark()
+        def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            starts = self.query_start_loc.np[: self.input_batch.num_reqs]
+            self.marker.mark(self.input_batch, starts, num_scheduled_tokens)
             return prepared
 
-        runner._prepare_inputs = prepare_and_mark
+    return MarkingRunner
 
-    def begin(self, vectors_SD: Tensor) -> None:
-        """Start a batch of requests whose slots index `vectors_SD`."""
-        self.buffers.table_SD = vectors_SD.float().to(self.buffers.slot_T.device)
-        self.buffers.applied.zero_()
-        self.marked_tokens = 0
-        self.marked_requests = set()
 
-    def finish(self) -> tuple[int, int, int]:
-        """(requests marked, tokens marked, tokens that the op changed) since `begin`."""
-        self.buffers.slot_T.fill_(-1)
-        return len(self.marked_requests), self.marked_tokens, int(self.buffers.applied)
+def tempering(base: Any) -> Any:
+    """A class of vLLM's samplers whose raw log-probs are those at the temperature of each request.
 
-    def _mark(self) -> None:
-        buffers, batch = self.buffers, self.runner.input_batch
-        buffers.slot_T.fill_(-1)
-        starts: Sequence[int] = self.runner.query_start_loc.np
-        for index in range(batch.num_reqs):
-            request = batch.req_ids[index]
-            wanted = self.runner.requests[request].sampling_params.extra_args or {}
-            if "slot" not in wanted:
-                continue
-            first, begin, end = int(batch.num_computed_tokens_cpu[index]), int(starts[index]), int(starts[index + 1])
-            if first <= wanted["position"] < first + end - begin:
-                buffers.slot_T[begin + wanted["position"] - first] = wanted["slot"]
-                self.marked_tokens += 1
-                self.marked_requests.add(request)
+    vLLM itself gives them before the temperature, or after the temperature and the filters: the trainer has the former,
+    and no filters. Greedy requests are at temperature 1. `given_temperature` is that of tokens that are only scored.
+    """
+
+    class TemperingSampler(base):
+        given_temperature = 1.0
+        drawn_R: Tensor | None = None
+
+        def forward(self, logits: Tensor, sampling_metadata: Any, *rest: Any, **options: Any) -> Any:
+            self.drawn_R = sampling_metadata.temperature
+            try:
+                return super().forward(logits, sampling_metadata, *rest, **options)
+            finally:
+                self.drawn_R = None
+
+        def compute_logprobs(self, logits: Tensor) -> Tensor:
+            if self.drawn_R is None:
+                return super().compute_logprobs(logits.float() / self.given_temperature)
+            temperature_R = torch.where(self.drawn_R < _GREEDY, 1.0, self.drawn_R)
+            return super().compute_logprobs(logits.float() / temperature_R[:, None])
+
+    return TemperingSampler
+
+
+def runner_of(llm: Any) -> Any:
+    """The model runner of an engine that runs in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -1,12 +1,14 @@
-"""vLLM at TP 2 in the ranks that train: injection, counts, reloads, and what happens when something is wrong.
+"""vLLM in the ranks that train, under stress: every mode, cut prompts, preemptions, a small cache, wrong input.
 
-Arguments: RESULT SCRATCH. Rank 0 writes what was found.
+Arguments: RESULT SCRATCH TP. Rank 0 writes what was found. At TP 1 each rank is a replica of its own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,50 +16,238 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_megatron.config.schema import InterventionConfig, ParallelConfig, RolloutConfig
+from nla_megatron.config.schema import ParallelConfig, RolloutConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import NlaError
-from nla_megatron.parallel.collectives import barrier
+from nla_megatron.interventions.checks import Marker
+from nla_megatron.interventions.schedules import Schedule
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import initialise
 from nla_megatron.rollout.engine import Engine, PromptRequest
 from nla_megatron.types import Rollout
+from tests.support import hooked
 from tests.support.tiny import tiny_model
 
-LAYER, POSITION, GROUPS, SAMPLES = 1, 3, 5, 3
-PROMPT = (5, 17, 40, 9, 22, 31)
-CONFIG = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16)
+MARKER, LEFT, RIGHT, POSITION, SAMPLES = 40, 22, 31, 4, 2
+EOS = 2
+CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
+# Prompts of 34 tokens and more in batches of at most 32, and a cache that holds about half of 6 sequences.
+CONFIG = RolloutConfig(
+    max_new_tokens=28, max_num_batched_tokens=32, max_num_seqs=6, kv_block_size=32, max_model_len=128
+)
+ONLY = (None, *((number,) for number in range(8)), (0, 2, 5), ())
 
 
-def reference_logprobs(directory: Path, rollout: Rollout, vector: np.ndarray, change: Any = None) -> torch.Tensor:
+def interventions(sae: Path) -> tuple[Intervention, ...]:
+    steering: dict[str, Any] = {"sae": str(sae)}
+    return (
+        Intervention(1, "norm_add"),
+        Intervention("embedding", "replace", strength=3.0),
+        Intervention(0, "add", "generated", 0.5, Schedule("linear", "decode", 1.0, -1.0, 8)),
+        Intervention(2, "project", strength=0.7),
+        Intervention(1, "features", "all", features=CHOSEN, max_acts=MAX_ACTS, **steering),
+        Intervention(0, "clamp", "prompt", features=(5,), max_acts=(2.0,), **steering),
+        Intervention(2, "global", "generated", **steering),
+        Intervention(0, "norm_add", "all", 0.3, Schedule("cosine", "decode", 1.0, 0.5, 12)),
+    )
+
+
+def by_hand(request: PromptRequest, v: torch.Tensor, sae: hooked.PlainSae, w: torch.Tensor) -> list[hooked.Change]:
+    """The same eight, without the package: which token, how strongly, by what formula."""
+    prompt = len(request.prompt_ids)
+
+    def at_marker(s: float) -> Callable[[int], float | None]:
+        return lambda t: s if t == POSITION else None
+
+    def cosine(t: int) -> float:
+        done = min(max(t - prompt, 0), 12) / 12
+        return 0.3 * (1.0 - 0.5 * (1 - math.cos(math.pi * done)) / 2)
+
+    every = [
+        hooked.Change(1, hooked.norm_add, v, at_marker(1.0)),
+        hooked.Change("embedding", hooked.replace, v, at_marker(3.0)),
+        hooked.Change(0, hooked.add, v, lambda t: None if t < prompt else 0.5 * (1 - 2 * min(t - prompt, 8) / 8)),
+        hooked.Change(2, hooked.norm_add, w @ v + 0.25, at_marker(0.7)),
+        hooked.Change(1, sae.features(CHOSEN, MAX_ACTS), v, lambda t: 1.0),
+        hooked.Change(0, sae.clamp(5, 2.0), v, lambda t: 1.0 if t < prompt else None),
+        hooked.Change(2, sae.scaled, v, lambda t: None if t < prompt else 1.0 if request.strengths is None else 1.5),
+        hooked.Change(0, hooked.norm_add, v, cosine),
+    ]
+    # Those of one layer in the engine's order: a later hook of transformers sees what an earlier one returned.
+    return [change for number, change in enumerate(every) if request.only is None or number in request.only]
+
+
+def named(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except NlaError as error:
+        return f"{type(error).__name__}: {error.found}"
+    return "no error"
+
+
+class Bench:
+    """The engine with everything that its answers are compared with."""
+
+    def __init__(self, scratch: Path, tp: int):
+        self.world = initialise(ParallelConfig(tp=tp))
+        self.directory = scratch / f"model{tp}"
+        if self.world.is_main:
+            tiny_model(self.directory, num_layers=3)
+            hooked.write_sae(scratch / f"sae{tp}", read_shape(self.directory).hidden_size)
+        barrier(self.world)
+        shape = read_shape(self.directory)
+        from safetensors.torch import load_file
+
+        self.sae = hooked.PlainSae(load_file(scratch / f"sae{tp}" / "sae_weights.safetensors"))
+        rng = np.random.default_rng(3)
+        self.vectors = rng.standard_normal((len(ONLY), shape.hidden_size)).astype(np.float32) * 4
+        self.w = torch.from_numpy(rng.standard_normal((shape.hidden_size,) * 2).astype(np.float32))
+        prompt = [int(each) for each in rng.integers(5, 590, 30)]
+        prompt[POSITION - 1 : POSITION + 2] = [LEFT, MARKER, RIGHT]
+        # Prompts of several lengths that share their first block.
+        self.requests = [
+            PromptRequest(
+                group, group, (*prompt, *(int(each) for each in rng.integers(5, 590, 4 + group))), POSITION,
+                100 + 10 * group, only=only, strengths=(None,) * 6 + ((1.5,), None) if only == (6,) else None,
+            )
+            for group, only in enumerate(ONLY)
+        ]  # fmt: skip
+        # Twelve blocks of 32 tokens: six sequences want up to eighteen.
+        block = 32 * 3 * 2 * (shape.num_kv_heads // tp) * shape.head_dim * 4
+        self.engine = Engine(
+            str(self.directory), shape, replace(CONFIG, tp=tp, cpu_kv_cache_gib=12.5 * block / 2**30),
+            interventions(scratch / f"sae{tp}"), self.world, EOS, 0, marker=Marker(MARKER, LEFT, RIGHT),
+            project=lambda raw: raw @ self.w.numpy().T + 0.25,
+        )  # fmt: skip
+        self.hooked = hooked.Hooked(self.directory)
+
+    def read(self, rows: Sequence[int]) -> np.ndarray:
+        return self.vectors[list(rows)]
+
+    def sample(self, requests: Sequence[PromptRequest] | None = None, samples: int = SAMPLES) -> tuple[Rollout, ...]:
+        return self.engine.generate(requests or self.requests, self.read, samples).rollouts
+
+    def gap(self, rollouts: Sequence[Rollout], temperature: float = 1.0, wrong: int = 0) -> float:
+        """Largest difference of log-probs; `wrong` takes another row's vector."""
+        worst = 0.0
+        for rollout in rollouts:
+            request = self.requests[rollout.group]
+            vector = torch.from_numpy(self.vectors[(rollout.row + wrong) % len(ONLY)])
+            changes = by_hand(request, vector, self.sae, self.w)
+            want = self.hooked.logprobs(rollout.prompt_ids, rollout.response_ids, changes, temperature)
+            worst = max(worst, float((want - torch.tensor(rollout.logprobs)).abs().max()))
+        return worst
+
+
+def faults(bench: Bench) -> dict[str, str]:
+    """What is refused before anything runs, and what stops the step after it ran."""
+    engine, first = bench.engine, bench.requests[1]
+    moved = replace(first, position=POSITION + 1)
+    # One for each replica: what only one of them sees ends its rank, and the launcher the others.
+    two = [first, replace(first, group=2)]
+    out = {
+        "outside": named(lambda: bench.sample([replace(first, position=99)])),
+        "not_marker": named(lambda: bench.sample([moved])),
+        "neighbour": named(
+            lambda: bench.sample([replace(first, prompt_ids=(*first.prompt_ids[:5], 7, *first.prompt_ids[6:]))])
+        ),
+        "too_long": named(lambda: bench.sample([replace(first, prompt_ids=first.prompt_ids + (9,) * 80)])),
+        "greedy_group": named(lambda: bench.sample([replace(first, greedy=True)])),
+        "width": named(lambda: engine.generate(two, lambda rows: np.ones((len(rows), 7), np.float32), 1)),
+        "nan": named(lambda: engine.generate(two, lambda rows: np.full((len(rows), 64), np.nan, np.float32), 1)),
+        "zero": named(lambda: engine.generate(two, lambda rows: np.zeros((len(rows), 64), np.float32), 1)),
+        "unknown_intervention": named(lambda: bench.sample([replace(first, only=(8,))])),
+    }
+    site, rank = engine.marker.sites[0], bench.world.rank
+    engine.forget()
+    send = site.send
+    site.send = lambda rows: send(rows[:0])  # type: ignore[method-assign]  # marked, and then not told
+    out["not_applied"] = named(lambda: bench.sample(two))
+    if rank == 0:
+        site.send = send  # type: ignore[method-assign]
+    out["not_applied_on_rank_one"] = named(lambda: bench.sample(two))
+    site.send = send  # type: ignore[method-assign]
+    mark_chunk = engine.marker._mark_chunk
+    engine.marker._mark_chunk = lambda *args: ()  # type: ignore[method-assign]
+    out["not_marked"] = named(lambda: bench.sample(two))
+    engine.marker._mark_chunk = mark_chunk  # type: ignore[method-assign]
+    make = engine._rollout
+
+    def other_on_rank_one(request: Any, index: int, ids: Any, *rest: Any) -> Rollout:
+        return make(request, index, [*ids[:-1], 7] if rank == 1 and request.group == 2 else ids, *rest)
+
+    engine._rollout = other_on_rank_one  # type: ignore[method-assign]
+    out["other_rank"] = named(lambda: bench.sample(bench.requests[:3]))
+    engine._rollout = make  # type: ignore[method-assign]
+    out["fine_again"] = named(lambda: bench.sample(bench.requests[:3]))
+    return out
+
+
+def cache(bench: Bench) -> dict[str, Any]:
+    """The same prompt with one vector and with another; a cache that was filled without the vector."""
+    engine = bench.engine
+    one = replace(bench.requests[1], samples=1)
+    other = replace(one, group=2, row=2)
+    engine.forget()
+    bench.sample([one])
+    bench.sample([one, other])
+    reports = gather_objects([(r.name, r.computed[0], r.cached[0]) for r in engine.reports], bench.world)
+    flat = sorted({tuple(map(str, each)) for rank in reports for each in rank})
+    engine.ledger.clear()  # as if the blocks were of a time that nobody has accounted for
+    unknown = named(lambda: bench.sample([one]))
+    again = named(lambda: bench.sample([one]))
+    return {"cache_reports": flat, "cache_unknown": unknown, "cache_again": again}
+
+
+def main(result: str, scratch: str, tp: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    if change is not None:
-        change(model)
-    v = torch.from_numpy(vector)
-
-    def hook(module: Any, inputs: Any, output: Any) -> Any:
-        stream = (output[0] if isinstance(output, tuple) else output).clone()
-        stream[0, POSITION] += stream[0, POSITION].norm() * v / v.norm()
-        return (stream, *output[1:]) if isinstance(output, tuple) else stream
-
-    model.model.layers[LAYER].register_forward_hook(hook)
-    ids = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])
-    with torch.no_grad():
-        return torch.log_softmax(model(ids[None]).logits[0], -1)[:-1].gather(-1, ids[1:, None])[
-            len(rollout.prompt_ids) - 1 :, 0
-        ]
-
-
-def worst_gap(directory: Path, rollouts: tuple[Rollout, ...], vectors: np.ndarray, change: Any = None) -> float:
-    return max(
-        float(
-            (reference_logprobs(directory, rollout, vectors[rollout.row], change) - torch.tensor(rollout.logprobs))
-            .abs()
-            .max()
-        )
-        for rollout in rollouts
+    bench = Bench(Path(scratch), int(tp))
+    engine, world = bench.engine, bench.world
+    first = bench.sample()
+    reports = [report for rank in gather_objects(engine.reports, world) for report in rank]
+    out: dict[str, Any] = {
+        "order": [(r.group, r.sample, r.row) for r in first],
+        "gap": bench.gap(first),
+        "gap_wrong_vectors": bench.gap([r for r in first if r.group in (1, 2, 3)], wrong=1),
+        "cut": sum(len(report.computed[5]) > 1 for report in reports),
+        "preempted": sum(report.preemptions for report in reports),
+        "from_cache": sum(any(report.cached) for report in reports),
+        "replicas": [len(each) for each in gather_objects(engine.reports, world)],
+    }
+    again = bench.sample()
+    out["repeatable"] = [r.response_ids for r in first] == [r.response_ids for r in again]
+    out["distinct"] = len({r.response_ids for r in first if r.group == 1})
+    # Scoring takes every intervention, as group 0 does.
+    short = [replace(r, response_ids=r.response_ids[:20], logprobs=r.logprobs[:20]) for r in first if r.group == 0]
+    scored = engine.score(short, [POSITION] * len(short), bench.read).rollouts
+    out["score_gap"] = max(
+        abs(a - b) for r, s in zip(short, scored, strict=True) for a, b in zip(r.logprobs, s.logprobs, strict=True)
     )
+    out["greedy"] = bench.gap(bench.sample([replace(r, greedy=True) for r in bench.requests[:3]], 1))
+    engine.config = replace(engine.config, temperature=0.7)
+    tempered = bench.sample([replace(r, greedy=r.group == 3) for r in bench.requests[:4]], 1)
+    out["tempered_gap"] = bench.gap([r for r in tempered if r.group != 3], 0.7)
+    out["tempered_greedy_gap"] = bench.gap([r for r in tempered if r.group == 3])
+    whole = [r for r in tempered if r.group == 0]
+    rescored = engine.score(whole, [POSITION] * len(whole), bench.read).rollouts
+    out["tempered_score_gap"] = bench.gap(rescored, 0.7)
+    engine.config = replace(engine.config, temperature=1.0)
+    out |= cache(bench)
+    changed = AutoModelForCausalLM.from_pretrained(bench.directory, dtype=torch.float32)
+    noisy(changed)
+    # As the trainer exports them: a tied output layer has no tensor of its own.
+    engine.load((name, parameter.detach()) for name, parameter in changed.named_parameters())
+    noisy(bench.hooked.model)
+    out["gap_after_load"] = bench.gap(bench.sample(bench.requests[:4]))
+    out["slept"] = engine.sleep()
+    engine.wake()
+    out |= faults(bench)
+    if world.is_main:
+        Path(result).write_text(json.dumps(out))
+    barrier(world)
+    engine.close()
 
 
 def noisy(model: torch.nn.Module) -> None:
@@ -67,95 +257,5 @@ def noisy(model: torch.nn.Module) -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def named(call: Any) -> str:
-    try:
-        call()
-    except NlaError as error:
-        return f"{type(error).__name__}: {error.found}"
-    return "no error"
-
-
-def main(result: str, scratch: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    directory, world = Path(scratch) / "model", initialise(ParallelConfig(tp=2))
-    if world.is_main:
-        tiny_model(directory, num_layers=3)
-    barrier(world)
-    shape = read_shape(directory)
-    vectors = np.random.default_rng(3).standard_normal((GROUPS, shape.hidden_size)).astype(np.float32) * 4
-    requests = [PromptRequest(group, group, PROMPT, POSITION, 100 + group) for group in range(GROUPS)]
-    engine = Engine(str(directory), shape, CONFIG, InterventionConfig("norm_add", LAYER, 1.0), world, 2, 0)
-
-    def sample() -> Any:
-        return engine.generate(requests, lambda rows: vectors[list(rows)], SAMPLES)
-
-    first, again = sample(), sample()
-    out: dict[str, Any] = {
-        "order": [(r.group, r.sample, r.row) for r in first.rollouts],
-        "counts": [first.injections.injected, first.injections.expected],
-        "repeatable": [r.response_ids for r in first.rollouts] == [r.response_ids for r in again.rollouts],
-        "distinct_in_group": len({r.response_ids for r in first.rollouts if r.group == 0}),
-        "gap": worst_gap(directory, first.rollouts, vectors),
-        "gap_wrong_vectors": worst_gap(directory, first.rollouts, np.roll(vectors, 1, axis=0)),
-    }
-    scored = engine.score(first.rollouts, [POSITION] * len(first.rollouts), lambda rows: vectors[list(rows)])
-    out["score_gap"] = max(
-        abs(a - b)
-        for r, s in zip(first.rollouts, scored.rollouts, strict=True)
-        for a, b in zip(r.logprobs, s.logprobs, strict=True)
-    )
-
-    tempered = replace(CONFIG, temperature=0.7)
-    engine.config = tempered
-    out["score_refused"] = named(
-        lambda: engine.score(first.rollouts, [POSITION] * len(first.rollouts), lambda rows: vectors[list(rows)])
-    )
-    warm = sample()
-    out["tempered_gap"] = max(
-        float((torch.tensor(r.logprobs) - tempered_logprobs(directory, r, vectors[r.row], 0.7)).abs().max())
-        for r in warm.rollouts[:4]
-    )
-    engine.config = CONFIG
-
-    changed = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    noisy(changed)
-    # As the trainer exports them: a tied output layer has no tensor of its own.
-    engine.load((name, parameter.detach()) for name, parameter in changed.named_parameters())
-    out["gap_after_load"] = worst_gap(directory, sample().rollouts, vectors, noisy)
-
-    # A block that forgets to inject, a token marked that the op does not see, and a rank that holds other samples.
-    buffers = engine.injecting.buffers
-    mark = engine.injecting._mark
-    engine.injecting._mark = lambda: None
-    out["not_marked"] = named(sample)
-    engine.injecting._mark = lambda: (mark(), buffers.slot_T.fill_(-1))
-    out["not_applied"] = named(sample)
-    if world.rank == 0:
-        engine.injecting._mark = mark
-    out["not_applied_on_rank_one"] = named(sample)
-    engine.injecting._mark = mark
-    make = engine._rollout
-
-    def other_on_rank_one(request: Any, index: int, ids: Any, logprobs: Any) -> Rollout:
-        return make(request, index, [*ids[:-1], 7] if world.rank == 1 and request.group == 2 else ids, logprobs)
-
-    engine._rollout = other_on_rank_one
-    out["other_rank"] = named(sample)
-    engine._rollout = make
-    out["fine_again"] = named(sample)
-    if world.is_main:
-        Path(result).write_text(json.dumps(out))
-    barrier(world)
-    engine.close()
-
-
-def tempered_logprobs(directory: Path, rollout: Rollout, vector: np.ndarray, temperature: float) -> torch.Tensor:
-    def divide(model: torch.nn.Module) -> None:
-        model.lm_head.register_forward_hook(lambda m, i, logits: logits / temperature)
-
-    return reference_logprobs(directory, rollout, vector, divide)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

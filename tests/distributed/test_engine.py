@@ -1,67 +1,125 @@
-"""The sampler injects what it was asked to, says so, and refuses to go on when it did not."""
+"""The sampler injects what it was asked to, says so, and refuses to go on when it did not.
+
+Every prompt is cut (batches of 32 tokens), sequences are preempted (half of the cache they want), blocks are shared,
+and all modes run at once in one batch; the reference is a transformers model hooked token by token.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.ranks import torchrun
+from tests.support.ranks import run_ranks, torchrun
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return torchrun("engine_worker", 2, str(tmp_path_factory.mktemp("engine")))
+@pytest.fixture(scope="module", params=[2, 1], ids=["tp2", "two_replicas_of_tp1"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    scratch = str(tmp_path_factory.mktemp("engine"))
+    return {"tp": request.param, **torchrun("engine_worker", 2, scratch, str(request.param))}
 
 
-def test_sampled_logprobs_equal_a_hooked_transformers_model(found: Any) -> None:
+def test_every_mode_gives_the_logprobs_of_a_hooked_transformers_model(found: Any) -> None:
     assert found["gap"] <= 1e-4
+
+
+def test_the_requests_were_cut_preempted_and_served_from_the_cache(found: Any) -> None:
+    assert min(found["cut"], found["preempted"], found["from_cache"]) > 0
 
 
 def test_the_vectors_matter_to_the_logprobs(found: Any) -> None:
     assert found["gap_wrong_vectors"] > 1e-2
 
 
-def test_every_request_is_injected_once_and_counted(found: Any) -> None:
-    assert found["counts"] == [15, 15]
+def test_rollouts_come_in_order_with_explicit_groups(found: Any) -> None:
+    assert found["order"] == [[group, sample, group] for group in range(11) for sample in range(2)]
 
 
-def test_rollouts_come_in_order_with_explicit_groups_though_all_prompts_are_equal(found: Any) -> None:
-    assert found["order"] == [[group, sample, group] for group in range(5) for sample in range(3)]
+def test_replicas_get_equal_shares(found: Any) -> None:
+    assert found["replicas"] == ([22, 22] if found["tp"] == 2 else [10, 12])
 
 
 def test_sampling_depends_on_the_seeds_alone(found: Any) -> None:
     assert found["repeatable"] is True
-    assert found["distinct_in_group"] == 3
+    assert found["distinct"] == 2
 
 
 def test_scoring_given_tokens_gives_the_logprobs_of_sampling_them(found: Any) -> None:
     assert found["score_gap"] <= 1e-5
 
 
-def test_logprobs_are_those_of_the_tempered_distribution(found: Any) -> None:
+def test_logprobs_are_those_of_the_tempered_distribution_and_of_temperature_one_where_greedy(found: Any) -> None:
     assert found["tempered_gap"] <= 1e-4
-    assert found["score_refused"].startswith("ConfigError: rollout.temperature=0.7")
+    assert found["greedy"] <= 1e-4
+    assert found["tempered_greedy_gap"] <= 1e-4
+    assert found["tempered_score_gap"] <= 1e-4
 
 
-def test_reloaded_weights_are_the_ones_that_sample(found: Any) -> None:
+def test_a_prompt_is_shared_with_the_same_vector_and_not_with_another(found: Any) -> None:
+    served = found["cache_reports"]
+    same = [(computed, cached) for name, computed, cached in served if name.startswith("group 1")]
+    other = [(computed, cached) for name, computed, cached in served if name.startswith("group 2")]
+    assert same == [("()", "((4, 5),)")]
+    assert other == [("((4, 5),)", "()")]
+
+
+def test_a_cached_marker_of_which_nobody_knows_stops_the_step_and_empties_the_cache(found: Any) -> None:
+    assert "first, group 1 (row 1): cached without it at block 1, position 4" in found["cache_unknown"]
+    assert found["cache_again"] == "no error"
+
+
+def test_reloaded_weights_are_the_ones_that_sample_though_the_prompts_were_cached(found: Any) -> None:
     assert found["gap_after_load"] <= 1e-4
 
 
-def test_a_request_that_is_never_marked_stops_the_step(found: Any) -> None:
-    assert found["not_marked"] == "InjectionError: 0 of 15 requests injected, 0 of 0 marked tokens changed"
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("outside", "InjectionError: position 99 of request group 1"),
+        ("not_marker", "InjectionError: token 31 at the marker's position (5)"),
+        ("neighbour", "InjectionError: token 7 right of the marker (4)"),
+        ("too_long", "LayoutError: a prompt of 115 tokens and 28 new ones in group 1"),
+        ("greedy_group", "ConfigError: 2 samples of group 1 (row 1), greedy"),
+        ("width", "WidthError: vectors of shape"),
+        ("nan", "ColumnError: "),
+        ("zero", "ColumnError: "),
+        ("unknown_intervention", "ConfigError: strengths for 8 interventions and only=(8,)"),
+    ],
+)
+def test_what_cannot_be_served_is_named_before_generation(found: Any, fault: str, message: str) -> None:
+    assert found[fault].startswith(message)
+    if fault in ("nan", "zero"):
+        norm = {"nan": "nan", "zero": "0.0"}[fault]
+        assert found[fault].endswith(
+            f"vectors cannot be injected; the first, of request group 1 (row 1), has norm {norm}"
+        )
+
+
+def test_a_request_that_is_never_marked_stops_the_step_and_is_named(found: Any) -> None:
+    assert "the first, group 1 (row 1): not marked at block 1, position 4 (1 of 1 tokens)" in found["not_marked"]
 
 
 def test_a_marked_token_that_the_model_did_not_change_stops_the_step(found: Any) -> None:
-    assert found["not_applied"] == "InjectionError: 15 of 15 requests injected, 0 of 15 marked tokens changed"
+    assert "the first, group 1 (row 1): 0 of 1 marked tokens changed at block 1" in found["not_applied"]
 
 
-def test_an_injection_that_only_another_rank_of_the_replica_lost_stops_the_step(found: Any) -> None:
-    assert found["not_applied_on_rank_one"].startswith(
-        "InjectionError: rank 1 injected 15 requests and changed 0 of 15"
-    )
+def test_an_injection_that_only_another_rank_lost_stops_the_step_everywhere(found: Any) -> None:
+    assert "on rank 1 did not get what they asked for" in found["not_applied_on_rank_one"]
 
 
 def test_a_rank_with_other_rollouts_stops_the_step(found: Any) -> None:
-    assert found["other_rank"] == "RolloutError: rank 1 holds other rollouts than rank 0 of its replica"
+    if found["tp"] == 2:
+        assert found["other_rank"] == "RolloutError: rank 1 holds other rollouts than rank 0 of its replica"
     assert found["fine_again"] == "no error"
+
+
+def test_a_cpu_engine_says_that_sleeping_returns_nothing(found: Any) -> None:
+    assert found["slept"] is False
+
+
+def test_an_engine_that_fails_on_one_rank_ends_all_with_its_message(tmp_path: Path) -> None:
+    done = run_ranks("failing_worker", 2, str(tmp_path), timeout=120)
+    assert done.returncode != 0
+    assert "the device of rank 1 is gone" in done.stderr
+    assert "past the failure" not in done.stdout

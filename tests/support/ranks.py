@@ -85,10 +85,15 @@ def command_line(*arguments: str, timeout: float = 500, **extra: str) -> subproc
 def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 500) -> Any:
     """Run `tests/distributed/{worker}.py RESULT arguments…` on `ranks` processes; returns the JSON of rank 0."""
     result = Path(arguments[0]) / f"{worker}.json"
-    script = str(ROOT / "tests" / "distributed" / f"{worker}.py")
-    done = start(str(ranks), script, str(result), *arguments, entry=_on_ranks).wait(timeout)
+    done = run_ranks(worker, ranks, str(result), *arguments, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
     return json.loads(result.read_text())
+
+
+def run_ranks(worker: str, ranks: int, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """`tests/distributed/{worker}.py arguments…` on `ranks` processes to its end, whatever that is."""
+    script = str(ROOT / "tests" / "distributed" / f"{worker}.py")
+    return start(str(ranks), script, *arguments, entry=_on_ranks).wait(timeout)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,213 @@
+"""What the engine is asked for, checked before anything is generated, and dealt to the replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError
+from nla_megatron.interventions.checks import Marker, check_positions, check_vectors
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.rollout.accounting import Asked, salt_of
+
+if TYPE_CHECKING:
+    from nla_megatron.config.schema import InterventionConfig
+    from nla_megatron.types import ModelShape
+
+Vectors = Callable[[Sequence[int]], np.ndarray]
+"""Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
+
+Project = Callable[[np.ndarray], np.ndarray]
+"""For the mode `project`: vectors (N, E) to (N, D), as the trainer has it at that moment."""
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Plain text, token ids, or the messages of a chat."""
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt to sample: `position` is the marker's index in `prompt_ids`, `row` the activation's.
+
+    `more_positions`: further places of the same vector. `only`: numbers of the engine's interventions that this request
+    takes; None is all, () leaves it as the model is. `strengths`: for each intervention of the engine one number, or F
+    for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response;
+    its log-probs are those at temperature 1.
+    """
+
+    group: int
+    row: int
+    prompt_ids: tuple[int, ...]
+    position: int
+    seed: int
+    more_positions: tuple[int, ...] = ()
+    only: tuple[int, ...] | None = None
+    strengths: tuple[tuple[float, ...] | None, ...] | None = None
+    samples: int | None = None
+    greedy: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"group {self.group} (row {self.row})"
+
+
+def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """What an engine is started with, as a list: the configuration's one, or any number."""
+    if isinstance(wanted, Intervention):
+        return (wanted,)
+    if isinstance(wanted, Sequence):
+        return tuple(wanted)
+    return (Intervention(wanted.layer, wanted.method, strength=wanted.scale),)
+
+
+def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:
+    """Raises LayoutError where replicas of `tp` ranks do not tile the world, or heads do not divide."""
+    if world_size % tp:
+        raise LayoutError(
+            f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp"
+        )
+    fits_groups = shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0
+    if shape.num_heads % tp or shape.ffn_hidden_size % tp or not fits_groups:
+        raise LayoutError(
+            f"{shape.num_heads} attention heads, {shape.num_kv_heads} key/value heads and {shape.ffn_hidden_size} "
+            f"feed-forward columns at rollout.tp={tp}",
+            "a tp that divides them",
+            "change rollout.tp",
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every request of an engine is held to."""
+
+    interventions: tuple[Intervention, ...]
+    hidden_size: int
+    max_model_len: int
+    marker: Marker | None = None
+
+    def check(self, requests: Sequence[PromptRequest], samples: int, new_tokens: Sequence[int]) -> None:
+        """Everything that is known without the vectors; `new_tokens` of each request.
+
+        Raises:
+            InjectionError: a position outside the prompt, or without the marker and its neighbours.
+            LayoutError: a prompt that leaves no room for `new_tokens`.
+            ConfigError: no samples, several greedy ones, or strengths that are not numbers.
+        """
+        for request, new in zip(requests, new_tokens, strict=True):
+            count = request.samples or samples
+            if count < 1 or (request.greedy and count > 1):
+                raise ConfigError(
+                    f"{count} samples of {request.name}{', greedy' if request.greedy else ''}",
+                    "1 or more, and exactly 1 where it is greedy", "change samples",
+                )  # fmt: skip
+            if len(request.prompt_ids) + new > self.max_model_len or not request.prompt_ids:
+                raise LayoutError(
+                    f"a prompt of {len(request.prompt_ids)} tokens and {new} new ones in {request.name}",
+                    f"1 or more, and at most {self.max_model_len} in all",
+                    "lower rollout.max_new_tokens or raise rollout.max_model_len",
+                )  # fmt: skip
+            for intervention, strengths in zip(self.interventions, self._strengths(request, 0), strict=True):
+                if strengths is not None:
+                    positions = _positions(request, intervention)
+                    check_positions(intervention, request.prompt_ids, positions, self.marker, request.name)
+
+    def asked(
+        self,
+        requests: Sequence[PromptRequest],
+        samples: int,
+        vectors: Vectors,
+        project: Project | None,
+        training_step: int,
+    ) -> dict[str, Asked]:
+        """The requests as the worker knows them, by key.
+
+        Raises:
+            WidthError, ColumnError: vectors of another width, not finite, or of no direction.
+        """
+        by_site = self._vectors(requests, vectors, project)
+        asked = {}
+        for index, request in enumerate(requests):
+            strengths, positions = self._strengths(request, training_step), self._all_positions(request)
+            own = tuple(
+                None if vectors_ND is None or taken is None else vectors_ND[index]
+                for vectors_ND, taken in zip(by_site, strengths, strict=True)
+            )
+            prompt = len(request.prompt_ids)
+            salt = salt_of(self.interventions, own, strengths, positions, prompt)
+            asked[str(index)] = Asked(request.name, prompt, positions, own, strengths, salt, request.samples or samples)
+        return asked
+
+    def _vectors(
+        self, requests: Sequence[PromptRequest], vectors: Vectors, project: Project | None
+    ) -> list[np.ndarray | None]:
+        """For each intervention what its requests bring, (N, D), or None where it takes no vectors."""
+        if not requests or not any(each.takes_vectors for each in self.interventions):
+            return [None] * len(self.interventions)
+        raw_NE = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
+        names = [request.name for request in requests]
+        brought: list[np.ndarray | None] = []
+        for intervention in self.interventions:
+            if not intervention.takes_vectors:
+                brought.append(None)
+                continue
+            try:
+                check_vectors(intervention, raw_NE, self.hidden_size, names)
+            except InjectionError as error:
+                raise ColumnError(error.found, error.expected, "extract the table again") from error
+            if intervention.mode == "project":
+                assert project is not None, "checked when the engine starts"
+                brought.append(np.ascontiguousarray(project(raw_NE), dtype=np.float32))
+            else:
+                brought.append(raw_NE)
+        return brought
+
+    def _strengths(self, request: PromptRequest, training_step: int) -> tuple[tuple[float, ...] | None, ...]:
+        """For each intervention, None where the request does not take it."""
+        count = len(self.interventions)
+        own, only = request.strengths or (None,) * count, request.only
+        if len(own) != count or not set(only or ()) <= set(range(count)):
+            raise ConfigError(
+                f"strengths for {len(own)} interventions and only={only} in {request.name}",
+                f"{count} interventions, numbered from 0", "correct the request",
+            )  # fmt: skip
+        return tuple(
+            each.strengths(own[number], training_step) if only is None or number in only else None
+            for number, each in enumerate(self.interventions)
+        )
+
+    def _all_positions(self, request: PromptRequest) -> tuple[int, ...]:
+        return max((_positions(request, each) for each in self.interventions), key=len, default=())
+
+
+def _positions(request: PromptRequest, intervention: Intervention) -> tuple[int, ...]:
+    return (request.position, *request.more_positions) if intervention.where == "positions" else ()
+
+
+def shares(weights: Sequence[int], replicas: int) -> list[list[int]]:
+    """Indices for each replica, in order: the heaviest first, each to the replica that has least so far.
+
+    Example:
+        >>> shares([5, 1, 1, 1, 2], 2)
+        [[0], [1, 2, 3, 4]]
+    """
+    loads, dealt = [0] * replicas, [[] for _ in range(replicas)]  # type: tuple[list[int], list[list[int]]]
+    for index in sorted(range(len(weights)), key=lambda each: (-weights[each], each)):
+        least = loads.index(min(loads))
+        loads[least] += weights[index]
+        dealt[least].append(index)
+    return [sorted(each) for each in dealt]
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt; a text that writes the first token out, as chat templates do, gets no second one."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif prompt and isinstance(prompt[0], dict):
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        return tuple(int(each) for each in prompt)  # type: ignore[arg-type]
+    doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id is not None
+    return tuple(ids[1:] if doubled else ids)

@@ -1,0 +1,122 @@
+"""Shares, prompts, and what the engine is started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nla_megatron.config.schema import InterventionConfig
+from nla_megatron.errors import LayoutError, VersionError
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.rollout.accounting import salt_of
+from nla_megatron.rollout.plugin import TESTED, check_version
+from nla_megatron.rollout.requests import as_interventions, check_rollout_layout, encode, shares
+from tests.support.tiny import SHAPE
+
+
+@given(st.lists(st.integers(1, 4000), max_size=40), st.integers(1, 6))
+def test_shares_deal_every_item_once_and_differ_by_at_most_the_largest(weights: list[int], replicas: int) -> None:
+    dealt = shares(weights, replicas)
+    assert sorted(index for share in dealt for index in share) == list(range(len(weights)))
+    loads = [sum(weights[index] for index in share) for share in dealt]
+    assert max(loads) - min(loads) <= max(weights, default=0)
+
+
+def test_shares_balance_tokens_and_not_requests() -> None:
+    assert shares([100, 10, 10, 10, 10, 60], 2) == [[0], [1, 2, 3, 4, 5]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    loaded = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    # One that puts a beginning before every text, as Llama's and Gemma's do.
+    from tokenizers.processors import TemplateProcessing
+
+    begin = loaded.convert_ids_to_tokens(1)
+    loaded.bos_token = begin
+    loaded.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, loaded.bos_token_id)]
+    )
+    loaded.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return loaded
+
+
+def test_text_that_writes_its_beginning_out_gets_no_second_one(tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    plain = encode(tokenizer, "with statement")
+    assert plain[0] == bos and plain.count(bos) == 1
+    assert encode(tokenizer, f"{tokenizer.bos_token}with statement") == plain
+
+
+def test_a_chat_begins_once_and_ids_stay_what_they_are(tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    chat = encode(tokenizer, [{"role": "user", "content": "with"}])
+    assert chat[0] == bos and chat.count(bos) == 1
+    assert tokenizer.decode(chat[1:]).strip() == "user: with"
+    assert encode(tokenizer, [bos, bos, 7]) == (bos, bos, 7)
+
+
+def salt(**changed: Any) -> str:
+    asked: dict[str, Any] = {
+        "interventions": [Intervention(1)], "vectors": [np.ones(4, np.float32)], "strengths": [(1.0,)],
+        "positions": (3,), "prompt_tokens": 9,
+    }  # fmt: skip
+    return salt_of(**asked | changed)
+
+
+def test_a_salt_is_that_of_the_content() -> None:
+    assert salt() == salt(vectors=[np.ones(4, np.float64).astype(np.float32)])
+    # What comes after a marker does not change what its block holds.
+    assert salt() == salt(prompt_tokens=10)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"vectors": [np.array([1, 1, 1, 1.0000001], np.float32)]},
+        {"vectors": [None]},
+        {"strengths": [(1.5,)]},
+        {"strengths": [None]},
+        {"positions": (4,)},
+        {"interventions": [Intervention(2)]},
+        {"interventions": [Intervention(1, "add")]},
+    ],
+    ids=str,
+)
+def test_another_intervention_is_another_salt(changed: dict[str, Any]) -> None:
+    assert salt(**changed) != salt()
+
+
+def test_where_the_prompt_ends_is_part_of_the_salt_if_an_intervention_ends_there() -> None:
+    generated = [Intervention(1, where="generated")]
+    assert salt(interventions=generated) != salt(interventions=generated, prompt_tokens=10)
+
+
+def test_the_configurations_intervention_is_one_of_many() -> None:
+    assert as_interventions(InterventionConfig("add", 2, 0.5)) == (Intervention(2, "add", strength=0.5),)
+    two = [Intervention(0), Intervention(1)]
+    assert as_interventions(two) == tuple(two)
+
+
+@pytest.mark.parametrize("found", ["0.31.1", "0.33.0", "0.32.0rc1"])
+def test_an_untested_vllm_is_refused_with_those_that_work(found: str) -> None:
+    with pytest.raises(VersionError, match=rf"vLLM {found}[\s\S]*{TESTED[0]}"):
+        check_version(found)
+
+
+def test_builds_of_a_tested_vllm_are_taken() -> None:
+    check_version("0.32.0")
+    check_version("0.32.0+cpu")
+
+
+@pytest.mark.parametrize(("tp", "world"), [(3, 4), (8, 8)])
+def test_replicas_that_do_not_tile_the_world_or_the_heads_are_refused(tp: int, world: int) -> None:
+    with pytest.raises(LayoutError):
+        check_rollout_layout(SHAPE, tp, world)

@@ -19,6 +19,7 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import SafetensorsReader
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
+from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora import LORA
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
@@ -68,7 +69,7 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     reader, rules = SafetensorsReader(directory), by_name(rules_of(shape, with_head))
     _check_tensors(reader, list(rules.values()), strict=with_head)
     for name, parameter in global_parameters(model).items():
-        if name != VALUE_HEAD and f".{LORA}." not in name:
+        if name != VALUE_HEAD and f".{LORA}." not in name and not name.startswith(f"{PROJECTIONS}."):
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 

@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from nla_megatron.errors import LayoutError, UnsupportedModel
+from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import FusedLinear, LoraSpec, Slot
 
 LORA = "lora"
@@ -145,7 +146,7 @@ def adapted(model: Any) -> dict[str, Any]:
 
 
 def add_lora(model: Any, layers: Sequence[FusedLinear], spec: LoraSpec, seed: int = 0) -> None:
-    """Adapt the layers that hold a target, and freeze everything else but an AR's head.
+    """Adapt the layers that hold a target, and freeze everything else but an AR's head and learned projections.
 
     A starts as `peft` draws it, from (seed, name) alone, so that every layout starts alike; B starts at zero.
 
@@ -164,7 +165,7 @@ def add_lora(model: Any, layers: Sequence[FusedLinear], spec: LoraSpec, seed: in
             raise UnsupportedModel(f"{layer.name} is no linear layer known here", "Megatron's own", "leave it out")
     for chunk in chunks_of(model):
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(f".{LORA}." in name or name == _VALUE_HEAD)
+            parameter.requires_grad_(f".{LORA}." in name or name == _VALUE_HEAD or name.startswith(f"{PROJECTIONS}."))
 
 
 def _adapt(linear: Any, layer: FusedLinear, spec: LoraSpec, seed: int) -> None:

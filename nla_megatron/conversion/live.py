@@ -19,6 +19,7 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import SafetensorsReader
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
+from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora import LORA
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
@@ -26,10 +27,6 @@ from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
 VALUE_HEAD = "value_head.weight"
-
-
-def chunks_of(model: Any) -> list[Any]:
-    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -24,6 +24,7 @@ from nla_megatron.interventions.projection import Projection
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import EMBEDDING, Intervention
 from nla_megatron.interventions.steering import formula_of
+from nla_megatron.models.builder import chunks_of
 from nla_megatron.types import Injection, Microbatch
 
 PROJECTIONS = "projections"
@@ -177,7 +178,7 @@ def intervene(model: Any, interventions: Sequence[Intervention], seed: int = 0) 
         WidthError: an SAE of another width.
         MissingFile, CheckpointError, UnsupportedModel: an SAE that cannot be read.
     """
-    chunks = list(model) if isinstance(model, list | tuple) else [model]
+    chunks = chunks_of(model)
     shape, wanted = chunks[0].shape, tuple(interventions)
     device = next(parameter for chunk in chunks for parameter in chunk.parameters()).device
     check_layers(wanted, shape.num_layers)
@@ -211,7 +212,5 @@ def _projection(each: Intervention, width: int, seed: int, device: torch.device,
 
 def projections_of(model: Any) -> dict[int, Projection]:
     """What this rank's chunks learn for `project`, by the intervention's number."""
-    chunks = list(model) if isinstance(model, list | tuple) else [model]
-    return {
-        int(number): module for chunk in chunks for number, module in getattr(chunk, PROJECTIONS, nn.ModuleDict()).items()
-    }
+    held = [getattr(chunk, PROJECTIONS, nn.ModuleDict()) for chunk in chunks_of(model)]
+    return {int(number): module for each in held for number, module in each.items()}

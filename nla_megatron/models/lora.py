@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from nla_megatron.errors import LayoutError, UnsupportedModel
+from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import FusedLinear, LoraSpec, Slot
 
@@ -122,11 +123,6 @@ class LoraLinear:
 @cache
 def _with_lora(cls: type) -> type:
     return type(f"Lora{cls.__name__}", (LoraLinear, cls), {})
-
-
-def chunks_of(model: Any) -> list[Any]:
-    """A model's chunks: several with virtual pipeline stages."""
-    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def linears(model: Any) -> dict[str, nn.Module]:

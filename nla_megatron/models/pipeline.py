@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nla_megatron.models.batching import Batch, microbatches
+from nla_megatron.models.builder import chunks_of
 from nla_megatron.parallel.collectives import sum_over_world
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
@@ -22,10 +23,6 @@ Loss = Callable[[Tensor, Microbatch], tuple[Tensor, Mapping[str, Tensor]]]
 """(output, microbatch) -> (loss, statistics); both already divided by the *global* batch's denominators."""
 Collect = Callable[[Tensor, Microbatch], Tensor]
 """(output, microbatch) -> one row of numbers per microbatch row, (B,) or (B, T)."""
-
-
-def chunks_of(model: Any) -> list[Any]:
-    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def forward_backward(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nla_megatron.config.schema import OptimConfig
 from nla_megatron.models.batching import Batch
-from nla_megatron.models.builder import DTYPES
-from nla_megatron.models.pipeline import Collect, Loss, chunks_of, forward_backward, forward_rows
+from nla_megatron.models.builder import DTYPES, chunks_of
+from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_rows
 from nla_megatron.parallel.collectives import max_over_world, sum_statistics
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World

@@ -16,7 +16,6 @@ from nla_megatron.interventions.maths import check_vectors
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Injection, Microbatch, Strengths
 
-
 _ROWS = "correct the rows of the batch"
 
 

@@ -82,24 +82,27 @@ class Sites:
         self.hidden_size, self.sequence_parallel = hidden_size, sequence_parallel
 
     def changes(self, batch: Microbatch) -> Changes:
-        """What this chunk does to a microbatch; nothing where the batch says nothing of interventions.
-
-        Raises:
-            InjectionError: the batch lacks positions, prompt lengths or vectors that an intervention needs.
-            WidthError: vectors of another width.
-        """
+        """What this chunk does to a microbatch; nothing where the batch says nothing of interventions."""
         injection = batch.injection
         if injection is None:
             return {}
-        # Every chunk checks all of them, so that every stage stops.
-        for intervention in self.interventions:
-            self._check(intervention, injection)
         found: dict[int | str, list[Change]] = {}
         for number in self.here:
             change = self._change(number, injection, batch.ids)
             if change is not None:
                 found.setdefault(self.interventions[number].layer, []).append(change)
         return found
+
+    def check(self, batch: Microbatch) -> None:
+        """Whether a microbatch has what all of the model's interventions need, those of other stages included.
+
+        Raises:
+            InjectionError: the batch lacks positions, prompt lengths or vectors.
+            WidthError: vectors of another width.
+        """
+        if batch.injection is not None:
+            for intervention in self.interventions:
+                self._check(intervention, batch.injection)
 
     def _check(self, intervention: Intervention, injection: Injection) -> None:
         need = f"{intervention.mode} at {intervention.where!r} of {intervention.place}"
@@ -158,6 +161,20 @@ class Sites:
             mine = slice(rank * share, (rank + 1) * share)
             slot_TB, step_TB = slot_TB[mine], step_TB[mine]
         return slot_TB, step_TB
+
+
+def check_parts(chunk: Any, parts: Sequence[Microbatch]) -> None:
+    """Check microbatches on every stage before the first one runs: a stage that stops later leaves others waiting.
+
+    Args:
+        chunk: any of a model's, wrapped for training or not.
+
+    Raises:
+        InjectionError, WidthError: as `Sites.check`.
+    """
+    sites: Sites | None = getattr(getattr(chunk, "module", chunk), "sites", None)
+    for part in parts if sites is not None else ():
+        sites.check(part)
 
 
 def _sent(values: np.ndarray, device: torch.device) -> Tensor:

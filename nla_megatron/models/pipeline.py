@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.interventions import check_parts
 from nla_megatron.parallel.collectives import sum_over_world
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
@@ -82,6 +83,7 @@ def forward_rows(
 
 def _run(model: Any, parts: Sequence[Microbatch], finish: Callable, forward_only: bool) -> None:
     chunks = chunks_of(model)
+    check_parts(chunks[0], parts)
 
     def forward_step(
         remaining: Iterator[Microbatch], chunk: Any

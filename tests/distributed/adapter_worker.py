@@ -213,9 +213,7 @@ def compare(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[list[Tensor],
     worst = {}
     for name, each in wanted[1].items():
         worst[name] = float((gradient[name] - each).abs().max()) / max(float(each.abs().max()), 1e-3 * scale)
-    missing = sorted(
-        name for name, each in gradient.items() if name not in wanted[1] and float(each.abs().max()) > 0
-    )
+    missing = sorted(name for name, each in gradient.items() if name not in wanted[1] and float(each.abs().max()) > 0)
     where = max(worst, key=lambda name: worst[name])
     return {
         "logprob": max(float((a - b).abs().max()) for a, b in zip(rows, wanted[0], strict=True)),

@@ -47,7 +47,7 @@ PROMPTS, LENGTHS = (6, 8, 5, 7), (11, 15, 9, 12)
 POSITIONS = ((3,), (1, 6), (4,), (0, 2, 5))
 CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
-STRENGTHS = (1.5, 0.5, 1.0, 2.0)
+STRENGTHS = (1.5, 0.5, 1.25, 2.0)  # 1 would change nothing
 
 
 def interventions(sae: Path) -> tuple[Intervention, ...]:

@@ -18,7 +18,7 @@ CASES += [(layout, name) for layout in CUT for name in FEWER]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return torchrun("adapter_worker", 4, str(tmp_path_factory.mktemp("adapter")))
+    return torchrun("interventions_worker", 4, str(tmp_path_factory.mktemp("adapter")))
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

@@ -110,12 +110,31 @@ class ModelShape:
         return -(-self.vocab_size // 128) * 128
 
 
+Strengths = tuple[tuple[float, ...] | None, ...]
+"""For each intervention of a model one number, or one per steered feature; None is 1."""
+
+
 @dataclass(frozen=True)
 class Injection:
-    """Activations for the marker positions of a microbatch: `vectors` (B, D) fp32, `positions` (B,) int64."""
+    """What a model's interventions need to know of the rows of a microbatch.
 
-    vectors: Tensor
-    positions: Tensor
+    `vectors` (B, E) fp32, raw, one per row; the rest is the host's. `lengths` and `prompt_lengths` in tokens;
+    `positions` of each row, absolute indices in its prompt; `only`: the numbers of the interventions that a row takes,
+    None for all; `strengths` of each row, None for 1; `training_step` for schedules over training.
+    """
+
+    vectors: Tensor | None
+    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...] | None = None
+    positions: tuple[tuple[int, ...], ...] | None = None
+    only: tuple[tuple[int, ...] | None, ...] | None = None
+    strengths: tuple[Strengths | None, ...] | None = None
+    training_step: int = 0
+
+    def strengths_of(self, row: int, number: int) -> tuple[float, ...] | None:
+        """Of one row for one intervention."""
+        own = None if self.strengths is None else self.strengths[row]
+        return None if own is None else own[number]
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,8 @@ class Microbatch:
 
     `ids` (B, T) int64; `lengths` (B,) int64; `weights` (B,) fp32, 0 for rows that only fill the last microbatch;
     `rows` (B,) int64, the row's index in its batch; `vectors` (B, D) fp32, raw activations: what the AV reads, or the
-    AR's target; `positions` (B,) int64, the marker's index, for the AV; `fields` whatever the loss needs, (B, ...).
+    AR's target; `injection` for the AV, None where its interventions leave the rows alone; `fields` whatever the loss
+    needs, (B, ...).
     """
 
     ids: Tensor
@@ -132,14 +152,8 @@ class Microbatch:
     weights: Tensor
     rows: Tensor
     vectors: Tensor | None = None
-    positions: Tensor | None = None
+    injection: Injection | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def injection(self) -> Injection | None:
-        if self.positions is None or self.vectors is None:
-            return None
-        return Injection(self.vectors, self.positions)
 
 
 @dataclass(frozen=True)

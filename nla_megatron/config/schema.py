@@ -42,9 +42,13 @@ class ParallelConfig:
     etp: int | None = None
     """Ranks that cut each expert's matrices. None: as many as tp."""
     vpp: int = 1
-    """Chunks of blocks on each pipeline stage, interleaved with the other stages' (for conversion)."""
+    """Chunks of blocks on each pipeline stage, interleaved with the other stages'."""
     stages: list[int] | None = None
     """Blocks of each of the pp x vpp chunks in the model's order. None: even, the first ones taking the remainder."""
+    recompute: str = "none"
+    """full: keep only the inputs of blocks and run each block again in the backward pass; less memory, more time."""
+    sequence_parallel: bool = False
+    """Between a block's matrix products each TP rank keeps its part of the tokens; less memory."""
     timeout_minutes: float = 10.0
     """A collective that waits longer ends the run: a lost rank is never waited for for ever."""
 
@@ -52,6 +56,7 @@ class ParallelConfig:
         for key in ("tp", "pp", "dp", "ep", "etp", "vpp"):
             if getattr(self, key) is not None:
                 _at_least(f"parallel.{key}", getattr(self, key), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "full"))
         for blocks in self.stages or ():
             _at_least("parallel.stages", blocks, 1)
 
@@ -95,13 +100,14 @@ class InterventionConfig:
 
     method: str = "norm_add"
     layer: int = 1
-    """Output of this block, 0-based: 1 is the second block, where the published recipe injects."""
+    """Output of this block, 0-based: 1 is the second block, where the published recipe injects. -1 is the token
+    embedding, after any factor that the model applies to it."""
     scale: float = 1.0
     """alpha of norm_add and add; the norm s of replace."""
 
     def __post_init__(self) -> None:
         _one_of("intervention.method", self.method, ("norm_add", "replace", "add"))
-        _at_least("intervention.layer", self.layer, 0)
+        _at_least("intervention.layer", self.layer, -1)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import SafetensorsReader, check_tied
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
-from nla_megatron.models.lora import LORA, chunks_of
+from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.interventions import PROJECTIONS
+from nla_megatron.models.lora import LORA
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -66,7 +68,7 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     if with_head and shape.tied_embeddings:
         check_tied(reader)
     for name, parameter in global_parameters(model).items():
-        if name != VALUE_HEAD and f".{LORA}." not in name:
+        if name != VALUE_HEAD and f".{LORA}." not in name and not name.startswith(f"{PROJECTIONS}."):
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 

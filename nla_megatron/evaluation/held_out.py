@@ -73,7 +73,7 @@ def run(config: EvalConfig, world: World) -> None:
     rows = _chosen_rows(config, task)
     reader = _reader(config, world)
     eos_id = int(task.tokenizer.eos_token_id)
-    engine = Engine(config.av, read_shape(config.av), config.rollout, task.intervention, world, eos_id, config.seed)
+    engine = Engine(config.av, read_shape(config.av), config.rollout, task.interventions, world, eos_id, config.seed)
     work: dict[str, Callable[[], Condition]] = {
         "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
         "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),

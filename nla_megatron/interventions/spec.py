@@ -15,6 +15,8 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.schedules import Schedule
 
 EMBEDDING = "embedding"
+TOKEN_EMBEDDING = -1
+"""How sidecars and configurations, whose layers are numbers, write `EMBEDDING`."""
 VECTOR_MODES = ("norm_add", "replace", "add")
 SAE_MODES = ("features", "clamp", "global")
 MODES = (*VECTOR_MODES, "project", *SAE_MODES)
@@ -162,6 +164,12 @@ class Intervention:
     def decode_factors(self) -> tuple[float, ...]:
         """The factor of decode steps 0, 1, …; the last one holds for every later step."""
         return self.schedule.factors() if self.schedule.over == "decode" else (1.0,)
+
+    @classmethod
+    def recorded(cls, method: str, layer: int, scale: float | None) -> Intervention:
+        """The one that a sidecar or a configuration describes; without a scale it is 1."""
+        place = EMBEDDING if layer == TOKEN_EMBEDDING else layer
+        return cls(place, method, strength=1.0 if scale is None else scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for another process."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nla_megatron.errors import ColumnError
+from nla_megatron.errors import ColumnError, InjectionError
 from nla_megatron.interventions.maths import check_vectors
 from nla_megatron.parallel.world import World
-from nla_megatron.types import Microbatch
+from nla_megatron.types import Injection, Microbatch, Strengths
+
+_ROWS = "correct the rows of the batch"
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,19 @@ class Batch:
     """The rows of one global batch, the same on every rank; vectors are read only where a microbatch needs them.
 
     `ids`: token ids per row. `fields`: what the loss needs, each (N,) or (N, T) with T the longest row.
-    `vectors(rows)`: activations (len(rows), D) of batch rows: injected where `positions` (the marker's index per row)
-    is given, targets where it is not.
+    `vectors(rows)`: activations (len(rows), D) of batch rows: what interventions take where `positions` or
+    `prompt_lengths` are given, targets where they are not. `positions`: of each row, one or several indices in its
+    prompt; `only`, `strengths` and `training_step` as in `types.Injection`.
     """
 
     ids: Sequence[Sequence[int]]
     fields: Mapping[str, Tensor] = field(default_factory=dict)
-    positions: Sequence[int] | None = None
+    positions: Sequence[int | Sequence[int]] | None = None
     vectors: Callable[[Sequence[int]], np.ndarray] | None = None
+    prompt_lengths: Sequence[int] | None = None
+    only: Sequence[tuple[int, ...] | None] | None = None
+    strengths: Sequence[Strengths | None] | None = None
+    training_step: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,6 +44,52 @@ class Batch:
     @property
     def longest(self) -> int:
         return max(len(row) for row in self.ids)
+
+    def injection(self, rows: Sequence[int], vectors: Tensor | None) -> Injection | None:
+        """What the interventions of these rows need; None where the batch has none."""
+        if self.positions is None and self.prompt_lengths is None:
+            return None
+
+        def picked(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[row] for row in rows)
+
+        places = picked(self.positions)
+        return Injection(
+            vectors=vectors,
+            lengths=tuple(len(self.ids[row]) for row in rows),
+            prompt_lengths=picked(self.prompt_lengths),
+            positions=None if places is None else tuple(_several(each) for each in places),
+            only=picked(self.only),
+            strengths=picked(self.strengths),
+            training_step=self.training_step,
+        )
+
+    def check(self) -> None:
+        """Every rank has the whole batch, so a wrong row stops all of them.
+
+        Raises:
+            InjectionError: a prompt longer than its row, or positions that are not different tokens of it.
+        """
+        if self.positions is None and self.prompt_lengths is None:
+            return
+        lengths = [len(row) for row in self.ids]
+        prompts = lengths if self.prompt_lengths is None else self.prompt_lengths
+        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+            if not 0 < prompt <= length:
+                raise InjectionError(
+                    f"a prompt of {prompt} tokens in row {row}, which has {length}", f"1 to {length}", _ROWS
+                )
+        for row, (positions, prompt) in enumerate(zip(self.positions or [()] * len(self), prompts, strict=True)):
+            places = _several(positions)
+            if len(set(places)) < len(places) or not all(0 <= place < prompt for place in places):
+                raise InjectionError(
+                    f"positions {list(places)} in row {row}, whose prompt has {prompt} tokens",
+                    f"different positions, 0 to {prompt - 1}", _ROWS,
+                )  # fmt: skip
+
+
+def _several(positions: int | Sequence[int]) -> tuple[int, ...]:
+    return (positions,) if isinstance(positions, int) else tuple(positions)
 
 
 def shares(lengths: Sequence[int], world: World, micro_batch_size: int) -> list[list[int]]:
@@ -53,34 +108,44 @@ def microbatches(batch: Batch, world: World, micro_batch_size: int) -> list[Micr
     """This DP rank's part of a batch.
 
     A microbatch is as wide as its longest row. With pipeline stages or expert parallelism all are equally wide, because
-    stages, and the ranks that share experts, exchange tensors of one shape.
+    stages, and the ranks that share experts, exchange tensors of one shape. With sequence parallelism the width divides
+    among the TP ranks. Interleaved stages take microbatches in groups of as many as there are stages; rows of weight 0
+    fill the last one.
+
+    Raises:
+        InjectionError: as `Batch.check`.
     """
+    batch.check()
     parts = shares([len(row) for row in batch.ids], world, micro_batch_size)
+    if world.vpp > 1:
+        parts += [[-1] * micro_batch_size] * (-len(parts) % world.pp)
     return [_microbatch(batch, rows, world) for rows in parts]
 
 
 def _microbatch(batch: Batch, rows: list[int], world: World) -> Microbatch:
     real = [max(row, 0) for row in rows]
     width = batch.longest if world.pp > 1 or world.ep > 1 else max(len(batch.ids[row]) for row in real)
+    if world.sequence_parallel:
+        width += -width % world.tp
     ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     for index, row in enumerate(real):
         ids_BT[index, : len(batch.ids[row])] = torch.as_tensor(batch.ids[row])
     device = world.device
+    vectors = _vectors(batch, real, device)
     return Microbatch(
         ids=ids_BT.to(device),
         lengths=torch.tensor([len(batch.ids[row]) for row in real], device=device),
         weights=torch.tensor([float(row >= 0) for row in rows], device=device),
         rows=torch.tensor(real, device=device),
-        vectors=_vectors(batch, real, device),
-        positions=None
-        if batch.positions is None
-        else torch.tensor([batch.positions[row] for row in real], device=device),
-        fields={name: _cut(values[real], width).to(device) for name, values in batch.fields.items()},
+        vectors=vectors,
+        injection=batch.injection(real, vectors),
+        fields={name: _fitted(values[real], width).to(device) for name, values in batch.fields.items()},
     )
 
 
-def _cut(values: Tensor, width: int) -> Tensor:
-    return values[:, :width] if values.dim() == 2 else values
+def _fitted(values: Tensor, width: int) -> Tensor:
+    """Fields per token, cut or filled up with zeros to the microbatch's width."""
+    return F.pad(values, (0, width - values.shape[1])) if values.dim() == 2 else values
 
 
 def _vectors(batch: Batch, rows: list[int], device: torch.device) -> Tensor | None:

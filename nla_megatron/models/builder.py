@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -31,6 +31,8 @@ class Layout(Protocol):
     def vpp(self) -> int: ...
     @property
     def stages(self) -> list[int] | tuple[int, ...] | None: ...
+    @property
+    def sequence_parallel(self) -> bool: ...
 
 
 def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
@@ -53,6 +55,11 @@ def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
         raise LayoutError(
             f"parallel.vpp={layout.vpp} for a model that computes", "one chunk of blocks per pipeline stage",
             "drop parallel.vpp; only conversion takes it",
+        )  # fmt: skip
+    if shape.experts is not None and layout.sequence_parallel and layout.tp > 1:
+        raise LayoutError(
+            "a mixture of experts with parallel.sequence_parallel", "parallel.sequence_parallel=false",
+            "switch it off: only decoders without experts were compared with a reference under it",
         )  # fmt: skip
     if use == "train" and shape.experts is not None and layout.tp > 1:
         raise LayoutError(
@@ -109,3 +116,8 @@ def placed(model: torch.nn.Module, world: World, dtype: str) -> None:
     for name, parameter in model.named_parameters():
         if not name.startswith("value_head."):
             parameter.data = parameter.data.to(DTYPES[dtype])
+
+
+def chunks_of(model: Any) -> list[Any]:
+    """A model's chunks: several with virtual pipeline stages."""
+    return list(model) if isinstance(model, list | tuple) else [model]

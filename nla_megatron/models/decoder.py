@@ -8,7 +8,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from nla_megatron.interventions.spec import EMBEDDING
 from nla_megatron.models.builder import DTYPES, placed
+from nla_megatron.models.interventions import Changes, Sites
 from nla_megatron.models.layers import scale_output
 from nla_megatron.models.spec import block_spec, decoder_config
 from nla_megatron.parallel.cpu import megatron_device
@@ -25,6 +27,8 @@ class Decoder(GPTModel):
     """
 
     shape: ModelShape
+    sites: Sites | None = None
+    """Set by `models.interventions.intervene`."""
 
     def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None, *, with_head: bool):
         config = decoder_config(shape, world, DTYPES[dtype])
@@ -47,7 +51,22 @@ class Decoder(GPTModel):
     def through_blocks(self, batch: Microbatch) -> Tensor:
         """What GPTModel puts out: logits (B, T, V/tp) where the head is, the residual stream (T, B, D) elsewhere."""
         positions_BT = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None].expand_as(batch.ids)
-        return super().forward(batch.ids, positions_BT, attention_mask=None)
+        changes = {} if self.sites is None else self.sites.changes(batch)
+        embedded_TBD = self._embedded(batch.ids, positions_BT, changes) if self.pre_process else None
+        # See `models.spec.IntervenedLayer`.
+        options = {"attention_bias": changes} if changes else None
+        return super().forward(
+            batch.ids, positions_BT, attention_mask=None, decoder_input=embedded_TBD, extra_block_kwargs=options
+        )
+
+    def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, changes: Changes) -> Tensor:
+        stream_TBD = self.embedding(input_ids=ids_BT, position_ids=positions_BT)
+        for change in changes.get(EMBEDDING, ()):
+            stream_TBD = change(stream_TBD)
+        if self.config.recompute_granularity is not None and torch.is_grad_enabled() and not stream_TBD.requires_grad:
+            # A recomputed block learns only if its input has a gradient, which frozen embeddings do not give it.
+            stream_TBD = stream_TBD.detach().requires_grad_()
+        return stream_TBD
 
 
 def is_last_chunk(world: World, vp_stage: int | None) -> bool:

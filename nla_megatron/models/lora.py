@@ -29,6 +29,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from nla_megatron.errors import LayoutError, UnsupportedModel
+from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import FusedLinear, LoraSpec, Slot
 
 LORA = "lora"
@@ -123,11 +125,6 @@ def _with_lora(cls: type) -> type:
     return type(f"Lora{cls.__name__}", (LoraLinear, cls), {})
 
 
-def chunks_of(model: Any) -> list[Any]:
-    """A model's chunks: several with virtual pipeline stages."""
-    return list(model) if isinstance(model, list | tuple) else [model]
-
-
 def linears(model: Any) -> dict[str, nn.Module]:
     """This rank's linear layers by name, blocks numbered over the whole pipeline."""
     found: dict[str, nn.Module] = {}
@@ -145,7 +142,7 @@ def adapted(model: Any) -> dict[str, Any]:
 
 
 def add_lora(model: Any, layers: Sequence[FusedLinear], spec: LoraSpec, seed: int = 0) -> None:
-    """Adapt the layers that hold a target, and freeze everything else but an AR's head.
+    """Adapt the layers that hold a target, and freeze everything else but an AR's head and learned projections.
 
     A starts as `peft` draws it, from (seed, name) alone, so that every layout starts alike; B starts at zero.
 
@@ -164,7 +161,7 @@ def add_lora(model: Any, layers: Sequence[FusedLinear], spec: LoraSpec, seed: in
             raise UnsupportedModel(f"{layer.name} is no linear layer known here", "Megatron's own", "leave it out")
     for chunk in chunks_of(model):
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(f".{LORA}." in name or name == _VALUE_HEAD)
+            parameter.requires_grad_(f".{LORA}." in name or name == _VALUE_HEAD or name.startswith(f"{PROJECTIONS}."))
 
 
 def _adapt(linear: Any, layer: FusedLinear, spec: LoraSpec, seed: int) -> None:

@@ -1,8 +1,11 @@
-"""One forward, or forward and backward, of a global batch through Megatron's schedules, on any layout."""
+"""One forward, or forward and backward, of a global batch through Megatron's schedules, on any layout.
+
+`model` is one chunk of blocks, or the list of a rank's chunks (virtual pipeline stages), wrapped for training or not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nla_megatron.models.batching import Batch, microbatches
+from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.interventions import check_parts
 from nla_megatron.parallel.collectives import sum_over_world
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
@@ -49,10 +54,12 @@ def forward_each(
         visit(output, part)
         return torch.zeros((), device=world.device), {}
 
-    was_training = model.training
-    model.eval()
+    was_training = [chunk.training for chunk in chunks_of(model)]
+    for chunk in chunks_of(model):
+        chunk.eval()
     _run(model, parts, finish, forward_only=True)
-    model.train(was_training)
+    for chunk, training in zip(chunks_of(model), was_training, strict=True):
+        chunk.train(training)
 
 
 def forward_rows(
@@ -67,24 +74,29 @@ def forward_rows(
             return
         for value, row, weight in zip(values, part.rows.tolist(), part.weights.tolist(), strict=True):
             if weight:
-                total[(row, slice(0, len(value))) if width is not None else row] = value
+                # Sequence parallelism may have filled the rows up beyond the longest.
+                total[(row, slice(0, len(value))) if width is not None else row] = value[:width] if width else value
 
     forward_each(model, microbatches(batch, world, micro_batch_size), world, visit)
     return sum_over_world(total, world)
 
 
 def _run(model: Any, parts: Sequence[Microbatch], finish: Callable, forward_only: bool) -> None:
-    remaining = iter(parts)
+    chunks = chunks_of(model)
+    check_parts(chunks[0], parts)
 
-    def forward_step(_: Any, chunk: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
+    def forward_step(
+        remaining: Iterator[Microbatch], chunk: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         part = next(remaining)
         return chunk(part), lambda output: finish(output, part)
 
     with megatron_device():
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=[model],
+            # Interleaved stages run their chunks in turn, and each one sees every microbatch.
+            data_iterator=[iter(parts) for _ in chunks],
+            model=chunks,
             num_microbatches=len(parts),
             seq_length=parts[0].ids.shape[1],
             micro_batch_size=parts[0].ids.shape[0],

@@ -6,6 +6,7 @@ Its backbone alone is what `extract` runs: its output is the residual stream aft
 from __future__ import annotations
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from nla_megatron.models.decoder import Decoder, build_chunks, is_last_chunk
@@ -18,10 +19,15 @@ class Backbone(Decoder):
 
     def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
         super().__init__(shape, world, dtype, vp_stage, with_head=False)
+        self.gathers = world.sequence_parallel and is_last_chunk(world, vp_stage)
 
     def forward(self, batch: Microbatch) -> Tensor:
-        """The residual stream after this stage's last block, (T, B, D)."""
-        return self.through_blocks(batch)
+        """The residual stream after this stage's last block, (T, B, D); after the model's last, of all tokens."""
+        hidden_TBD = self.through_blocks(batch)
+        if not self.gathers:
+            return hidden_TBD
+        # Every TP rank computes the same of it, so each one's gradient is whole.
+        return gather_from_sequence_parallel_region(hidden_TBD, tensor_parallel_output_grad=False)
 
 
 class Reconstructor(Backbone):

@@ -23,15 +23,37 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from nla_megatron.models.attention import RotaryAttention, SdpaCoreAttention
 from nla_megatron.models.builder import Layout, blocks_per_chunk, check_layout
+from nla_megatron.models.interventions import Changes
 from nla_megatron.models.layers import NormedRowParallelLinear, RmsNorm, biased, gelu_tanh
 from nla_megatron.models.rotary import RotaryTables
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
+
+class IntervenedLayer(TransformerLayer):
+    """A block whose output interventions change.
+
+    Their data comes as `attention_bias`: of what Megatron hands to every block, it alone may be any object and is kept
+    with its microbatch for the recomputation; no attention of ours has a bias.
+    """
+
+    def forward(
+        self, *args: Any, attention_bias: Changes | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stream_TBD, context = super().forward(*args, **options)
+        for change in (attention_bias or {}).get(self.layer_number - 1, ()):
+            stream_TBD = change(stream_TBD)
+        return stream_TBD, context
+
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": gelu_tanh,
 }
+
+
+# Each block keeps its input only, and runs again in the backward pass.
+_RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 @dataclass
@@ -77,6 +99,11 @@ def decoder_config(shape: ModelShape, world: World, dtype: torch.dtype) -> Decod
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        sequence_parallel=world.sequence_parallel,
+        # Of two stages each is before and after the other: batched exchanges of chunks would mix the two up.
+        overlap_p2p_comm=world.vpp > 1,
+        batch_p2p_comm=world.vpp == 1,
+        **(_RECOMPUTED if world.recompute == "full" else {}),
         **_expert_options(shape, world),
     )
 
@@ -138,7 +165,7 @@ def _layer_spec(shape: ModelShape) -> ModuleSpec:
     if shape.experts is None:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=IntervenedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RmsNorm,
             self_attention=attention,

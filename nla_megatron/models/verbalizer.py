@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nla_megatron.interventions.maths import intervene
 from nla_megatron.models.decoder import Decoder, build_chunks
 from nla_megatron.models.layers import soft_capped
 from nla_megatron.parallel.world import World
-from nla_megatron.types import Injection, Microbatch, ModelShape
+from nla_megatron.types import Microbatch, ModelShape
 
 
 class Verbalizer(Decoder):
-    """A Megatron decoder with an injection at the output of one block, on whichever stage owns it."""
+    """A Megatron decoder with an output layer; `models.interventions.intervene` makes it read activations."""
 
     def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
         super().__init__(shape, world, dtype, vp_stage, with_head=True)
-        self._injection: Injection | None = None
-
-    def inject_at(self, layer: int, method: str, scale: float) -> None:
-        """From now on a microbatch's injection enters the output of block `layer` (0-based)."""
-
-        def hook(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-            if self._injection is None:
-                return output
-            stream_TBD, context = output
-            return _injected(stream_TBD, self._injection, method, scale), context
-
-        for block in self.decoder.layers:
-            if block.layer_number == layer + 1:
-                block.register_forward_hook(hook)
 
     def forward(self, batch: Microbatch) -> Tensor:
         """Logits of this TP rank's vocabulary rows, (B, T, V/tp), on the last stage; hidden states elsewhere."""
-        self._injection = batch.injection
         out = self.through_blocks(batch)
         if not self.post_process:
             return out
@@ -51,12 +33,6 @@ class Verbalizer(Decoder):
             return logits_BTV
         padding = torch.arange(logits_BTV.shape[-1], device=logits_BTV.device) >= real
         return logits_BTV.masked_fill(padding, torch.finfo(logits_BTV.dtype).min)
-
-
-def _injected(stream_TBD: Tensor, injection: Injection, method: str, scale: float) -> Tensor:
-    rows = torch.arange(stream_TBD.shape[1], device=stream_TBD.device)
-    at = (injection.positions, rows)
-    return stream_TBD.index_put(at, intervene(method, stream_TBD[at], injection.vectors, scale))
 
 
 def build_verbalizer(shape: ModelShape, world: World, dtype: str) -> Verbalizer:

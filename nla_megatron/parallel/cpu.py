@@ -41,6 +41,7 @@ def install_cpu_standins() -> None:
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.set_device = lambda *args, **kwargs: None
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
@@ -54,3 +55,9 @@ def install_cpu_standins() -> None:
         return name
 
     tensor.type = cuda_type_name
+
+
+def leave_cuda_rng_alone(tp_random: Any) -> None:
+    """Recomputation sets CUDA's generator again; without CUDA, torch would queue that for a start that never comes."""
+    if not torch.cuda.is_available():
+        tp_random._set_cuda_rng_state = lambda *args, **kwargs: None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from nla_megatron.errors import LayoutError
 from nla_megatron.parallel import started
-from nla_megatron.parallel.cpu import install_cpu_standins, megatron_device
+from nla_megatron.parallel.cpu import install_cpu_standins, leave_cuda_rng_alone, megatron_device
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import ParallelConfig
@@ -27,7 +27,7 @@ class World:
     """This process among all: sizes, coordinates and device. `control` carries objects and CPU tensors.
 
     `vpp` chunks of blocks lie on each pipeline stage; `stages` are the blocks of each chunk in the model's order, None
-    for an even division.
+    for an even division. `recompute` and `sequence_parallel` are those of `ParallelConfig`.
     """
 
     rank: int
@@ -46,6 +46,8 @@ class World:
     etp_rank: int = 0
     vpp: int = 1
     stages: tuple[int, ...] | None = None
+    recompute: str = "none"
+    sequence_parallel: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -137,6 +139,7 @@ def initialise(config: ParallelConfig) -> World:
         )
         # Dropout is 0 everywhere, so the tracker's forks have nothing to keep apart; this one makes them no-ops.
         tp_random.initialize_rng_tracker(inference_rng_tracker=True)
+        leave_cuda_rng_alone(tp_random)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -154,6 +157,8 @@ def initialise(config: ParallelConfig) -> World:
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         vpp=config.vpp,
         stages=None if config.stages is None else tuple(config.stages),
+        recompute=config.recompute,
+        sequence_parallel=config.sequence_parallel and config.tp > 1,
     )
 
 

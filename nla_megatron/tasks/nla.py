@@ -32,6 +32,7 @@ from nla_megatron.contract.sidecar import (
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import MissingFile, SidecarError, WidthError
+from nla_megatron.interventions.spec import TOKEN_EMBEDDING, Intervention
 from nla_megatron.models.batching import Batch, next_token_targets, response_mask
 from nla_megatron.models.logprobs import token_logprobs
 from nla_megatron.models.pipeline import Collect
@@ -101,11 +102,14 @@ class NlaTask:
         )
         spec = sidecar.injection
         _check_table(table, sidecar)
-        for key, block in (("injection.layer", spec.layer), ("extraction.layer_index", sidecar.extraction.layer_index)):
-            if not 0 <= block < shape.num_layers:
+        read_at = sidecar.extraction.layer_index
+        for key, block, least in (
+            ("injection.layer", spec.layer, TOKEN_EMBEDDING), ("extraction.layer_index", read_at, 0),
+        ):  # fmt: skip
+            if not least <= block < shape.num_layers:
                 raise SidecarError(
                     f"{key} = {block} in the sidecar of {data}",
-                    f"a block of {model}, 0 to {shape.num_layers - 1}",
+                    f"a block of {model}, {least} to {shape.num_layers - 1}",
                     "use the model the table was made with",
                 )
         scale = 1.0 if spec.scale is None else float(spec.scale)
@@ -142,6 +146,12 @@ class NlaTask:
                 )  # fmt: skip
         return model
 
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """What models that read the table's activations are started with."""
+        spec = self.intervention
+        return (Intervention.recorded(spec.method, spec.layer, spec.scale),)
+
     @cached_property
     def _prompt(self) -> tuple[tuple[int, ...], int]:
         ids = self.contract.av_prompt_ids(self.tokenizer)
@@ -177,6 +187,7 @@ class NlaTask:
             ids=ids,
             fields={"mask": mask, **fields},
             positions=[self.marker_position] * len(ids),
+            prompt_lengths=[len(self.prompt_ids)] * len(ids),
             vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]),
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nla_megatron.config.schema import OptimConfig
 from nla_megatron.models.batching import Batch
-from nla_megatron.models.builder import DTYPES
+from nla_megatron.models.builder import DTYPES, chunks_of
 from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_rows
 from nla_megatron.parallel.collectives import max_over_world, sum_statistics
 from nla_megatron.parallel.cpu import megatron_device
@@ -37,7 +37,10 @@ class Update:
 
 
 class TrainModule:
-    """One model's forward, backward, optimizer step and state, on any layout."""
+    """One model's forward, backward, optimizer step and state, on any layout.
+
+    `model` is one chunk of blocks, or the list of a rank's chunks (virtual pipeline stages).
+    """
 
     def __init__(
         self, model: Any, world: World, config: OptimConfig, total_steps: int, micro_batch_size: int, dtype: str
@@ -50,13 +53,12 @@ class TrainModule:
 
         self.model, self.world, self.config, self.total_steps = model, world, config, total_steps
         self.micro_batch_size = micro_batch_size
-        model.config.finalize_model_grads_func = finalize_model_grads
+        options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self.chunks = chunks_of(model)
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
         with megatron_device():
-            self.wrapped = DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-                model,
-            )
+            self.wrapped = [DistributedDataParallel(chunk.config, options, chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(self.wrapped, config, DTYPES[dtype])
 
     def update(
@@ -78,8 +80,9 @@ class TrainModule:
 
         Gradients that are not finite skip the step, on all ranks alike, because their norm is global.
         """
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         seen = forward_backward(self.wrapped, batch, self.world, self.micro_batch_size, loss)
         statistics = self._reduce(seen, names)
@@ -120,14 +123,21 @@ class TrainModule:
         materialise_state(self.optimizer)
         # Megatron adds the process group of the layout to the metadata it is given.
         metadata = dict(RESHARDABLE)
-        weights = self.model.sharded_state_dict(metadata=metadata)
-        return {
-            "model": weights,
-            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        weights = {
+            name: chunk.sharded_state_dict(metadata=metadata)
+            for name, chunk in zip(self._names(), self.chunks, strict=True)
         }
+        optimizer = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+        return {**weights, "optimizer": optimizer}
+
+    def _names(self) -> list[str]:
+        """Of the chunks in the state, as megatron-core's own trainer names them."""
+        several = len(self.chunks) > 1
+        return [f"model{number}" if several else "model" for number in range(len(self.chunks))]
 
     def load_state(self, loaded: dict[str, Any]) -> None:
-        self.model.load_state_dict(loaded["model"])
+        for name, chunk in zip(self._names(), self.chunks, strict=True):
+            chunk.load_state_dict(loaded[name])
         self.optimizer.load_state_dict(loaded["optimizer"])
         separate_steps(self.optimizer)
 
@@ -135,15 +145,15 @@ class TrainModule:
 class FrozenCopy:
     """A module's weights as they were, kept on the CPU: the KL reference costs no device memory."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.kept = [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
+    def __init__(self, model: Any):
+        self.parameters = [parameter for chunk in chunks_of(model) for parameter in chunk.parameters()]
+        self.kept = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Inside, the model computes with the kept weights; afterwards with its own, to the bit."""
-        own = [parameter.detach().clone() for parameter in self.model.parameters()]
+        own = [parameter.detach().clone() for parameter in self.parameters]
         self._fill(self.kept)
         try:
             yield
@@ -152,5 +162,5 @@ class FrozenCopy:
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.model.parameters(), values, strict=True):
+        for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)

@@ -28,8 +28,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def build_optimizer(model: Any, config: OptimConfig, dtype: torch.dtype) -> Any:
-    """A distributed optimizer over a DDP-wrapped model; fp32 masters where parameters are bf16."""
+def build_optimizer(chunks: list[Any], config: OptimConfig, dtype: torch.dtype) -> Any:
+    """A distributed optimizer over a model's DDP-wrapped chunks; fp32 masters where parameters are bf16."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     _keep_step_when_loading()
@@ -46,7 +46,7 @@ def build_optimizer(model: Any, config: OptimConfig, dtype: torch.dtype) -> Any:
                 bf16=dtype == torch.bfloat16,
                 use_distributed_optimizer=True,
             ),
-            [model],
+            chunks,
         )
 
 

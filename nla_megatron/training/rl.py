@@ -104,7 +104,7 @@ class RlTrainer:
         self.av = TrainModule(av, world, config.optim, steps, micro, dtype)
         self.ar = TrainModule(ar, world, config.ar_optim, steps, micro, dtype)
         eos_id = int(self.task.tokenizer.eos_token_id)
-        self.engine = Engine(config.av, av.shape, config.rollout, self.task.intervention, world, eos_id, config.seed)
+        self.engine = Engine(config.av, av.shape, config.rollout, self.task.interventions, world, eos_id, config.seed)
         self.exporter = Exporter(av, av.shape, world, with_head=True)
         self.recorder = RolloutRecorder(config, world)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.

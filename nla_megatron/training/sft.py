@@ -14,6 +14,7 @@ from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf, load_reconstructor
 from nla_megatron.errors import ColumnError
 from nla_megatron.models.builder import check_layout
+from nla_megatron.models.interventions import intervene
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.world import World, data_parallel_size
@@ -49,8 +50,7 @@ def load_av(directory: str, task: NlaTask, world: World, dtype: str) -> Verbaliz
     shape = model_shape("av", directory, task)
     model = build_verbalizer(shape, world, dtype)
     load_from_hf(model, directory, shape, world, with_head=True)
-    spec = task.intervention
-    model.inject_at(spec.layer, spec.method, spec.scale)
+    intervene(model, task.interventions)
     return model
 
 

@@ -17,7 +17,9 @@ import torch
 from nla_megatron.config.schema import OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.live import Exporter, load_from_hf
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.interventions import intervene
 from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier
@@ -64,7 +66,7 @@ def on_layout(directory: Path, world: World) -> dict[str, Any]:
     exact = set(exported) == reader.names() and all(
         torch.equal(tensor, reader.read(name, 0, 0, tensor.shape[0])) for name, tensor in exported.items()
     )
-    av.inject_at(LAYER, "norm_add", 1.0)
+    intervene(av, [Intervention(LAYER, "norm_add")])
     module = TrainModule(av, world, OPTIM, STEPS, 2, "float32")
     before = module.rows(batch, response_logprobs(1.0), width)
     total = float(batch.fields["mask"].sum())
@@ -148,7 +150,7 @@ def in_bf16(directory: Path, world: World) -> dict[str, Any]:
     batch, width = av_batch(rows(shape)), max(LENGTHS)
     av = build_verbalizer(shape, world, "bfloat16")
     load_from_hf(av, str(directory), shape, world, with_head=True)
-    av.inject_at(LAYER, "norm_add", 1.0)
+    intervene(av, [Intervention(LAYER, "norm_add")])
     module = TrainModule(av, world, OPTIM, STEPS, 2, "bfloat16")
     logprobs = module.rows(batch, response_logprobs(1.0), width)
     total = float(batch.fields["mask"].sum())

@@ -20,11 +20,11 @@ Formula = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def norm_add(x: Tensor, v: Tensor, s: float) -> Tensor:
-    return x + s * math.sqrt(float((x * x).sum())) / math.sqrt(float((v * v).sum())) * v
+    return x + s * (x * x).sum().sqrt() / (v * v).sum().sqrt() * v
 
 
 def replace(x: Tensor, v: Tensor, s: float) -> Tensor:
-    return s / math.sqrt(float((v * v).sum())) * v
+    return s / (v * v).sum().sqrt() * v
 
 
 def add(x: Tensor, v: Tensor, s: float) -> Tensor:
@@ -116,6 +116,12 @@ class Hooked:
         self, prompt: Sequence[int], response: Sequence[int], changes: Sequence[Change], temperature: float = 1.0
     ) -> Tensor:
         """Log-probs of the response's tokens, (len(response),)."""
+        return self.scores(prompt, response, changes, temperature)
+
+    def scores(
+        self, prompt: Sequence[int], response: Sequence[int], changes: Sequence[Change], temperature: float = 1.0
+    ) -> Tensor:
+        """The same, with a gradient."""
         handles = [self._hook(change) for change in changes]
         ids = torch.tensor([*prompt, *response])
         logits = self.model(ids[None]).logits[0] / temperature
@@ -125,12 +131,12 @@ class Hooked:
 
     def _hook(self, change: Change) -> Any:
         def changed(stream_1TD: Tensor) -> Tensor:
-            after = stream_1TD.clone()
-            for t in range(after.shape[1]):
+            tokens = list(stream_1TD[0])
+            for t, x in enumerate(tokens):
                 strength = change.strength(t)
                 if strength is not None:
-                    after[0, t] = change.formula(after[0, t], change.vector_D, strength)
-            return after
+                    tokens[t] = change.formula(x, change.vector_D, strength)
+            return torch.stack(tokens)[None]
 
         def before(module: Any, inputs: Any) -> Any:
             return (changed(inputs[0]), *inputs[1:])

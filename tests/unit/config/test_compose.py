@@ -155,7 +155,7 @@ def test_a_value_out_of_range_names_key_found_and_expected(override: str, found:
         ("extract", "min_position=-1", "min_position=-1"),
         ("extract", "max_length=50", "max_length=50"),
         ("build", "intervention.method=mul", "intervention.method='mul'"),
-        ("build", "intervention.layer=-1", "intervention.layer=-1"),
+        ("build", "intervention.layer=-2", "intervention.layer=-2"),
     ],
 )
 def test_values_of_other_commands_are_checked_too(root: str, override: str, found: str) -> None:

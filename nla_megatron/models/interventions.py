@@ -1,0 +1,234 @@
+"""Interventions in a Megatron model: each microbatch's data, in the order and the part of the tokens of this rank.
+
+The data of a microbatch travels as an argument of the forward pass and never stays on a module: a pipeline schedule
+runs other microbatches before the backward pass of this one, and recomputation runs its blocks again then.
+Legend: B rows, T tokens (this rank's part with sequence parallelism), N touched tokens, D hidden, E width of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from nla_megatron.errors import InjectionError, WidthError
+from nla_megatron.interventions.checks import check_layers
+from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed
+from nla_megatron.interventions.placement import UNTOUCHED, row_slots
+from nla_megatron.interventions.projection import Projection
+from nla_megatron.interventions.sae_files import load_sae
+from nla_megatron.interventions.spec import EMBEDDING, Intervention
+from nla_megatron.interventions.steering import formula_of
+from nla_megatron.models.builder import chunks_of
+from nla_megatron.types import Injection, Microbatch
+
+PROJECTIONS = "projections"
+"""Under this name a chunk holds what `project` learns, by the intervention's number."""
+
+_DATA = "build the batch for the interventions that the model was given"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One intervention on one microbatch; calling it gives the stream afterwards, (T, B, D).
+
+    `slots` and `rows_N` count tokens as the stream stores them, tokens first. The projection is part of the call, so
+    that a recomputed block builds its gradient anew.
+    """
+
+    formula: Formula
+    slots: Slots
+    rows_N: Tensor
+    projection: Projection | None = None
+
+    def __call__(self, stream_TBD: Tensor) -> Tensor:
+        slots = self.slots
+        if self.projection is not None:
+            slots = replace(slots, table_SD=self.projection(slots.table_SD))
+        flat = stream_TBD.reshape(-1, stream_TBD.shape[-1])
+        return apply_whole_indexed(self.formula, flat, slots, self.rows_N).view_as(stream_TBD)
+
+
+Changes = Mapping[int | str, Sequence[Change]]
+"""By block (0-based, over the whole pipeline) or "embedding", in the order in which they were asked for."""
+
+
+class Sites:
+    """The interventions of a model, of which a chunk runs those at its own blocks.
+
+    Args:
+        interventions: all of the model's, in order.
+        formulas: one each.
+        places: the blocks of this chunk, and "embedding" where it embeds.
+        projections: of this chunk's interventions that project, by number.
+    """
+
+    def __init__(
+        self,
+        interventions: tuple[Intervention, ...],
+        formulas: Sequence[Formula],
+        places: set[int | str],
+        projections: Mapping[int, Projection],
+        hidden_size: int,
+        sequence_parallel: bool,
+    ):
+        self.interventions, self.formulas, self.projections = interventions, formulas, projections
+        self.here = [number for number, each in enumerate(interventions) if each.layer in places]
+        self.hidden_size, self.sequence_parallel = hidden_size, sequence_parallel
+
+    def changes(self, batch: Microbatch) -> Changes:
+        """What this chunk does to a microbatch; nothing where the batch says nothing of interventions."""
+        injection = batch.injection
+        if injection is None:
+            return {}
+        found: dict[int | str, list[Change]] = {}
+        for number in self.here:
+            change = self._change(number, injection, batch.ids)
+            if change is not None:
+                found.setdefault(self.interventions[number].layer, []).append(change)
+        return found
+
+    def check(self, batch: Microbatch) -> None:
+        """Whether a microbatch has what all of the model's interventions need, those of other stages included.
+
+        Raises:
+            InjectionError: the batch lacks positions, prompt lengths or vectors.
+            WidthError: vectors of another width.
+        """
+        if batch.injection is not None:
+            for intervention in self.interventions:
+                self._check(intervention, batch.injection)
+
+    def _check(self, intervention: Intervention, injection: Injection) -> None:
+        need = f"{intervention.mode} at {intervention.where!r} of {intervention.place}"
+        if intervention.where == "positions" and injection.positions is None:
+            raise InjectionError(f"a batch without positions for {need}", "positions of each row", _DATA)
+        follows = intervention.where in ("prompt", "generated") or len(intervention.decode_factors()) > 1
+        if follows and injection.prompt_lengths is None:
+            raise InjectionError(f"a batch without prompt lengths for {need}", "the length of each prompt", _DATA)
+        if not intervention.takes_vectors:
+            return
+        if injection.vectors is None:
+            raise InjectionError(f"a batch without vectors for {need}", "a vector for each row", _DATA)
+        width = intervention.vector_width or self.hidden_size
+        if injection.vectors.shape[1] != width:
+            raise WidthError(
+                f"vectors of width {injection.vectors.shape[1]} for {need}", f"{width}",
+                "use activations of this model, or mode=project with their vector_width",
+            )  # fmt: skip
+
+    def _change(self, number: int, injection: Injection, ids_BT: Tensor) -> Change | None:
+        intervention, device = self.interventions[number], ids_BT.device
+        slot_TB, step_TB = self._placed(number, injection, ids_BT.shape[1])
+        slot_N = slot_TB.reshape(-1)
+        rows_N = np.flatnonzero(slot_N >= 0)
+        if not len(rows_N):
+            return None
+        factors = np.array(intervention.decode_factors(), dtype=np.float32)
+        factor_N = factors[np.minimum(step_TB.reshape(-1), len(factors) - 1)]
+        strengths = [
+            intervention.strengths(injection.strengths_of(row, number), injection.training_step)
+            for row in range(len(injection.lengths))
+        ]
+        vectors = injection.vectors
+        if not intervention.takes_vectors or vectors is None:
+            vectors = torch.zeros(len(strengths), 0, device=device)
+        slots = Slots(
+            slot_T=_sent(slot_N, device),
+            table_SD=vectors,
+            strength_SF=_sent(np.array(strengths, dtype=np.float32), device),
+            factor_T=_sent(factor_N, device) if len(factors) > 1 or factors[0] != 1 else None,
+        )
+        return Change(self.formulas[number], slots, _sent(rows_N, device), self.projections.get(number))
+
+    def _placed(self, number: int, injection: Injection, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and decode steps of the tokens that this rank holds, (T, B) each."""
+        prompts = injection.prompt_lengths or injection.lengths
+        where, positions = self.interventions[number].where, injection.positions or ()
+        slot_BT, step_BT = row_slots(where, width, injection.lengths, prompts, positions)
+        for row, only in enumerate(injection.only or ()):
+            if only is not None and number not in only:
+                slot_BT[row] = UNTOUCHED
+        slot_TB, step_TB = slot_BT.T, step_BT.T
+        if self.sequence_parallel:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            share = width // parallel_state.get_tensor_model_parallel_world_size()
+            mine = slice(rank * share, (rank + 1) * share)
+            slot_TB, step_TB = slot_TB[mine], step_TB[mine]
+        return slot_TB, step_TB
+
+
+def check_parts(chunk: Any, parts: Sequence[Microbatch]) -> None:
+    """Check microbatches on every stage before the first one runs: a stage that stops later leaves others waiting.
+
+    Args:
+        chunk: any of a model's, wrapped for training or not.
+
+    Raises:
+        InjectionError, WidthError: as `Sites.check`.
+    """
+    sites: Sites | None = getattr(getattr(chunk, "module", chunk), "sites", None)
+    if sites is not None:
+        for part in parts:
+            sites.check(part)
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+
+def intervene(model: Any, interventions: Sequence[Intervention], seed: int = 0) -> None:
+    """From now on a model applies these interventions to every microbatch that carries their data.
+
+    Called once the model is built and before it is wrapped for training, since `project` adds parameters.
+
+    Args:
+        model: a `Decoder`, or the list of a rank's chunks.
+        seed: of projections that do not start as the identity.
+
+    Raises:
+        ConfigError: a block that the model lacks; features that the SAE lacks, or an SAE of another layer.
+        WidthError: an SAE of another width.
+        MissingFile, CheckpointError, UnsupportedModel: an SAE that cannot be read.
+    """
+    chunks = chunks_of(model)
+    shape, wanted = chunks[0].shape, tuple(interventions)
+    device = next(parameter for chunk in chunks for parameter in chunk.parameters()).device
+    check_layers(wanted, shape.num_layers)
+    # Every rank reads every SAE, so that one that does not fit stops them all.
+    formulas = [
+        formula_of(each, shape.hidden_size, None if each.sae is None else load_sae(each.sae).to(device))
+        for each in wanted
+    ]
+    for chunk in chunks:
+        places: set[int | str] = {block.layer_number - 1 for block in chunk.decoder.layers}
+        if chunk.pre_process:
+            places.add(EMBEDDING)
+        parallel = chunk.config.sequence_parallel
+        learned = {
+            number: _projection(each, shape.hidden_size, seed + number, device, parallel)
+            for number, each in enumerate(wanted)
+            if each.mode == "project" and each.layer in places
+        }
+        if learned:
+            chunk.projections = nn.ModuleDict({str(number): module for number, module in learned.items()})
+        chunk.sites = Sites(wanted, formulas, places, learned, shape.hidden_size, parallel)
+
+
+def _projection(each: Intervention, width: int, seed: int, device: torch.device, parallel: bool) -> Projection:
+    projection = Projection(each.vector_width or width, width, each.projection_layers, seed=seed).to(device)
+    for parameter in projection.parameters():
+        # With sequence parallelism a rank sees the touched tokens of its part only, and gradients are summed by this.
+        parameter.sequence_parallel = parallel  # type: ignore[attr-defined]
+    return projection
+
+
+def projections_of(model: Any) -> dict[int, Projection]:
+    """What this rank's chunks learn for `project`, by the intervention's number."""
+    held: list[nn.ModuleDict] = [getattr(chunk, PROJECTIONS, nn.ModuleDict()) for chunk in chunks_of(model)]
+    return {int(number): module for each in held for number, module in each.items() if isinstance(module, Projection)}

@@ -1,0 +1,299 @@
+"""Interventions in Megatron on four ranks against a hooked transformers model: log-probs and all gradients, fp32.
+
+Arguments: RESULT SCRATCH. Rank 0 writes, per layout, way of recomputing and mode, the largest differences found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import Exporter, load_from_hf
+from nla_megatron.errors import NlaError
+from nla_megatron.interventions.schedules import Schedule
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.decoder import build_chunks
+from nla_megatron.models.interventions import intervene, projections_of
+from nla_megatron.models.pipeline import forward_backward
+from nla_megatron.models.reconstructor import Reconstructor
+from nla_megatron.models.verbalizer import Verbalizer
+from nla_megatron.parallel.collectives import barrier, gather_objects
+from nla_megatron.parallel.world import World, initialise
+from nla_megatron.tasks.nla import response_logprobs
+from nla_megatron.training.losses import cross_entropy, reconstruction
+from nla_megatron.training.module import TrainModule
+from tests.support import hooked
+from tests.support.tiny import tiny_model
+
+LAYOUTS = {
+    "tp2 pp2": ParallelConfig(tp=2, pp=2),
+    "tp2 pp2 recomputed": ParallelConfig(tp=2, pp=2, recompute="full"),
+    "tp2 pp2 vpp2 recomputed": ParallelConfig(tp=2, pp=2, vpp=2, recompute="full"),
+    "tp2 pp2 sequence parallel recomputed": ParallelConfig(tp=2, pp=2, sequence_parallel=True, recompute="full"),
+}
+BLOCKS, STEP = 5, 3
+PROMPTS, LENGTHS = (6, 8, 5, 7), (11, 15, 9, 12)
+POSITIONS = ((3,), (1, 6), (4,), (0, 2, 5))
+CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
+OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
+STRENGTHS = (1.5, 0.5, 1.25, 2.0)  # 1 would change nothing
+
+
+def interventions(sae: Path) -> tuple[Intervention, ...]:
+    steering: dict[str, Any] = {"sae": str(sae)}
+    return (
+        Intervention(1, "norm_add"),
+        Intervention("embedding", "replace", strength=3.0),
+        Intervention(3, "add", "generated", 0.5, Schedule("linear", "decode", 1.0, -1.0, 4)),
+        Intervention(2, "project", strength=0.7),
+        Intervention(1, "features", "all", features=CHOSEN, max_acts=MAX_ACTS, **steering),
+        Intervention(0, "clamp", "prompt", features=(5,), max_acts=(2.0,), **steering),
+        Intervention(4, "global", "generated", **steering),
+        Intervention(3, "norm_add", "all", 0.3, Schedule("cosine", "training", 1.0, 0.5, 6)),
+        Intervention("embedding", "norm_add", "prompt", 0.5),
+    )
+
+
+NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding")
+CASES: dict[str, tuple[int, ...]] = {name: (number,) for number, name in enumerate(NAMES)}
+CASES |= {"all": tuple(range(len(NAMES))), "none": ()}
+FEWER = ("replace", "add", "project", "global", "all")
+"""Where chunks or shards are new and the modes are not."""
+
+
+class Reference:
+    """The same nine by hand, with the data of four unlike rows."""
+
+    def __init__(self, directory: Path, sae: hooked.PlainSae):
+        self.hooked, self.sae = hooked.Hooked(directory), sae
+        rng = np.random.default_rng(7)
+        shape = read_shape(directory)
+        self.ids = [rng.integers(3, shape.vocab_size, length).tolist() for length in LENGTHS]
+        self.vectors = rng.standard_normal((len(LENGTHS), shape.hidden_size)).astype(np.float32) * 5
+        self.w = torch.eye(shape.hidden_size).requires_grad_()
+        self.b = torch.zeros(shape.hidden_size).requires_grad_()
+
+    def changes(self, row: int, only: Sequence[int]) -> list[hooked.Change]:
+        v, prompt = torch.from_numpy(self.vectors[row]), PROMPTS[row]
+        own = STRENGTHS[row]
+
+        def marked(s: float) -> Callable[[int], float | None]:
+            return lambda t: s if t in POSITIONS[row] else None
+
+        trained = 0.3 * (1.0 - 0.5 * (1 - math.cos(math.pi * STEP / 6)) / 2)
+        every = [
+            hooked.Change(1, hooked.norm_add, v, marked(1.0)),
+            hooked.Change("embedding", hooked.replace, v, marked(3.0)),
+            hooked.Change(3, hooked.add, v, lambda t: None if t < prompt else 0.5 * (1 - 2 * min(t - prompt, 4) / 4)),
+            hooked.Change(2, hooked.norm_add, self.w @ v + self.b, marked(0.7)),
+            hooked.Change(1, self.sae.features(CHOSEN, MAX_ACTS), v, lambda t: 1.0),
+            hooked.Change(0, self.sae.clamp(5, 2.0), v, lambda t: 1.0 if t < prompt else None),
+            hooked.Change(4, self.sae.scaled, v, lambda t: None if t < prompt else own),
+            hooked.Change(3, hooked.norm_add, v, lambda t: trained),
+            hooked.Change("embedding", hooked.norm_add, v, lambda t: 0.5 if t < prompt else None),
+        ]
+        return [change for number, change in enumerate(every) if number in only]
+
+    def run(self, only: Sequence[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Log-probs of each response, and the gradient of their mean loss by name."""
+        model = self.hooked.model
+        parameters = {**dict(model.named_parameters()), "w": self.w, "b": self.b}
+        for parameter in parameters.values():
+            parameter.grad = None
+        found = [
+            self.hooked.scores(ids[:prompt], ids[prompt:], self.changes(row, only))
+            for row, (ids, prompt) in enumerate(zip(self.ids, PROMPTS, strict=True))
+        ]
+        (-torch.cat(found).mean()).backward()
+        gradients = {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
+        return [each.detach() for each in found], gradients
+
+
+def batch_of(reference: Reference, only: tuple[int, ...]) -> Batch:
+    mask = response_mask(PROMPTS, LENGTHS, max(LENGTHS))
+    own = tuple(tuple((s,) if number == 6 else None for number in range(len(NAMES))) for s in STRENGTHS)
+    return Batch(
+        ids=reference.ids, fields={"mask": mask}, positions=POSITIONS, prompt_lengths=PROMPTS,
+        vectors=lambda rows: reference.vectors[list(rows)], only=[only] * len(LENGTHS), strengths=own,
+        training_step=STEP,
+    )  # fmt: skip
+
+
+def module_of(directory: Path, world: World, wanted: Sequence[Intervention]) -> TrainModule:
+    shape = read_shape(directory)
+    chunks = build_chunks(Verbalizer, shape, world, "float32")
+    load_from_hf(chunks, str(directory), shape, world, with_head=True)
+    intervene(chunks, wanted)
+    return TrainModule(chunks, world, OPTIM, 3, 1, "float32")
+
+
+def gradients(module: TrainModule, batch: Batch, world: World) -> dict[str, Tensor]:
+    """Of every parameter by its Hugging Face name, whole, and of the projection."""
+    for chunk in module.wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    forward_backward(module.wrapped, batch, world, 1, cross_entropy(float(batch.fields["mask"].sum())))
+    exporter = Exporter(module.chunks, module.chunks[0].shape, world, with_head=True)
+    exporter.parameters = {name: each.main_grad for name, each in exporter.parameters.items()}
+    found = {name: tensor.clone() for name, tensor in exporter.tensors()}
+    mine = [
+        {"w": each.linears[0].weight.main_grad, "b": each.linears[0].bias.main_grad}
+        for each in projections_of(module.chunks).values()
+    ]
+    for learned in gather_objects(mine, world):
+        for each in learned:
+            found |= each
+    return found
+
+
+class InFlight:
+    """How many microbatches a rank's block has run without having recomputed them yet, at the most."""
+
+    def __init__(self, module: TrainModule):
+        self.now = self.most = 0
+        module.chunks[0].decoder.layers[0].register_forward_pre_hook(self._seen)
+
+    def _seen(self, block: Any, inputs: Any) -> None:
+        self.now += -1 if torch.is_grad_enabled() else 1
+        self.most = max(self.most, self.now)
+
+
+def on_layout(directory: Path, sae: Path, world: World, reference: Reference) -> dict[str, Any]:
+    """Log-probs and gradients of every case, and of three updates with all interventions."""
+    module, width = module_of(directory, world, interventions(sae)), max(LENGTHS)
+    out: dict[str, Any] = {}
+    counter = InFlight(module)
+    simple = world.vpp == 1 and not world.sequence_parallel
+    for name, only in CASES.items():
+        if not simple and name not in FEWER:
+            continue
+        batch = batch_of(reference, only)
+        logprobs = module.rows(batch, response_logprobs(1.0), width)
+        counter.now = 0
+        out[name] = (logprobs, gradients(module, batch, world))
+    batch = batch_of(reference, CASES["all"])
+    loss = cross_entropy(float(batch.fields["mask"].sum()))
+    updates = [module.update(batch, loss, ("loss",), step) for step in range(3)]
+    out["losses"] = [update.statistics["loss"] for update in updates]
+    out["norms"] = [update.grad_norm for update in updates]
+    out["in_flight"] = max(gather_objects(counter.most, world))
+    return out | ar_on_layout(directory, world, reference)
+
+
+def ar_on_layout(directory: Path, world: World, reference: Reference) -> dict[str, Any]:
+    """Losses and gradient norms of an AR, whose head reads tokens that sequence parallelism has shared out."""
+    shape = read_shape(directory).truncated(BLOCKS)
+    chunks = build_chunks(Reconstructor, shape, world, "float32")
+    load_from_hf(chunks, str(directory), shape, world, with_head=False)
+    module = TrainModule(chunks, world, OPTIM, 2, 1, "float32")
+    batch = Batch(ids=reference.ids, vectors=lambda rows: reference.vectors[list(rows)])
+    updates = [module.update(batch, reconstruction(len(LENGTHS)), ("loss",), step) for step in range(2)]
+    return {
+        "ar_losses": [update.statistics["loss"] for update in updates],
+        "ar_norms": [update.grad_norm for update in updates],
+    }
+
+
+def compare(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[list[Tensor], dict[str, Tensor]]) -> dict[str, Any]:
+    """Largest differences; of gradients, relative to the largest entry of the tensor and of the whole's scale."""
+    logprobs, gradient = found
+    rows = [logprobs[row, PROMPTS[row] - 1 : LENGTHS[row] - 1] for row in range(len(LENGTHS))]
+    scale = max(float(each.abs().max()) for each in wanted[1].values())
+    worst = {}
+    for name, each in wanted[1].items():
+        worst[name] = float((gradient[name] - each).abs().max()) / max(float(each.abs().max()), 1e-3 * scale)
+    missing = sorted(name for name, each in gradient.items() if name not in wanted[1] and float(each.abs().max()) > 0)
+    where = max(worst, key=lambda name: worst[name])
+    return {
+        "logprob": max(float((a - b).abs().max()) for a, b in zip(rows, wanted[0], strict=True)),
+        "gradient": worst[where], "where": where, "unexpected": missing, "compared": len(worst),
+    }  # fmt: skip
+
+
+def named(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except NlaError as error:
+        return f"{type(error).__name__}: {error.found}"
+    return "no error"
+
+
+def faults(directory: Path, scratch: Path, world: World, reference: Reference) -> dict[str, str]:
+    """What is refused by name, on every rank."""
+    hooked.write_sae(scratch / "narrow", 32) if world.is_main else None
+    barrier(world)
+    wide = {"vectors": lambda rows: np.ones((len(rows), 7), np.float32)}
+    nan = {"vectors": lambda rows: np.full((len(rows), 64), np.nan, np.float32)}
+
+    def build(*wanted: Intervention) -> TrainModule:
+        return module_of(directory, world, wanted)
+
+    def run(wanted: Intervention, **options: Any) -> str:
+        batch = Batch(**{**vars(batch_of(reference, (0,))), "only": None, "strengths": None, **options})
+        module = build(wanted)
+        return named(lambda: module.rows(batch, response_logprobs(1.0), max(LENGTHS)))
+
+    marked, everywhere = Intervention(4, "norm_add"), Intervention(0, "add", "generated")
+    return {
+        "layer": named(lambda: build(Intervention(BLOCKS, "add"))),
+        "sae": named(lambda: build(Intervention(0, "global", "all", sae=str(scratch / "narrow")))),
+        "width": run(marked, **wide),
+        "nan": run(marked, **nan),
+        "outside": run(marked, positions=[(3,), (8,), (4,), (0,)]),
+        "prompt": run(everywhere, prompt_lengths=(6, 16, 5, 7)),
+        "no_prompts": run(everywhere, prompt_lengths=None),
+        "no_positions": run(marked, positions=None),
+        "no_vectors": run(marked, vectors=None),
+        "fine": run(marked),
+    }
+
+
+def main(result: str, scratch: str) -> None:
+    from megatron.core import parallel_state
+
+    directory, sae = Path(scratch) / "model", Path(scratch) / "sae"
+    found: dict[str, dict[str, Any]] = {}
+    out: dict[str, Any] = {}
+    for name, layout in LAYOUTS.items():
+        world = initialise(layout)
+        if world.is_main and not directory.exists():
+            tiny_model(directory, num_layers=BLOCKS)
+            hooked.write_sae(sae, read_shape(directory).hidden_size)
+        barrier(world)
+        if not found:
+            from safetensors.torch import load_file
+
+            reference = Reference(directory, hooked.PlainSae(load_file(sae / "sae_weights.safetensors")))
+        found[name] = on_layout(directory, sae, world, reference)
+        if name == "tp2 pp2":
+            out["faults"] = gather_objects(faults(directory, Path(scratch), world, reference), world)
+        parallel_state.destroy_model_parallel()
+    if world.is_main:
+        wanted = {case: reference.run(only) for case, only in CASES.items()}
+        for name, numbers in found.items():
+            out[name] = {case: compare(numbers[case], wanted[case]) for case in CASES if case in numbers}
+            out[name] |= {key: numbers[key] for key in ("losses", "norms", "in_flight", "ar_losses", "ar_norms")}
+        out["effects"] = {
+            case: min(float((a - b).abs().max()) for a, b in zip(wanted[case][0], wanted["none"][0], strict=True))
+            for case in CASES
+        }
+        shifted = reference.vectors.copy()
+        reference.vectors = np.roll(shifted, 1, axis=0)
+        out["wrong vectors"] = compare(found["tp2 pp2"]["norm_add"], reference.run(CASES["norm_add"]))
+        Path(result).write_text(json.dumps(out, indent=1))
+    barrier(world)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

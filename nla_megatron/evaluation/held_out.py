@@ -73,7 +73,8 @@ def run(config: EvalConfig, world: World) -> None:
     rows = _chosen_rows(config, task)
     reader = _reader(config, world)
     eos_id = int(task.tokenizer.eos_token_id)
-    engine = Engine(config.av, read_shape(config.av), config.rollout, task.interventions, world, eos_id, config.seed)
+    shape, places = read_shape(config.av), task.interventions
+    engine = Engine(config.av, shape, config.rollout, places, world, eos_id, config.seed, marker=task.marker)
     work: dict[str, Callable[[], Condition]] = {
         "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
         "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),

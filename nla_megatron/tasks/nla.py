@@ -32,6 +32,7 @@ from nla_megatron.contract.sidecar import (
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import MissingFile, SidecarError, WidthError
+from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING, Intervention
 from nla_megatron.models.batching import Batch, next_token_targets, response_mask
 from nla_megatron.models.logprobs import token_logprobs
@@ -151,6 +152,11 @@ class NlaTask:
         """What models that read the table's activations are started with."""
         spec = self.intervention
         return (Intervention.recorded(spec.method, spec.layer, spec.scale),)
+
+    @property
+    def marker(self) -> Marker:
+        """What must stand at and beside the position of every vector."""
+        return Marker(self.contract.marker_id, self.contract.left_id, self.contract.right_id)
 
     @cached_property
     def _prompt(self) -> tuple[tuple[int, ...], int]:

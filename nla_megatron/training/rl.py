@@ -103,8 +103,11 @@ class RlTrainer:
         steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
         self.av = TrainModule(av, world, config.optim, steps, micro, dtype)
         self.ar = TrainModule(ar, world, config.ar_optim, steps, micro, dtype)
-        eos_id = int(self.task.tokenizer.eos_token_id)
-        self.engine = Engine(config.av, av.shape, config.rollout, self.task.interventions, world, eos_id, config.seed)
+        task, shape = self.task, av.shape
+        eos_id = int(task.tokenizer.eos_token_id)
+        self.engine = Engine(
+            config.av, shape, config.rollout, task.interventions, world, eos_id, config.seed, marker=task.marker
+        )
         self.exporter = Exporter(av, av.shape, world, with_head=True)
         self.recorder = RolloutRecorder(config, world)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.

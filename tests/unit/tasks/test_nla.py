@@ -14,6 +14,7 @@ from torch import Tensor
 from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, next_token_targets
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.tasks.nla import NlaTask, explanations_of, load_tokenizer
@@ -65,6 +66,19 @@ def test_a_sidecar_without_injection_is_refused(model_dir: Path, tmp_path: Path)
     data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
     write_dataset_sidecar(data, replace(read_dataset_sidecar(data), injection=None))
     assert "injection" in refusal(SidecarError, data, "rl", model_dir)
+
+
+def test_layer_minus_one_of_a_sidecar_is_the_token_embedding(model_dir: Path, tmp_path: Path) -> None:
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    write_dataset_sidecar(data, replace(read_dataset_sidecar(data), injection=InjectionSpec("replace", -1, 3.0)))
+    assert NlaTask.open(str(data), "rl", str(model_dir)).interventions == (
+        Intervention("embedding", "replace", strength=3.0),
+    )
+
+
+def test_the_marker_has_the_neighbours_of_the_prompt(task: NlaTask) -> None:
+    ids, at = task.prompt_ids, task.marker_position
+    assert (task.marker.left_id, task.marker.token_id, task.marker.right_id) == ids[at - 1 : at + 2]
 
 
 def test_a_missing_table_sidecar_or_tokenizer_is_named(

@@ -32,7 +32,7 @@ def by_name(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 
 def check_claims(claims: Iterable[Claim]) -> None:
     """Raises OverlappingClaims where two groups (or one twice) hold the same elements under different claims."""
-    for name, several in by_name(claims).items():
+    for several in by_name(claims).values():
         twice = overlap([claim.piece.region for claim in several]) if len(several) > 1 else None
         if twice is not None:
             raise OverlappingClaims(
@@ -67,7 +67,7 @@ def compile_plan(claims: Sequence[Claim], samplers: Sequence[Sampler], rank: int
             if place is not None and rank in group.members:
                 local += width
                 bucket.local += fused(copy_between(match.held, match.need) for match in matches)
-            for index, (peer, shares, share) in enumerate(route.receives):
+            for peer, shares, share in route.receives:
                 part = _share(matches, shares, (share + key.number) % shares)
                 if part:
                     bucket.receives.append(_message((peer,), key, part, packs=False))
@@ -116,7 +116,7 @@ def _matches(
 
 
 class _Route(NamedTuple):
-    """Of one sampler's regions that one group holds: (peer, shares, share) for what comes; peers by share for what goes."""
+    """Of one sampler's regions in one group: (peer, shares, share) of what comes; peers by share of what goes."""
 
     receives: list[tuple[int, int, int]]
     sends: dict[tuple[int, int], tuple[int, ...]]

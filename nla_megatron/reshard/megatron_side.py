@@ -1,4 +1,4 @@
-"""What every rank of the trainer holds, from the conversion rules, the shape and the layout alone: no weights, no groups.
+"""What every rank of the trainer holds, from rules, shape and layout alone: no weights, no process groups.
 
 A parameter is a row-major view whose leading axes merge into an HF tensor's rows. Where tensor parallelism or a
 neighbour's slots come between them (q, k and v lie group by group), a part is several pieces; the plan fuses them.

@@ -57,7 +57,7 @@ def test_pieces_lie_where_the_rules_put_them_and_cover_every_tensor(name: str, l
             place = coordinates(rank, grid)
             at, size = (place["tp"], grid.tp) if rule.expert is None else (place["etp"], grid.etp)
             if (rule.megatron, at, size) not in known:
-                known[rule.megatron, at, size] = rule.read(read, at, size).contiguous()
+                known[rule.megatron, at, size] = rule.read(read, at, size).clone(memory_format=torch.contiguous_format)
             parameter = known[rule.megatron, at, size]
             found = parameter.as_strided(region.shape, claim.piece.strides, claim.piece.offset)
             expected = full[region.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,10 @@ def layouts(draw: st.DrawFn) -> tuple[int, dict[str, tuple[int, ...]], list[Clai
         if ranks:
             samplers.append(Sampler(ranks, tuple(needs)))
     return world, tensors, claims, samplers
+
+
+def vllm_config_of(directory: Path) -> Any:
+    """vLLM's configuration of a model of which there is only a config.json."""
+    from nla_megatron.reshard.summary import vllm_config
+
+    return vllm_config(directory, "float32")

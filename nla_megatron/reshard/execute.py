@@ -6,7 +6,7 @@ All ranks go through their buckets in ascending order, so that no two wait for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -138,7 +138,7 @@ class Gate:
     """
 
     def __init__(self, claims: Sequence[Claim], samplers: Sequence[Sampler], rank: int, count: int, seed: int):
-        self.rank, self.sums = rank, dict[tuple[str, str], int]()
+        self.rank, self.sums, self.wrong = rank, dict[tuple[str, str], int](), list[str]()
         self.arriving: dict[str, list[tuple[Piece, str]]] = {}
         self.leaving: list[tuple[Piece, str]] = []
         book = by_name(claims)
@@ -157,9 +157,8 @@ class Gate:
                     if rank in claim.group.members:
                         self.leaving.append((claim.piece.within(both), need.dtype))
 
-    def left(self, sources: Mapping[str, Tensor], wire: str) -> None:
-        """Note what this rank holds of the sample; `wire` is the sources' dtype."""
-        self.wrong: list[str] = []
+    def left(self, sources: Mapping[str, Tensor]) -> None:
+        """Note what this rank holds of the sample."""
         for piece, dtype in self.leaving:
             self._note(piece, dtype, sources[piece.buffer])
 
@@ -191,8 +190,3 @@ def _checksum(piece: Piece, dtype: str, tensor: Tensor) -> int:
     values = viewed(tensor, piece.offset, piece.region.shape, piece.strides).to(getattr(torch, dtype)).flatten()
     bits = values.view(torch.int32 if values.element_size() == 4 else torch.int16).long()
     return int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
-
-
-def buffers_of(needs: Iterable[Piece]) -> Iterator[str]:
-    """The buffers of several pieces, each once, in order."""
-    yield from dict.fromkeys(piece.buffer for piece in needs)

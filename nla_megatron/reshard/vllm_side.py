@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nla_megatron.errors import ModelsDiffer
@@ -127,16 +128,22 @@ def skeleton(vllm_config: Any, device: torch.device) -> Any:
     try:
         before = torch.get_default_dtype()
         torch.set_default_dtype(vllm_config.model_config.dtype)
-        with set_current_vllm_config(vllm_config), device:
+        with set_current_vllm_config(vllm_config), device, _MapsInMemory():
             model = initialize_model(vllm_config=vllm_config, prefix="trace")
     finally:
         torch.set_default_dtype(before)
         vars(compilation).update(contexts)
-    for module in model.modules():
-        # The loaders of experts read this map, which therefore needs values.
-        if hasattr(module, "expert_map_manager"):
-            module.update_expert_map()
     return model
+
+
+class _MapsInMemory(TorchFunctionMode):
+    """The loaders of experts read maps of numbers, which therefore have values whatever the device of the weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.int32 and func in (torch.full, torch.arange, torch.ones, torch.tensor):
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import layerwise, meta, reload_weights, utils
+from vllm.model_executor.model_loader.reload import layerwise, meta, utils
 
 from nla_megatron.reshard.carriers import Need
 from nla_megatron.reshard.vllm_side import ORDINARY, Trace
@@ -35,7 +35,7 @@ class VllmTargets:
     """
 
     def __init__(self, worker: Any, trace: Trace, arrived: Callable[[str, Tensor], None]):
-        self.config, self.model = worker.vllm_config, worker.model_runner.get_model()
+        self.runner, self.model = worker.model_runner, worker.model_runner.get_model()
         self.trace, self.arrived = trace, arrived
         self.wholes: dict[str, Tensor] = {}
         self.unfinished: dict[str, set[str]] = {}
@@ -97,7 +97,7 @@ class VllmTargets:
         assert not left, f"not loaded: {left}"
         if self.wholes:
             weights = ((name, self.wholes.pop(ORDINARY + name)) for name in self.trace.ordinary)
-            reload_weights(self.config, self.model, weights, None, is_checkpoint_format=True)
+            self.runner.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
         for layer in self.model.modules():
             method = getattr(layer, "quant_method", None)
             if type(method).__name__ == _EMBEDDING:

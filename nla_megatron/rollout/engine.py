@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError, RolloutError
+from nla_megatron.errors import ColumnError, ConfigError, HalfLoaded, InjectionError, LayoutError, RolloutError
 from nla_megatron.interventions.maths import check_vectors
 from nla_megatron.parallel.collectives import broadcast_object, gather_objects
 from nla_megatron.parallel.world import World
@@ -77,10 +78,19 @@ class Engine:
         self.runner = runner
         self.injecting = InjectingWorker(runner, intervention.layer)
         self.tokenizer = self.llm.get_tokenizer()
+        self.half_loaded = False
+
+    @contextmanager
+    def replacing_weights(self) -> Iterator[None]:
+        """Around a load of weights: one that does not come to its end leaves an engine that does not generate."""
+        self.half_loaded = True
+        yield
+        self.half_loaded = False
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
-        self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
+        with self.replacing_weights():
+            self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
 
     def _with_tied_head(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """vLLM packs a tied output layer apart from the embedding: not named, it would keep its old weights."""
@@ -168,6 +178,10 @@ class Engine:
         return list(items[bounds[self.replica] : bounds[self.replica + 1]])
 
     def _run(self, prompts: list[tuple[int, ...]], params: list[Any], vectors_SD: np.ndarray | None) -> list[Any]:
+        if self.half_loaded:
+            raise HalfLoaded(
+                "a load of weights did not finish", "the weights of one step", "end the run and resume it: see the first error"
+            )  # fmt: skip
         if vectors_SD is None:
             self.injecting.begin(torch.zeros(1, 1))
             return []

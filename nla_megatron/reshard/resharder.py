@@ -36,9 +36,7 @@ class Transfer:
         OverlappingClaims, UnheldRegion, LayoutError: there is no plan.
     """
 
-    def __init__(
-        self, model: Any, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING
-    ):
+    def __init__(self, model: Any, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING):
         check_claims(claims)
         self.sources = Sources(model, world)
         dtypes = gather_objects({str(tensor.dtype) for tensor in self.sources.parameters.values()}, world)

@@ -60,7 +60,7 @@ class VllmTargets:
     def _as_loaded(self, layer: Any, module: str) -> bool:
         """Whether the live parameters are what the loaders wrote; vLLM's other layers repack or quantise them."""
         method = type(getattr(layer, "quant_method", None)).__name__
-        on_cpu = next(iter(layer._parameters.values())).device.type == "cpu"
+        on_cpu = self.runner.device.type == "cpu"
         if method not in ("NoneType", _EMBEDDING, *(() if on_cpu else (_LINEAR,))):
             return False
         wanted = {name.rpartition(".")[2]: self.trace.parameters[name] for name in self.unfinished[module]}

@@ -1,12 +1,13 @@
 """Four ranks train on many layouts, and their weights go to samplers on others, against vLLM loading full tensors.
 
-Arguments: RESULT SCRATCH. Rank 0 writes, per case, what differs. First into bare parameters of vLLM's models, every
-layout; then into a running engine, by its log-probs and by what it refuses.
+Arguments: RESULT SCRATCH PART. Rank 0 writes what was found. Part "bare": every layout, into bare parameters of vLLM's
+models. Part "engine": into a running engine, by its log-probs and by what it refuses.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,7 +130,9 @@ class Bare:
 
     def __init__(self, found: Trace | None, gate: Gate):
         parameters = {} if found is None else found.parameters
-        self.buffers = {name: torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for name, one in parameters.items()}
+        self.buffers = {
+            name: torch.zeros(one.shape, dtype=getattr(torch, one.dtype)) for name, one in parameters.items()
+        }
         self.gate, self.finished = gate, set[str]()
 
     def tensor(self, name: str) -> Tensor:
@@ -180,7 +183,9 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
         wrong = sorted(set(theirs) ^ set(into.finished))
         wrong += [name for name in theirs if name in into.buffers and not same(into.buffers[name], theirs[name], case)]
     needed, held = world_bytes(claims, samplers, "float32")
-    plans = gather_objects((transfer.plan.bytes_sent, transfer.plan.bytes_received, transfer.plan.staging, wrong), world)
+    plans = gather_objects(
+        (transfer.plan.bytes_sent, transfer.plan.bytes_received, transfer.plan.staging, wrong), world
+    )
     barrier(world)
     parallel_state.destroy_model_parallel()
     return {
@@ -197,12 +202,14 @@ def same(ours: Tensor, theirs: Tensor, case: Case) -> bool:
     return torch.equal(ours, theirs) if not case.lora else torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def main(result: str, scratch: str) -> None:
-    found = {name: on(case, Path(scratch)) for name, case in CASES.items()}
-    found["engine"] = in_a_running_engine(Path(scratch))
-    if int(torch.distributed.get_rank()) == 0:
+def main(result: str, scratch: str, part: str) -> None:
+    if part == "engine":
+        found = in_a_running_engine(Path(scratch))
+    else:
+        found = {name: on(case, Path(scratch)) for name, case in CASES.items()}
+    # An engine takes the process group down with itself.
+    if os.environ["RANK"] == "0":
         Path(result).write_text(json.dumps(found))
-    torch.distributed.barrier()
 
 
 def logprobs(engine: Engine) -> list[float]:
@@ -268,4 +275,4 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

@@ -14,13 +14,18 @@ CASES = (
     "pp2 ep2 etp1 to tp4 with expert parallelism", "tp2 ep2 etp2 to tp1", "fp32 to bf16", "adapters merged on the way",
     "other ranks sample",
 )  # fmt: skip
-NOTHING_TO_SEND = ("tp1 to tp2", "tp2 to tp2")
+NOTHING_TO_SEND = ("tp1 to tp2", "tp2 to tp2", "ep2 to tp2 with expert parallelism")
 STAGING = 1 << 15
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("reshard")))
+    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("reshard")), "bare")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("engine")), "engine")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -36,16 +41,16 @@ def test_bytes_sent_are_the_lower_bound_and_staging_is_bounded(found: Any, case:
 
 
 @pytest.mark.parametrize("layout", ["tp2 pp2", "tp1"])
-def test_a_running_engine_has_the_logprobs_of_its_own_load_bit_for_bit(found: Any, layout: str) -> None:
-    assert found["engine"][f"{layout} before"] == ["False"]
-    assert found["engine"][layout] == ["True"]
+def test_a_running_engine_has_the_logprobs_of_its_own_load_bit_for_bit(engine: Any, layout: str) -> None:
+    assert engine[f"{layout} before"] == ["False"]
+    assert engine[layout] == ["True"]
 
 
-def test_replicas_that_differ_nan_and_another_model_are_named_on_all_ranks(found: Any) -> None:
-    assert found["engine"]["replicas apart"] == ["ReshardMismatch"]
-    assert found["engine"]["nan"] == ["NotFinite"]
-    assert found["engine"]["other model"] == ["ModelsDiffer"]
+def test_replicas_that_differ_nan_and_another_model_are_named_on_all_ranks(engine: Any) -> None:
+    assert engine["replicas apart"] == ["ReshardMismatch"]
+    assert engine["nan"] == ["NotFinite"]
+    assert engine["other model"] == ["ModelsDiffer"]
 
 
-def test_a_half_loaded_engine_does_not_generate(found: Any) -> None:
-    assert found["engine"]["refused after"] == ["HalfLoaded"]
+def test_a_half_loaded_engine_does_not_generate(engine: Any) -> None:
+    assert engine["refused after"] == ["HalfLoaded"]

@@ -1,7 +1,7 @@
 """Measure resharding on this machine, on four ranks: `python tools/bench_reshard.py`.
 
-A random Qwen3 of about 200 M parameters trains on TP 2 x PP 2 and samples on two vLLM replicas of TP 2, in the same four
-processes, fp32. It is handed over by its plan, and by a full gather: every tensor exported on every rank and loaded by
+A random Qwen3 of about 200 M parameters trains on TP 2 x PP 2 and samples on two vLLM replicas of TP 2, in the same
+four processes, fp32. It is handed over by its plan, and by a full gather: every tensor exported on every rank and loaded by
 vLLM. Medians of three after one of each to warm up; start-up is left out. The last line is JSON:
 
     sent_over_bound_max    bytes sent over those that are needed and not held, the most of the layouts in LAYOUTS; 1.0
@@ -35,8 +35,8 @@ SHAPE = ModelShape(
     head_dim=64, vocab_size=8192, rope_theta=1e6, norm_eps=1e-6, tied_embeddings=False, qk_norm=True, max_positions=512,
 )  # fmt: skip
 LLAMA_70B = replace(
-    SHAPE, family="LlamaForCausalLM", num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64, head_dim=128,
-    vocab_size=128_256, qk_norm=False,
+    SHAPE, family="LlamaForCausalLM", num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64,
+    head_dim=128, vocab_size=128_256, qk_norm=False,
 )  # fmt: skip
 LAYOUTS = [({"tp": 2, "dp": 2}, 1), ({"dp": 4}, 2), ({"tp": 4}, 2), ({"pp": 2, "dp": 2}, 2), ({"tp": 2, "pp": 2}, 2)]
 STAGING, REPEATS, RANKS = 64 << 20, 3, 4

@@ -99,7 +99,7 @@ class VllmTargets:
             weights = ((name, self.wholes.pop(ORDINARY + name)) for name in self.trace.ordinary)
             self.runner.reload_weights(weights_iterator=weights, is_checkpoint_format=True)
         for layer in self.model.modules():
-            method = getattr(layer, "quant_method", None)
+            method: Any = getattr(layer, "quant_method", None)
             if type(method).__name__ == _EMBEDDING:
                 method.process_weights_after_loading(layer)
 

@@ -228,7 +228,7 @@ def _pieces(copied: _Copied, shape: tuple[int, ...]) -> list[Piece] | None:
     outer = [(axis, dim) for axis, several in enumerate(dims) for dim in several if dim is not inner[axis]]
     pieces = []
     for index in product(*(range(count) for _, (count, _, _) in outer)):
-        first, at = list(start), copied.target.storage_offset()
+        first, at = list(start), int(copied.target.storage_offset())
         for place, (axis, (_, step, target)) in zip(index, outer, strict=True):
             first[axis] += place * step
             at += place * target

@@ -1,8 +1,8 @@
 """Measure resharding on this machine, on four ranks: `python tools/bench_reshard.py`.
 
 A random Qwen3 of about 200 M parameters trains on TP 2 x PP 2 and samples on two vLLM replicas of TP 2, in the same
-four processes, fp32. It is handed over by its plan, and by a full gather: every tensor exported on every rank and loaded by
-vLLM. Medians of three after one of each to warm up; start-up is left out. The last line is JSON:
+four processes, fp32. It is handed over by its plan, and by a full gather: every tensor exported on every rank and
+loaded by vLLM. Medians of three after one of each to warm up; start-up is left out. The last line is JSON:
 
     sent_over_bound_max    bytes sent over those that are needed and not held, the most of the layouts in LAYOUTS; 1.0
     exact                  the engine's log-probs after both ways are the same bits
@@ -116,10 +116,16 @@ def measure(arguments: Sequence[str]) -> int:
 
 def make_model(directory: Path) -> None:
     """Random weights for the engine to start from, and the tokenizer that it asks for."""
-    from tests.support.tiny import tiny_model
+    from pydoc_data.topics import topics
 
-    fields = {name: value for name, value in vars(SHAPE).items() if name != "family"}
-    tiny_model(directory, **fields)
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from nla_megatron.datagen.tokenizer import train_tokenizer
+
+    train_tokenizer((topics[name] for name in sorted(topics)[:12]), 600, directory)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**FAMILIES[SHAPE.family].config_from_shape(SHAPE))).save_pretrained(directory)
 
 
 def main() -> int:

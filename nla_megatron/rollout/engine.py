@@ -180,7 +180,8 @@ class Engine:
     def _run(self, prompts: list[tuple[int, ...]], params: list[Any], vectors_SD: np.ndarray | None) -> list[Any]:
         if self.half_loaded:
             raise HalfLoaded(
-                "a load of weights did not finish", "the weights of one step", "end the run and resume it: see the first error"
+                "a load of weights did not finish", "the weights of one step",
+                "end the run and resume it: see the first error",
             )  # fmt: skip
         if vectors_SD is None:
             self.injecting.begin(torch.zeros(1, 1))

@@ -6,7 +6,7 @@ All ranks go through their buckets in ascending order, so that no two wait for e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -39,8 +39,13 @@ def viewed(buffer: Tensor, offset: int, shape: Sequence[int], strides: Sequence[
 
 
 @torch.no_grad()
-def carry_out(plan: Plan, sources: Mapping[str, Tensor], targets: Targets, device: torch.device) -> int:
+def carry_out(
+    plan: Plan, sources: Mapping[str, Tensor], targets: Targets, device: torch.device, made: Container[str] = ()
+) -> int:
     """Do this rank's part; every rank of the plan does so at the same time.
+
+    Args:
+        made: sources that are made when they are asked for.
 
     Returns:
         Bytes of packed buffers and of tensors made for the sources (merged adapters) at the fullest moment.
@@ -48,7 +53,7 @@ def carry_out(plan: Plan, sources: Mapping[str, Tensor], targets: Targets, devic
     last = {name: number for number, bucket in enumerate(plan.buckets) for name in _written(bucket)}
     most = 0
     for number, bucket in enumerate(plan.buckets):
-        held = _Held(sources)
+        held = _Held(sources, made)
         sends = [(message, _packed(message, held, device)) for message in bucket.sends]
         receives = [(message, _empty(message, device)) for message in bucket.receives]
         works = _exchange(sends, receives)
@@ -69,14 +74,13 @@ def carry_out(plan: Plan, sources: Mapping[str, Tensor], targets: Targets, devic
 class _Held(dict[str, Tensor]):
     """Sources of one bucket: one that is made when it is asked for is made once, and given back with the bucket."""
 
-    def __init__(self, sources: Mapping[str, Tensor]):
+    def __init__(self, sources: Mapping[str, Tensor], made: Container[str]):
         super().__init__()
-        self.sources, self.made = sources, 0
+        self.sources, self.are_made, self.made = sources, made, 0
 
     def __missing__(self, name: str) -> Tensor:
         self[name] = tensor = self.sources[name]
-        if tensor is not self.sources[name]:
-            self.made += tensor.nbytes
+        self.made += tensor.nbytes if name in self.are_made else 0
         return tensor
 
 

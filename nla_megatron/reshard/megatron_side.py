@@ -160,15 +160,16 @@ class Sources(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Any, world: World):
-        self.parameters = {
-            name: parameter.detach() for name, parameter in global_parameters(model).items() if f".{LORA}." not in name
-        }
+        everything: dict[str, Tensor] = dict(global_parameters(model))
+        self.adapters = {name: parameter for name, parameter in everything.items() if f".{LORA}." in name}
+        self.parameters = {name: one for name, one in everything.items() if name not in self.adapters}
         if world.pp > 1 and _OUTPUT in self.parameters:
             self.parameters.setdefault(_EMBEDDING, self.parameters[_OUTPUT])
         self.adapted = {f"{name}.weight": linear for name, linear in adapted(model).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return merged_local(self.adapted[name]) if name in self.adapted else self.parameters[name]
+        # A training step may put a parameter's data elsewhere, so nothing of it is kept.
+        return merged_local(self.adapted[name]) if name in self.adapted else self.parameters[name].detach()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)

@@ -53,11 +53,11 @@ class Transfer:
             NotFinite: before anything is written.
             ReshardMismatch: a sample of regions differs between the two sides.
         """
-        check_finite(self.sources.parameters, self.world)
+        check_finite({**self.sources.parameters, **self.sources.adapters}, self.world)
         gate = Gate(self.claims, self.samplers, self.world.rank, _SAMPLE, seed)
         gate.left(self.sources)
         into = targets(gate)
-        self.peak = carry_out(self.plan, self.sources, into, self.world.device)
+        self.peak = carry_out(self.plan, self.sources, into, self.world.device, self.sources.adapted)
         gate.compare(self.world)
         return into
 

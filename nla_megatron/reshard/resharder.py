@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nla_megatron.errors import ModelsDiffer
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard import vllm_load
@@ -12,7 +13,7 @@ from nla_megatron.reshard.carriers import Claim, Plan, Sampler
 from nla_megatron.reshard.execute import Gate, Targets, carry_out, check_finite
 from nla_megatron.reshard.megatron_side import Sources, TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan
-from nla_megatron.reshard.vllm_side import Trace, check_same_model, trace
+from nla_megatron.reshard.vllm_side import Trace, trace
 from nla_megatron.types import ModelShape
 
 STAGING = 256 << 20
@@ -25,6 +26,16 @@ def samplers_of(traces: Sequence[Trace], ranks: range) -> list[Sampler]:
     """Replicas of `len(traces)` ranks each, as vLLM lays them out on `ranks`."""
     tp = len(traces)
     return [Sampler(tuple(ranks[number::tp]), found.needs) for number, found in enumerate(traces)]
+
+
+def check_same_model(trainer: ModelShape, sampler: ModelShape) -> None:
+    """Raises ModelsDiffer with the first field in which two shapes differ."""
+    for name, value in vars(trainer).items():
+        if getattr(sampler, name) != value:
+            raise ModelsDiffer(
+                f"{name}={getattr(sampler, name)!r} in the sampler's model", f"{name}={value!r}, as the trainer's",
+                "give the engine the directory that the trainer started from",
+            )  # fmt: skip
 
 
 class Transfer:

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nla_megatron.errors import ModelsDiffer
 from nla_megatron.reshard.carriers import Need
 from nla_megatron.reshard.regions import Piece, Region, contiguous, whole
-from nla_megatron.types import ModelShape
 
 ORDINARY = "ordinary:"
 """What precedes an HF name as the buffer of a whole tensor that vLLM loads itself."""
@@ -121,8 +120,11 @@ def trace(
 def skeleton(vllm_config: Any, device: torch.device) -> Any:
     """vLLM's model with empty parameters on `device`; the configuration stays as it was."""
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader.utils import initialize_model
 
+    # Rotary tables are kept for all models of the process; those without memory must not be found by an engine.
+    tables = dict(rotary_embedding._ROPE_DICT)
     compilation = vllm_config.compilation_config
     contexts = {name: value.copy() for name, value in vars(compilation).items() if name.startswith("static_")}
     try:
@@ -133,6 +135,8 @@ def skeleton(vllm_config: Any, device: torch.device) -> Any:
     finally:
         torch.set_default_dtype(before)
         vars(compilation).update(contexts)
+        rotary_embedding._ROPE_DICT.clear()
+        rotary_embedding._ROPE_DICT.update(tables)
     return model
 
 
@@ -237,13 +241,3 @@ def _pieces(copied: _Copied, shape: tuple[int, ...]) -> list[Piece] | None:
             return None
         pieces.append(Piece(Region(copied.name, axes), copied.parameter, at, tuple(target for _, _, target in inner)))
     return pieces
-
-
-def check_same_model(trainer: ModelShape, sampler: ModelShape) -> None:
-    """Raises ModelsDiffer with the first field in which two shapes differ."""
-    for name, value in vars(trainer).items():
-        if getattr(sampler, name) != value:
-            raise ModelsDiffer(
-                f"{name}={getattr(sampler, name)!r} in the sampler's model", f"{name}={value!r}, as the trainer's",
-                "give the engine the directory that the trainer started from",
-            )  # fmt: skip

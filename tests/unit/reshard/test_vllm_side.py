@@ -108,3 +108,15 @@ def test_a_tensor_that_vllm_has_no_place_for_is_named(configs: Any) -> None:
     tensors = tensors_of(family_shape("qwen3"))
     with pytest.raises(ModelsDiffer, match="model.norm.weight"):
         trace(configs("qwen3"), {**tensors, "model.norm.weight": (49,)}, 0, 1, False)
+
+
+def test_tracing_leaves_nothing_behind_that_an_engine_would_find(configs: Any) -> None:
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers import rotary_embedding
+
+    config, tensors = configs("qwen3"), tensors_of(shape_of("qwen3"))
+    rotary_embedding._ROPE_DICT.clear()
+    trace(config, tensors, 1, 2, False)
+    assert rotary_embedding._ROPE_DICT == {} and parallel_state._TP is None
+    assert config.compilation_config.static_forward_context == {}
+    assert config.parallel_config.tensor_parallel_size == 1

@@ -77,6 +77,22 @@ class ProviderError(NlaError):
     """An explanation provider refused the request or failed for too many rows."""
 
 
+class ReshardError(NlaError):
+    """The trainer's weights cannot become the sampler's."""
+
+
+class UnheldRegion(ReshardError):
+    """Part of a tensor that the sampler needs is held by no rank of the trainer."""
+
+
+class OverlappingClaims(ReshardError):
+    """Two different places claim to hold the same part of a tensor."""
+
+
+class ModelsDiffer(ReshardError):
+    """Trainer and sampler are not the same model: another family, vocabulary, tensor or shape."""
+
+
 class RunError(NlaError):
     """Something went wrong while the run was under way: the step stops on all ranks."""
 
@@ -93,3 +109,15 @@ class ConversionMismatch(RunError):
 
 class RolloutError(RunError):
     """Ranks disagree about the rollouts, or the sampler and the trainer disagree about their log-probs."""
+
+
+class NotFinite(RunError):
+    """A weight is NaN or infinite; nothing of it was handed over."""
+
+
+class ReshardMismatch(RunError):
+    """After a load, the sampler holds other weights than the trainer."""
+
+
+class HalfLoaded(RunError):
+    """A load of weights did not finish: the sampler holds old and new ones, and does not generate."""

@@ -510,6 +510,35 @@ class DemoConfig:
     """Overrides of each stage's command, as they would be typed."""
 
 
+@dataclass(frozen=True)
+class PlanConfig(StageConfig):
+    """What something would take, on paper: from config.json alone, nothing is started."""
+
+    what: str = "reshard"
+    """reshard: how the trainer's weights would reach the sampler."""
+    out: str = ""
+    """Nothing is written."""
+    hf: str = ""
+    """A Hugging Face directory, of which only config.json is read."""
+    rollout_tp: int = 1
+    """Ranks of one replica of the sampler; the replicas fill the training ranks."""
+    expert_parallel: bool = False
+    """Whether the sampler shares experts out whole in place of cutting each."""
+    dtype: str = "bfloat16"
+    """Of the trainer's parameters."""
+    rollout_dtype: str = "bfloat16"
+    """Of the sampler's."""
+    staging_mb: int = 256
+    """Packed messages on one rank at once, MiB."""
+
+    def __post_init__(self) -> None:
+        _one_of("what", self.what, ("reshard",))
+        for key in ("dtype", "rollout_dtype"):
+            _one_of(key, getattr(self, key), ("float32", "bfloat16"))
+        for key in ("rollout_tp", "staging_mb"):
+            _at_least(key, getattr(self, key), 1)
+
+
 SCHEMAS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "extract": ExtractConfig,
@@ -519,6 +548,7 @@ SCHEMAS: dict[str, type] = {
     "rl": RlConfig,
     "eval": EvalConfig,
     "convert": ConvertConfig,
+    "plan": PlanConfig,
     "merge": MergeConfig,
     "adopt": AdoptConfig,
     "demo": DemoConfig,

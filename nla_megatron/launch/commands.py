@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
         verb="direction",
         estimate="nla_megatron.conversion.estimate",
     ),
+    "plan": Command("nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what"),
     "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
     "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
 }

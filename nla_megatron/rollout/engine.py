@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nla_megatron.conversion.peft_format import PeftConfig
-from nla_megatron.errors import ConfigError, InjectionError, RolloutError
+from nla_megatron.errors import ConfigError, HalfLoaded, InjectionError, RolloutError
 from nla_megatron.interventions.checks import Marker, check_layers
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import gather_objects
@@ -83,6 +84,15 @@ class Engine:
         self.reports: tuple[Report, ...] = ()
         self.policy: Any = None
         self.tokenizer = self.llm.get_tokenizer()
+        self.half_loaded = False
+
+    @contextmanager
+    def replacing_weights(self) -> Iterator[None]:
+        """Around a load of weights: one that does not come to its end leaves an engine that does not generate."""
+        self.half_loaded = True
+        yield
+        self.forget()
+        self.half_loaded = False
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a text, a chat or ids; never two beginnings."""
@@ -90,8 +100,8 @@ class Engine:
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place by full HF tensors; every rank passes all of them."""
-        self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
-        self.forget()
+        with self.replacing_weights():
+            self.runner.reload_weights(weights_iterator=self._with_tied_head(tensors), is_checkpoint_format=True)
 
     def load_adapter(self, tensors: Iterable[tuple[str, Tensor]], config: PeftConfig) -> None:
         """Put a LoRA policy in the place of the one before: pairs by `peft`'s names; every rank passes all of them.
@@ -230,6 +240,11 @@ class Engine:
         self, prompts: list[tuple[int, ...]], params: list[Any], asked: Mapping[str, Asked]
     ) -> tuple[list[Any], list[str]]:
         """vLLM's outputs, and a line for each request that did not get what it asked for."""
+        if self.half_loaded:
+            raise HalfLoaded(
+                "a load of weights did not finish", "the weights of one step",
+                "end the run and resume it: see the first error",
+            )  # fmt: skip
         if self.config.lora == "adapter" and self.policy is None:
             raise ConfigError("rollout.lora=adapter and no adapter", "the policy's", "call Engine.load_adapter first")
         self.marker.begin(asked)

@@ -17,7 +17,6 @@ from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.conversion.live import Exporter
 from nla_megatron.errors import ConfigError, LayoutError, RolloutError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
@@ -108,7 +107,10 @@ class RlTrainer:
         self.engine = Engine(
             config.av, shape, config.rollout, task.interventions, world, eos_id, config.seed, marker=task.marker
         )
-        self.exporter = Exporter(av, av.shape, world, with_head=True)
+        # It imports vLLM, for which the checks before the run need not wait.
+        from nla_megatron.reshard.resharder import Resharder
+
+        self.resharder = Resharder(av, shape, self.engine.llm, read_shape(config.av), world)
         self.recorder = RolloutRecorder(config, world)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.
         self.load_engine()
@@ -138,8 +140,8 @@ class RlTrainer:
 
     def load_engine(self) -> None:
         """Hand the AV's present weights to the sampler."""
-        dtype = getattr(torch, self.config.rollout.dtype)
-        self.engine.load(self.exporter.tensors(dtype))
+        with self.engine.replacing_weights():
+            self.resharder.load()
 
     def export(self) -> None:
         """The AV and the AR as Hugging Face directories with their sidecars."""

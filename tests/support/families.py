@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nla_megatron.conversion.families import family_of
+from nla_megatron.types import ModelShape
+
 COMMON: dict[str, Any] = {
     "vocab_size": 1000,
     "hidden_size": 48,
@@ -63,6 +66,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": 6, **_EXPERTS}),
 }  # fmt: skip
 MIXTURES = tuple(name for name, (_, options) in MODELS.items() if "num_experts_per_tok" in options)
+
+
+def family_shape(name: str) -> ModelShape:
+    """The model's shape, from transformers' configuration alone."""
+    import transformers
+
+    architecture, options = MODELS[name]
+    kind = getattr(transformers, architecture).config_class
+    config = kind(**{**COMMON, "tie_word_embeddings": False, **options}, architectures=[architecture]).to_dict()
+    return family_of(config).shape_from_config(config)
 
 
 def family_model(name: str, directory: Path) -> Any:

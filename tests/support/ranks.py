@@ -18,6 +18,8 @@ from nla_megatron.cli import main
 from nla_megatron.launch.local import Entry, command_process, launch
 
 ROOT = Path(__file__).resolve().parents[2]
+PRELOADS = {"reshard_worker": ("nla_megatron.rollout.preload", "nla_megatron.reshard.resharder")}
+"""Modules that a worker's ranks share, imported before they are forked."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -115,7 +117,7 @@ class _Redirected:
 
 
 def _on_ranks(arguments: Sequence[str]) -> int:
-    return launch(_run_script, arguments[1:], int(arguments[0]), [])
+    return launch(_run_script, arguments[1:], int(arguments[0]), PRELOADS.get(Path(arguments[1]).stem, ()))
 
 
 def _run_script(arguments: Sequence[str]) -> int:

@@ -1,0 +1,113 @@
+"""After each update the policy's weights go into the sampler: planned once, carried out each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nla_megatron.errors import ModelsDiffer
+from nla_megatron.parallel.collectives import gather_objects
+from nla_megatron.parallel.world import World
+from nla_megatron.reshard import vllm_load
+from nla_megatron.reshard.carriers import Claim, Plan, Sampler
+from nla_megatron.reshard.execute import Gate, Targets, carry_out, check_finite
+from nla_megatron.reshard.megatron_side import Sources, TrainLayout, claims_of, tensors_of
+from nla_megatron.reshard.plan import check_claims, compile_plan
+from nla_megatron.reshard.vllm_side import Trace, trace
+from nla_megatron.types import ModelShape
+
+STAGING = 256 << 20
+"""Bytes of packed messages on one rank at once."""
+_SAMPLE = 16
+"""Regions of each sampler's that are compared after a load."""
+
+
+def samplers_of(traces: Sequence[Trace], ranks: range) -> list[Sampler]:
+    """Replicas of `len(traces)` ranks each, as vLLM lays them out on `ranks`."""
+    tp = len(traces)
+    return [Sampler(tuple(ranks[number::tp]), found.needs) for number, found in enumerate(traces)]
+
+
+def check_same_model(trainer: ModelShape, sampler: ModelShape) -> None:
+    """Raises ModelsDiffer with the first field in which two shapes differ."""
+    for name, value in vars(trainer).items():
+        if getattr(sampler, name) != value:
+            raise ModelsDiffer(
+                f"{name}={getattr(sampler, name)!r} in the sampler's model", f"{name}={value!r}, as the trainer's",
+                "give the engine the directory that the trainer started from",
+            )  # fmt: skip
+
+
+class Transfer:
+    """A plan between one model's ranks and samplers, and its repeated execution with the checks around it.
+
+    Every method is collective: all ranks of the world call it.
+
+    Raises:
+        OverlappingClaims, UnheldRegion, LayoutError: there is no plan.
+    """
+
+    def __init__(self, model: Any, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING):
+        check_claims(claims)
+        self.sources = Sources(model, world)
+        dtypes = gather_objects({str(tensor.dtype) for tensor in self.sources.parameters.values()}, world)
+        [dtype] = {one for ranks in dtypes for one in ranks}
+        self.claims, self.samplers, self.world = claims, samplers, world
+        self.dtype = dtype.removeprefix("torch.")
+        self.plan: Plan = compile_plan(claims, samplers, world.rank, self.dtype, staging)
+        self.peak = 0
+
+    def run(self, targets: Callable[[Gate], Targets], seed: int) -> Targets:
+        """Move the weights as they are now.
+
+        Raises:
+            NotFinite: before anything is written.
+            ReshardMismatch: a sample of regions differs between the two sides.
+        """
+        check_finite({**self.sources.parameters, **self.sources.adapters}, self.world)
+        gate = Gate(self.claims, self.samplers, self.world.rank, _SAMPLE, seed)
+        gate.left(self.sources)
+        into = targets(gate)
+        self.peak = carry_out(self.plan, self.sources, into, self.world.device, self.sources.adapted)
+        gate.compare(self.world)
+        return into
+
+
+class Resharder:
+    """From a live Megatron model to the vLLM of the same processes.
+
+    Args:
+        llm: an `LLM` whose worker lives in this process, over all ranks: `world.size / tp` replicas.
+        sampler_shape: of the directory that the engine was started with.
+
+    Raises:
+        ModelsDiffer: the two sides are not the same model.
+        OverlappingClaims, UnheldRegion: there is no plan.
+    """
+
+    def __init__(self, model: Any, shape: ModelShape, llm: Any, sampler_shape: ModelShape, world: World,
+                 staging: int = STAGING):  # fmt: skip
+        check_same_model(shape, sampler_shape)
+        self.worker = llm.llm_engine.model_executor.driver_worker.worker
+        config = self.worker.vllm_config
+        tp = config.parallel_config.tensor_parallel_size
+        expert_parallel = config.parallel_config.enable_expert_parallel
+        self.trace = trace(config, tensors_of(shape), world.rank % tp, tp, expert_parallel)
+        everyone = gather_objects(self.trace if world.rank < tp else None, world)
+        traces = [one for one in everyone if one is not None]
+        claims = claims_of(shape, TrainLayout.of(world))
+        self.transfer = Transfer(model, claims, samplers_of(traces, range(world.size)), world, staging)
+        self.loads = 0
+        vllm_load.install(self.worker, self._load)
+
+    def load(self) -> None:
+        """Collective: hand the model's present weights to the sampler. Raises NotFinite, ReshardMismatch."""
+        vllm_load.update(self.worker)
+
+    def _load(self) -> None:
+        self.loads += 1
+        into = self.transfer.run(
+            lambda gate: vllm_load.VllmTargets(self.worker, self.trace, gate.arrived), seed=self.loads
+        )
+        assert isinstance(into, vllm_load.VllmTargets)
+        into.end()

@@ -356,6 +356,10 @@ class RlConfig(TrainingStageConfig):
             raise ConfigError(
                 "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
             )
+        if self.rollout.lora != "merged":
+            raise ConfigError(
+                f"rollout.lora={self.rollout.lora}", "merged", "rl trains all weights, of which there is no adapter"
+            )
         if self.samples_per_prompt < 2:
             raise ConfigError(
                 f"samples_per_prompt={self.samples_per_prompt}",

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from nla_megatron.config.schema import InterventionConfig
 from nla_megatron.errors import LayoutError, VersionError
+from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
 from nla_megatron.rollout.plugin import TESTED, check_version
-from nla_megatron.rollout.requests import as_interventions, check_rollout_layout, encode, shares
+from nla_megatron.rollout.requests import PromptRequest, Terms, as_interventions, check_rollout_layout, encode, shares
 from tests.support.tiny import SHAPE
 
 
@@ -97,6 +98,15 @@ def test_another_intervention_is_another_salt(changed: dict[str, Any]) -> None:
 def test_where_the_prompt_ends_is_part_of_the_salt_if_an_intervention_ends_there() -> None:
     generated = [Intervention(1, where="generated")]
     assert salt(interventions=generated) != salt(interventions=generated, prompt_tokens=10)
+
+
+def test_a_strength_over_training_is_that_of_the_step_and_part_of_the_salt() -> None:
+    fading = Intervention(1, "norm_add", strength=2.0, schedule=Schedule("linear", "training", 1.0, 0.0, 10))
+    terms, request = Terms((fading,), 4, 64), PromptRequest(0, 0, (5, 6, 7), 1, 0)
+    vectors = np.ones((1, 4), dtype=np.float32)
+    asked = [terms.asked([request], 1, lambda rows: vectors, None, step)["0"] for step in (0, 5, 10)]
+    assert [one.strengths for one in asked] == [((2.0,),), ((1.0,),), ((0.0,),)]
+    assert len({one.salt for one in asked}) == 3
 
 
 def test_the_configurations_intervention_is_one_of_many() -> None:

@@ -22,7 +22,8 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 
 @torch.no_grad()
 def token_entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of the next-token distribution in nats, (B, T) fp32; for the logs, so without gradient."""
-    logits = logits_BTV.float() / temperature
+    # Rows that only pad the vocabulary hold the least finite number: below it, 0 times it would be no number.
+    logits = (logits_BTV.float() / temperature).clamp(min=torch.finfo(torch.float32).min)
     group = parallel_state.get_tensor_model_parallel_group()
     top = logits.amax(dim=-1)
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)

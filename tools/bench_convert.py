@@ -1,7 +1,7 @@
 """Measure checkpoint conversion on this machine, in one process: `python tools/bench_convert.py [DIRECTORY]`.
 
 A random model of about 1 GB (Qwen3's shape, bfloat16) is imported and exported, against `cat` copying the files that
-are read to one other file: in turns in the same run, everything read before, the median of five pairs, imports and
+are read to one other file: in turns in the same run, everything read before, the median over pairs, imports and
 start-up left out. The last line is JSON:
 
     import_rate_over_copy           bytes per second of HF -> torch_dist over those of `cat`; at least 0.5. Neither side
@@ -50,7 +50,7 @@ SHAPE = ModelShape(
     head_dim=128, vocab_size=32_000, rope_theta=1e6, norm_eps=1e-6, tied_embeddings=False, qk_norm=True,
     max_positions=4096,
 )  # fmt: skip
-REPEATS = 5
+REPEATS, REPEATS_ON_DISK = 9, 4
 
 
 def make_model(directory: Path) -> list[TensorSpec]:
@@ -126,13 +126,19 @@ def measure(scratch: Path, world: World) -> dict[str, float | bool]:
     exact = same(hf, back)
     sources = {"import": sorted(hf.glob("*.safetensors")), "export": sorted((mcore / "weights").glob("*.distcp"))}
     times: dict[tuple[str, bool], list[float]] = defaultdict(list)
-    for durable in (False, True) * REPEATS:
-        shutil.rmtree(back)
-        times["copy export", durable].append(copying(sources["export"], scratch / "copy", durable))
-        times["export", durable].append(seconds(lambda: exporting(durable)))  # noqa: B023
-        shutil.rmtree(mcore)
-        times["copy import", durable].append(copying(sources["import"], scratch / "copy", durable))
-        times["import", durable].append(seconds(lambda: importing(durable)))  # noqa: B023
+    for number, durable in enumerate([False] * REPEATS + [True] * REPEATS_ON_DISK):
+        for name, made, work in (("export", back, exporting), ("import", mcore, importing)):
+            shutil.rmtree(made)
+
+            def copy(name: str = name, durable: bool = durable) -> float:
+                return copying(sources[name], scratch / "copy", durable)
+
+            def convert(work: Callable[[bool], None] = work, durable: bool = durable) -> float:
+                return seconds(lambda: work(durable))
+
+            # Who goes first finds another state of the machine's memory: they take turns.
+            for kind, run in sorted([("copy ", copy), ("", convert)], reverse=bool(number % 2)):
+                times[kind + name, durable].append(run())
     size = sum(spec.nbytes for spec in specs)
     median = {key: statistics.median(values) for key, values in times.items()}
     for (name, durable), value in sorted(median.items(), key=lambda one: one[0][::-1]):

@@ -218,9 +218,9 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--requests", type=int, default=256, help="as many vectors")
     each.add_argument("--prompt-tokens", type=int, default=48)
     each.add_argument("--new-tokens", type=int, default=32)
-    each.add_argument("--groups", type=int, default=4, help="groups of 8 for the prefix cache")
+    each.add_argument("--groups", type=int, default=2, help="groups of 8 for the prefix cache")
     each.add_argument(
-        "--repeats", type=int, default=7, help="pairs of runs; half as many of the prefix cache, whose effect is large"
+        "--repeats", type=int, default=11, help="pairs of runs; half as many of the prefix cache, whose effect is large"
     )
     each.add_argument("--layers", type=int, default=6)
     each.add_argument("--width", type=int, default=256)

@@ -481,8 +481,8 @@ class AdoptConfig(StageConfig):
     checkpoint: str = MISSING
     """A whole AV or AR, or an adapter of one."""
     out: str = MISSING
-    """The adopted directory; it must not exist yet. `rl` and `eval` take it where its injection is at a block's output,
-    as in their table."""
+    """The adopted directory; it must not exist yet. `rl` and `eval` take it where its injection is that of their
+    table."""
     base: str | None = None
     """The whole model that an adapter was trained on."""
     sidecar: str | None = None

@@ -67,25 +67,7 @@ class Formula:
         return cls(change, lambda stream, vectors, strength: stream.float() + change(stream, vectors, strength))
 
 
-MODES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"norm_add": norm_add, "add": add, "replace": replace}
 FORMULAS = {"norm_add": Formula(_norm_add, norm_add), "add": Formula(_add, add), "replace": Formula(_replace, replace)}
-
-
-def intervene(method: str, stream_ND: Tensor, vectors_ND: Tensor, scale: float) -> Tensor:
-    """The stream after the intervention, in the stream's dtype.
-
-    Args:
-        method: a key of `MODES`.
-        stream_ND: the full residual stream at the positions, (N, D).
-        vectors_ND: one activation per position, (N, D), raw.
-        scale: alpha, or the norm for `replace`.
-    """
-    return MODES[method](stream_ND, vectors_ND, scale).to(stream_ND.dtype)
-
-
-def delta(method: str, stream_ND: Tensor, vectors_ND: Tensor, scale: float) -> Tensor:
-    """What the intervention adds to the stream, for engines that keep the stream as a sum of two tensors."""
-    return (MODES[method](stream_ND, vectors_ND, scale) - stream_ND.float()).to(stream_ND.dtype)
 
 
 @dataclass(frozen=True)

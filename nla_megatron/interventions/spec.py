@@ -166,10 +166,10 @@ class Intervention:
         return self.schedule.factors() if self.schedule.over == "decode" else (1.0,)
 
     @classmethod
-    def recorded(cls, method: str, layer: int, scale: float | None) -> Intervention:
-        """The one that a sidecar or a configuration describes; without a scale it is 1."""
+    def recorded(cls, method: str, layer: int, scale: float) -> Intervention:
+        """The one that a sidecar or a configuration describes."""
         place = EMBEDDING if layer == TOKEN_EMBEDDING else layer
-        return cls(place, method, strength=1.0 if scale is None else scale)
+        return cls(place, method, strength=scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for another process."""

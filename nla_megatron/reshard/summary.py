@@ -12,6 +12,7 @@ from typing import Any
 from nla_megatron.config.schema import ParallelConfig, PlanConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.reshard.carriers import Sampler
 from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan, world_bytes
@@ -123,13 +124,12 @@ def check(config: PlanConfig, world_size: int) -> None:
     if not config.hf:
         raise ConfigError("no hf=", "a directory with a config.json", "add hf=...")
     read_shape(config.hf)
-    layout = layout_of(config.parallel)
-    size = len(layout.ranks)
-    if size % config.rollout_tp or (layout.tp * layout.dp) % (layout.etp * layout.ep):
+    size = len(layout_of(config.parallel).ranks)
+    data_parallel_size(config.parallel, size)
+    if size % config.rollout_tp:
         raise LayoutError(
-            f"rollout_tp={config.rollout_tp}, ep {layout.ep} x etp {layout.etp} on {size} ranks",
-            "sizes that divide the ranks of a stage and of the world", "change rollout_tp or parallel",
-        )  # fmt: skip
+            f"rollout_tp={config.rollout_tp} on {size} ranks", f"a divisor of {size}", "change rollout_tp or parallel"
+        )
 
 
 def run(config: PlanConfig) -> None:

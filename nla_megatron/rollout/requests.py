@@ -59,7 +59,7 @@ def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Interv
         return (wanted,)
     if isinstance(wanted, Sequence):
         return tuple(wanted)
-    return (Intervention(wanted.layer, wanted.method, strength=wanted.scale),)
+    return (Intervention.recorded(wanted.method, wanted.layer, wanted.scale),)
 
 
 def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:

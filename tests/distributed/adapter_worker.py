@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.conversion.merge import merge
 from nla_megatron.conversion.peft import adapter_config, adapter_exporter, load_adapter
 from nla_megatron.conversion.peft_format import WEIGHTS, read_peft_config
-from nla_megatron.errors import NlaError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects
@@ -30,6 +29,8 @@ from nla_megatron.parallel.world import World, initialise
 from nla_megatron.rollout.engine import Engine, PromptRequest
 from nla_megatron.types import Rollout
 from tests.support import hooked
+from tests.support.adapters import peft_adapter
+from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
 POSITION, EOS, GROUPS = 4, 2, 4
@@ -47,19 +48,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def make_sources(scratch: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     tiny_model(scratch / "base", num_layers=3)
     for name, options in ADAPTERS.items():
-        torch.manual_seed(len(name))
-        source = AutoModelForCausalLM.from_pretrained(scratch / "base", dtype=torch.float32)
-        model = get_peft_model(source, LoraConfig(task_type="CAUSAL_LM", **options))
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.1)
-        model.save_pretrained(scratch / name)
+        peft_adapter(scratch / "base", scratch / name, options, seed=len(name))
     merge(scratch / "base", scratch / "first", scratch / "first_merged")
 
 
@@ -79,14 +70,6 @@ def noisy(model: torch.nn.Module, scale: float) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def named(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except NlaError as error:
-        return f"{type(error).__name__}: {error.found}"
-    return "no error"
 
 
 class Bench:

@@ -18,7 +18,6 @@ import torch
 
 from nla_megatron.config.schema import ParallelConfig, RolloutConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import NlaError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
@@ -27,6 +26,7 @@ from nla_megatron.parallel.world import initialise
 from nla_megatron.rollout.engine import Engine, PromptRequest
 from nla_megatron.types import Rollout
 from tests.support import hooked
+from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
 MARKER, LEFT, RIGHT, POSITION, SAMPLES = 40, 22, 31, 4, 2
@@ -76,14 +76,6 @@ def by_hand(request: PromptRequest, v: torch.Tensor, sae: hooked.PlainSae, w: to
     ]
     # Those of one layer in the engine's order: a later hook of transformers sees what an earlier one returned.
     return [change for number, change in enumerate(every) if request.only is None or number in request.only]
-
-
-def named(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except NlaError as error:
-        return f"{type(error).__name__}: {error.found}"
-    return "no error"
 
 
 class Bench:

@@ -19,7 +19,6 @@ from torch import Tensor
 from nla_megatron.config.schema import OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import Exporter, load_from_hf
-from nla_megatron.errors import NlaError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
@@ -34,6 +33,7 @@ from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from tests.support import hooked
+from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
 LAYOUTS = {
@@ -219,14 +219,6 @@ def compare(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[list[Tensor],
         "logprob": max(float((a - b).abs().max()) for a, b in zip(rows, wanted[0], strict=True)),
         "gradient": worst[where], "where": where, "unexpected": missing, "compared": len(worst),
     }  # fmt: skip
-
-
-def named(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except NlaError as error:
-        return f"{type(error).__name__}: {error.found}"
-    return "no error"
 
 
 def faults(directory: Path, scratch: Path, world: World, reference: Reference) -> dict[str, str]:

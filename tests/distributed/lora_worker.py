@@ -34,6 +34,7 @@ from nla_megatron.parallel.world import World, initialise
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import Microbatch
+from tests.support.adapters import peft_adapter
 from tests.support.families import family_model
 from tests.support.tiny import tiny_model
 
@@ -68,17 +69,7 @@ def make_sources(scratch: Path) -> None:
 
 
 def make_adapter(scratch: Path, base: str, name: str, options: dict[str, Any]) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    source = AutoModelForCausalLM.from_pretrained(scratch / base, dtype=torch.float32)
-    model = get_peft_model(source, LoraConfig(task_type="CAUSAL_LM", **options))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(scratch / name)
+    peft_adapter(scratch / base, scratch / name, options, seed=1)
     merge(scratch / base, scratch / name, scratch / f"{name}_merged")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nla_megatron.interventions.maths import MODES, add, check_vectors, delta, intervene, norm_add, replace
+from nla_megatron.interventions.maths import FORMULAS, add, check_vectors, norm_add, replace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STREAM, VECTOR = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, -10.0]])
@@ -27,6 +27,16 @@ def draw(n: int, d: int, seed: int, size: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     stream_ND, vectors_ND = torch.randn(2, n, d, generator=generator) + 0.01
     return stream_ND, vectors_ND * size * torch.arange(1, n + 1)[:, None]
+
+
+def intervene(method: str, stream_ND: Tensor, vectors_ND: Tensor, scale: float) -> Tensor:
+    """The stream afterwards, in its dtype."""
+    return FORMULAS[method].whole(stream_ND, vectors_ND, torch.tensor(scale)).to(stream_ND.dtype)
+
+
+def delta(method: str, stream_ND: Tensor, vectors_ND: Tensor, scale: float) -> Tensor:
+    """What is added to it."""
+    return FORMULAS[method].change(stream_ND, vectors_ND, torch.tensor(scale)).to(stream_ND.dtype)
 
 
 def norms(x_ND: Tensor) -> Tensor:
@@ -49,7 +59,7 @@ def test_each_mode_by_hand(method: str, scale: float, by_hand: list[float]) -> N
 
 
 def test_every_mode_has_a_hand_calculation() -> None:
-    assert set(MODES) == {"norm_add", "add", "replace"}
+    assert set(FORMULAS) == {"norm_add", "add", "replace"}
 
 
 @cases
@@ -84,7 +94,7 @@ def test_add_is_linear_in_the_raw_vector(n: int, d: int, seed: int, scale: float
 
 
 @cases
-@pytest.mark.parametrize("method", list(MODES))
+@pytest.mark.parametrize("method", list(FORMULAS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stream_plus_delta_is_the_intervention(
     dtype: torch.dtype, method: str, n: int, d: int, seed: int, scale: float, size: float
@@ -104,7 +114,7 @@ def test_only_the_vectors_direction_counts_where_the_size_is_given(method: str) 
     assert torch.equal(intervene(method, STREAM, VECTOR, 2.0), intervene(method, STREAM, VECTOR * 8, 2.0))
 
 
-@pytest.mark.parametrize("method", list(MODES))
+@pytest.mark.parametrize("method", list(FORMULAS))
 def test_rows_do_not_mix(method: str) -> None:
     stream_ND, vectors_ND = draw(4, 8, 0, 3.0)
     together = intervene(method, stream_ND, vectors_ND, 1.5)
@@ -112,7 +122,7 @@ def test_rows_do_not_mix(method: str) -> None:
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("method", list(MODES))
+@pytest.mark.parametrize("method", list(FORMULAS))
 def test_gradients_reach_the_stream_unless_it_is_replaced(method: str) -> None:
     stream_ND = STREAM.clone().requires_grad_()
     out = intervene(method, stream_ND, VECTOR, 1.0).sum() + 0 * stream_ND.sum()

@@ -9,17 +9,37 @@ from torch import Tensor
 
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.errors import ConfigError
-from nla_megatron.types import Credit
+from nla_megatron.types import Credit, Needs, PolicyTokens, Sampled
 
 
 class Algorithm(Protocol):
-    """What the training loop asks of an algorithm."""
+    """What the training loop asks of an algorithm. Legend: N rollouts of a step, B rows of a microbatch, T tokens.
 
-    def credit(self, rewards_N: Tensor, groups_N: Tensor) -> Credit: ...
+    A step is: `credit` once; for every minibatch of every epoch `token_weights` over its rows, and per microbatch the
+    loss `(token_loss * token_weights).sum()`; with `needs.values` also `value_loss` under the same weights.
+    """
 
-    def token_loss(
-        self, logprobs_BT: Tensor, old_BT: Tensor, reference_BT: Tensor | None, advantages_B: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    needs: Needs
+
+    def credit(self, sampled: Sampled) -> Credit:
+        """Advantages per token from a step's rewards."""
+
+    def token_weights(self, mask_NT: Tensor) -> Tensor:
+        """How much each token counts in the loss of one optimizer step, (N, T); how losses are averaged."""
+
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per token (B, T) with gradient, and statistics per token (B, T), which are averaged over tokens."""
+
+    def value_loss(self, values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss per token and statistics, where `needs.values`."""
+
+    def uninformative(self, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
+        """(N,) bool: rollouts of prompts to be replaced by other prompts' (dynamic sampling); all False where none."""
+
+    def state(self) -> dict[str, float]:
+        """What must survive a resume, such as a moving average of rewards; numbers alone."""
+
+    def load_state(self, state: dict[str, float]) -> None: ...
 
 
 _ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {}

@@ -213,6 +213,14 @@ class ProviderConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What is asked of the policy in RL, and the task's own options."""
+
+    name: str = "nla"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """What every stage has."""
 
@@ -333,11 +341,17 @@ class SftConfig(TrainingStageConfig):
 
 @dataclass(frozen=True)
 class RlConfig(TrainingStageConfig):
-    """On-policy training of AV and AR. `batch_size` is prompts per step, `optim` the AV's."""
+    """On-policy training of a policy on a task. `batch_size` is prompts per step, `optim` the policy's."""
 
-    av: str = MISSING
-    ar: str = MISSING
-    data: str = MISSING
+    task: TaskConfig = field(default_factory=TaskConfig)
+    av: str = ""
+    """The policy of the task `nla`."""
+    ar: str = ""
+    """Who reads the AV's text, in the task `nla`."""
+    model: str = ""
+    """The policy of every other task: a Hugging Face directory."""
+    data: str = ""
+    """The task's table."""
     held_out: str | None = None
     eval_every: int = 0
     eval_rows: int = 128

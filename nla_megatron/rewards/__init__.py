@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
-
 from nla_megatron.config.schema import RewardConfig
 from nla_megatron.errors import ConfigError
+from nla_megatron.types import Measured, Scores
 
 
 class Reward(Protocol):
-    """(squared error per rollout (N,), failed (N,) bool) -> reward per rollout (N,)."""
+    """From a step's measurements to rewards; `step` is the trainer's, 0-based, for schedules.
 
-    def __call__(self, mse_N: Tensor, failed_N: Tensor) -> Tensor: ...
+    `state` and `load_state`: what must survive a resume, such as a moving average; numbers alone.
+    """
+
+    def __call__(self, measured: Measured, step: int) -> Scores: ...
+
+    def state(self) -> dict[str, float]: ...
+
+    def load_state(self, state: dict[str, float]) -> None: ...
 
 
 _REWARDS: dict[str, Callable[[RewardConfig], Reward]] = {}

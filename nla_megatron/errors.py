@@ -111,6 +111,10 @@ class RolloutError(RunError):
     """Ranks disagree about the rollouts, or the sampler and the trainer disagree about their log-probs."""
 
 
+class RewardError(RunError):
+    """A reward that is not one finite number per rollout, or that reads what the task does not measure."""
+
+
 class NotFinite(RunError):
     """A weight is NaN or infinite; nothing of it was handed over."""
 

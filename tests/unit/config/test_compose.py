@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,8 @@ def test_every_option_composes_where_its_group_is_used(group: str, option: str) 
     config = compose(users[0], [*required(users[0]), f"{group}={option}"])
     block = config if hasattr(config, next(iter(text))) else getattr(config, group)
     for key, value in text.items():
+        # `${key}` stands for another key of the configuration.
+        value = json.loads(re.sub(r'"\$\{([\w.]+)\}"', lambda m: repr(attrgetter(m[1])(config)), json.dumps(value)))
         assert getattr(block, key) == value, f"{group}={option} loses {key} in {users[0]}"
 
 
@@ -132,7 +137,7 @@ def test_what_the_schema_does_not_know_is_refused_by_name(override: str, named: 
         ("parallel.tp=0", "parallel.tp=0", "at least 1"),
         ("parallel.dp=0", "parallel.dp=0", "at least 1"),
         ("algorithm.minibatches=0", "algorithm.minibatches=0", "at least 1"),
-        ("reward.transform=square", "reward.transform='square'", "one of negative, log, exp, bounded"),
+        ("reward.product=length", "reward.product='length'", "one of correctness_length, correctness_length_format"),
         ("rollout.temperature=0", "rollout.temperature=0", "a temperature above 0"),
         ("rollout.temperature=-1", "rollout.temperature=-1.0", "0 (greedy) or above"),
         ("logger.wandb_mode=on", "logger.wandb_mode='on'", "one of offline, online, disabled"),

@@ -131,10 +131,24 @@ class AlgorithmConfig:
     """Bound on the log-ratio inside k3: one outlier token cannot dominate a step."""
     normalise_std: bool = True
     minibatches: int = 1
-    """Optimizer steps per rollout batch; above 1 the clipped ratio starts to matter."""
+    """Optimizer steps per pass over a rollout batch; above 1 the clipped ratio starts to matter."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    dynamic_sampling: int = 1
+    """Rounds of sampling a step may take to replace prompts whose rewards say nothing; 1 keeps what was drawn."""
+    reference: str = "initial"
+    """What the KL compares with: the policy as the stage started (initial), or its moving average (ema)."""
+    reference_decay: float = 0.99
+    """How much of the moving average each step leaves."""
 
     def __post_init__(self) -> None:
-        _at_least("algorithm.minibatches", self.minibatches, 1)
+        for key in ("minibatches", "epochs", "dynamic_sampling"):
+            _at_least(f"algorithm.{key}", getattr(self, key), 1)
+        _one_of("algorithm.reference", self.reference, ("initial", "ema"))
+        if not 0 <= self.reference_decay < 1:
+            raise ConfigError(
+                f"algorithm.reference_decay={self.reference_decay}", "0 or more, below 1", "set the decay"
+            )
         _at_least("algorithm.kl_coef", self.kl_coef, 0.0)
 
 
@@ -359,6 +373,8 @@ class RlConfig(TrainingStageConfig):
     ar_optim: OptimConfig = field(default_factory=OptimConfig)
     ar_updates: int = 1
     """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
+    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Of the value model, where the algorithm has one."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

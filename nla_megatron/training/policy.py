@@ -18,7 +18,7 @@ from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
 from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.module import TrainModule, Update
-from nla_megatron.training.policy_loss import VALUE_STATISTICS, policy_loss, statistics_of, token_values, value_loss
+from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.training.sampling import Scored
 from nla_megatron.training.sides.base import Side
 from nla_megatron.types import Credit, Rollout, RolloutBatch, Sampled
@@ -78,8 +78,8 @@ class PolicyLearning:
 
     def _update_policy(self, batch: Batch, number: int) -> Update:
         total = float(batch.fields["mask"].sum())
-        loss = policy_loss(self.algorithm, total, self.config.rollout.temperature)
-        return self.side.policy.update(batch, loss, statistics_of(self.algorithm), number, check=self._check_gap)
+        loss = policy_loss(self.algorithm, self.config.rollout.temperature, total)
+        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=self._check_gap)
 
     def _update_critic(
         self, rollouts: list[Rollout], sampled: Sampled, credit: Credit, weights: Tensor, chosen: list[int], number: int
@@ -88,7 +88,7 @@ class PolicyLearning:
         fields = {"old_values": sampled.values[chosen], "returns": credit.returns[chosen], "token_weights": weights}
         batch = self.side.batch(rollouts, number, fields)
         loss = value_loss(self.algorithm, float(batch.fields["mask"].sum()))
-        return self.critic.update(batch, loss, VALUE_STATISTICS, number)
+        return self.critic.update(batch, loss, value_statistics(self.algorithm), number)
 
     def _minibatches(self, groups_N: Tensor, number: int) -> list[list[int]]:
         """Rollouts of each optimizer step; later epochs go through the groups in an order of their own."""

@@ -48,12 +48,12 @@ class Sampling:
         self.recorder = RolloutRecorder(config, world)
 
     def step(self, number: int, clock: PhaseClock) -> Scored:
-        """Sample until every prompt tells something, for at most `algorithm.dynamic_sampling` rounds."""
+        """Sample until every prompt tells something, for at most `algorithm.dynamic_sampling` rounds more."""
         recorded = self.recorder.replayed(number)
         if recorded is not None:
             return self._replayed(number, clock, recorded)
         found = self._round(number, 0, clock)
-        for again in range(1, self.config.algorithm.dynamic_sampling):
+        for again in range(1, 1 + self.config.algorithm.dynamic_sampling):
             if not bool(self.algorithm.uninformative(found.scores.rewards, found.batch.groups).any()):
                 break
             found = refilled(found, self._round(number, again, clock), self.algorithm)

@@ -16,7 +16,7 @@ from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
-from nla_megatron.tasks.nla import response_logprobs
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.training.sampling import Scored

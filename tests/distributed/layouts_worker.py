@@ -20,12 +20,13 @@ from nla_megatron.conversion.live import Exporter, load_from_hf
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.interventions import intervene
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
-from nla_megatron.tasks.nla import response_logprobs, squared_error
+from nla_megatron.tasks.nla import squared_error
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy

@@ -116,7 +116,7 @@ class RewardError(RunError):
 
 
 class NotFinite(RunError):
-    """A weight is NaN or infinite; nothing of it was handed over."""
+    """A weight or a reward is NaN or infinite; nothing of it was handed over."""
 
 
 class ReshardMismatch(RunError):

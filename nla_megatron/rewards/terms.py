@@ -84,7 +84,7 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 def registered() -> Mapping[str, type[Term]]:
     """Every term that comes with the package, by name."""
     # Inside, because these modules import the names above.
-    from nla_megatron.rewards import length, outcome, reconstruction  # noqa: F401
+    from nla_megatron.rewards import judge, length, lexical, outcome, reconstruction, utilisation  # noqa: F401
 
     return _TERMS
 

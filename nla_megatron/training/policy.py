@@ -49,7 +49,9 @@ class PolicyLearning:
             with self.side.reference():
                 reference = self.side.policy.rows(batch, collect, batch.longest)
         if self.critic is not None:
-            values = self.critic.rows(batch, token_values, batch.longest)
+            from nla_megatron.models.critic import response_values
+
+            values = self.critic.rows(batch, response_values, batch.longest)
         return Sampled(
             rewards=scored.scores.rewards,
             groups=scored.batch.groups,

@@ -15,7 +15,7 @@ from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import LayoutError
 from nla_megatron.models.builder import check_layout
-from nla_megatron.models.critic import load_critic
+from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
@@ -71,12 +71,7 @@ class RlTrainer:
         self.side = side = make_side(config, world)
         self.algorithm = make_algorithm(config.algorithm)
         self.reward = make_reward(config.reward, side.n_rows / config.batch_size, side.n_rows, self._once)
-        self.critic: TrainModule | None = None
-        if self.algorithm.needs.values:
-            critic = load_critic(side.directory, side.shape, side.interventions, world, config.dtype)
-            self.critic = TrainModule(
-                critic, world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype
-            )
+        self.critic = self._critic() if self.algorithm.needs.values else None
         self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
         self.engine = Engine(
             side.directory, side.shape, config.rollout, side.interventions, world,
@@ -111,6 +106,15 @@ class RlTrainer:
             with clock.phase("eval"):
                 scalars |= self.side.evaluate(self.engine, number)
         return {**scalars, **clock.seconds}
+
+    def _critic(self) -> TrainModule:
+        """It starts from the policy's blocks, and reads what the policy reads."""
+        from nla_megatron.conversion.live import load_critic
+
+        config, side = self.config, self.side
+        model = load_critic(side.directory, side.shape, self.world, config.dtype)
+        intervene(model, side.interventions)
+        return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
 
     def _once(self, scores: Callable[[], Scores]) -> Scores:
         """Another program is asked by one rank alone: it may answer each differently."""

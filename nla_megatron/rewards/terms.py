@@ -142,10 +142,10 @@ class FunctionTerm(Term):
         self.name, self.once = path, bool(getattr(function, "once", False))
         try:
             inspect.signature(function).bind(None, **self.given)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # other arguments; or a built-in function that does not tell its own
             raise ConfigError(
                 f"{key}.term={path!r} cannot be called with what was measured and {key}.options: {error}",
-                f"arguments of {function.__name__}{inspect.signature(function)}",
+                "a function of what was measured, and of the options by name",
                 f"correct {key}.options",
             ) from None
 

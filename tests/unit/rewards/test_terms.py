@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nla_megatron.config.compose import compose, conf_dir
 from nla_megatron.config.schema import RewardConfig
 from nla_megatron.errors import ConfigError, RewardError
+from nla_megatron.messages import API_KEY_VARIABLE
 from nla_megatron.rewards import Term, make_reward, register
 from nla_megatron.rewards.terms import registered
 from nla_megatron.types import Measured, Scores
@@ -183,6 +185,7 @@ class TestImportPath:
             ("own_rewards:", "own_rewards:"),
             ("own rewards:Mine", "an import path such as"),
             ("own_rewards:NUMBER", "which is 3"),
+            ("builtins:max", "cannot be called"),
             ("own_rewards:Other", "which is <class 'own_rewards.Other'>"),
         ],
     )
@@ -266,3 +269,16 @@ def test_the_state_of_each_term_is_kept_under_its_label() -> None:
     second = Composed(config, {"a": Counter(CountOptions()), "b": Counter(CountOptions())})
     second.load_state(first.state())
     assert second(SEEN, 0).rewards.tolist() == [2.0 + 12.0] * 3
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "reward").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_reward_that_is_shipped_can_be_made(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key in the environment and the one file that a term reads; on values of every name that terms may need."""
+    monkeypatch.setenv(API_KEY_VARIABLE, "test-key")
+    (tmp_path / "zero_shot.jsonl").write_text('{"row": 0, "correct": 1}')
+    file = [f"reward.terms.utilisation.options.file={tmp_path}/zero_shot.jsonl"] * (path.stem == "token_utilisation")
+    config = compose("rl", ["out=x", "data=y", f"reward={path.stem}", *file])
+    reward = make_reward(config.reward, rows=1)
+    if not any(term.once for term in reward.terms.values()):
+        values = {name: [1.0, 0.0] for names in reward.needs.values() for name in names}
+        assert len(reward(measured(["a", None], **values), 0).rewards) == 2

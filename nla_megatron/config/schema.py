@@ -277,9 +277,9 @@ class RewardConfig:
     terms: dict[str, Any] = field(default_factory=dict)
     """By label, each a RewardTermConfig; the labels `correctness`, `length` and `format` have a role below."""
     composition: str = "additive"
-    """additive: the weighted sum. weighted_length_penalty: the length counts only in so far as the answer is right."""
+    """`additive`: the weighted sum. `weighted_length_penalty`: the length counts only where the answer is right."""
     product: str = "correctness_length"
-    """What the length is multiplied by in weighted_length_penalty: correctness, or correctness and format."""
+    """What the length is multiplied by in `weighted_length_penalty`: correctness, or correctness and format."""
     strict_format_gate: bool = False
     """A response whose term `format` is 0 gets `non_strict_penalty` in the place of everything else."""
     non_strict_penalty: float = -1.0

@@ -131,6 +131,10 @@ class TextTask(ABC):
         """What an evaluation reports: numbers, and tables of them."""
 
     @abstractmethod
+    def main(self, measured: Measured) -> tuple[str, Tensor]:
+        """The figure that stands for the task, by its name in `figures`, and its value for each response (N,)."""
+
+    @abstractmethod
     def example(self, measured: Measured, index: int) -> dict[str, Any]:
         """One response with its prompt and everything measured of it, as JSON has it."""
 

@@ -99,9 +99,9 @@ class TestSchedule:
         assert self.weights(6, 5 / 2, change_at=2, change_by="epoch") == [1, 1, 1, 1, 1, 3]
 
     def test_a_step_that_begins_an_epoch_belongs_to_it(self) -> None:
-        for steps in range(1, 60):
-            found = self.weights(2 * steps + 1, (7 * steps) / 7, change_at=2, change_by="epoch")
-            assert found == [1] * (2 * steps) + [3]
+        """7 rows in steps of 3: step 35 begins at row 105 = 15 · 7, but 35 / (7 / 3) is a little less than 15."""
+        assert int(35 / (7 / 3)) == 14
+        assert self.weights(36, 7 / 3, change_at=15, change_by="epoch") == [1] * 35 + [3]
 
     def test_both_weights_of_the_product_change(self) -> None:
         """The two-stage run: first correctness alone, then length too."""

@@ -61,6 +61,8 @@ class LexicalTask(TextTask):
     Measured: `texts` are the responses, None for blank ones; `values` are `words` and `unique_words`.
     """
 
+    measures = ("words", "unique_words")
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: LexicalOptions, prompts: Sequence[str]):
         super().__init__(tokenizer, bind(PromptStyle, options.prompt, f"{_OPTIONS}.prompt"))
         self.prompts = tuple(prompts)

@@ -96,6 +96,8 @@ class TextTask(ABC):
     """
 
     name: ClassVar[str] = ""
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of the values that `measure` gives."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, style: PromptStyle):
         self.tokenizer, self.style = tokenizer, style

@@ -14,7 +14,7 @@ from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
-from nla_megatron.errors import LayoutError
+from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import broadcast_object
@@ -46,7 +46,14 @@ def check(config: RlConfig, world_size: int) -> None:
             f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
         )  # fmt: skip
     check_algorithm(config.algorithm, config.samples_per_prompt)
-    make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
+    reward = make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
+    for label, names in reward.needs.items():
+        if missing := sorted(set(names) - set(prompts.values)):
+            raise ConfigError(
+                f"the reward term {label!r} reads {', '.join(missing)}, and task={config.task.name} does not measure it",
+                f"a term that reads some of {', '.join(prompts.values)}",
+                "choose another reward=, or another task=",
+            )
     check_run_directory("rl", config)
 
 

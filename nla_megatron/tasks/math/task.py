@@ -77,6 +77,8 @@ class MathTask(TextTask):
     has `references_unreadable`, how many problems were left out for their reference.
     """
 
+    measures = ("correct", "format", "answer_found", "thinking_tokens")
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: MathOptions, problems: Mixture):
         style = bind(PromptStyle, {**DEFAULT_PROMPT, **options.prompt}, f"{_OPTIONS}.prompt")
         super().__init__(tokenizer, style)

@@ -24,10 +24,12 @@ from nla_megatron.types import Measured, ModelShape, Rollout, RolloutBatch
 
 @dataclass(frozen=True)
 class Prompts:
-    """What there is to draw from: how many rows, and the longest of their prompts in tokens."""
+    """What there is to draw from: how many rows, the longest of their prompts in tokens, and what is measured."""
 
     rows: int
     longest: int
+    values: tuple[str, ...]
+    """Names of `Measured.values`."""
 
 
 class Policy(Stateful, Protocol):

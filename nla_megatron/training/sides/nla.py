@@ -70,7 +70,7 @@ class NlaSide:
             )
         if config.held_out is not None:
             NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
-        return Prompts(task.table.n_rows, len(task.prompt_ids))
+        return Prompts(task.table.n_rows, len(task.prompt_ids), ("mse", "d_model"))
 
     def reference(self) -> AbstractContextManager[None]:
         assert self.kept is not None
@@ -86,7 +86,8 @@ class NlaSide:
     def measure(self, batch: RolloutBatch, step: int) -> Measured:
         texts = explanations_of(batch.rollouts)
         mse_N, _ = self.task.score(self.ar.rows, batch.rows, texts)
-        return Measured(batch.rollouts, tuple(texts), {"mse": mse_N})
+        width_N = torch.full_like(mse_N, self.task.table.d_model)
+        return Measured(batch.rollouts, tuple(texts), {"mse": mse_N, "d_model": width_N})
 
     def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
         """The AR's optimizer steps, over the explanations in as many minibatches."""

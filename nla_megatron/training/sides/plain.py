@@ -99,7 +99,7 @@ class PlainSide:
             )  # fmt: skip
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
-        return Prompts(task.rows, longest)
+        return Prompts(task.rows, longest, task.measures)
 
     def reference(self) -> AbstractContextManager[None]:
         assert self.kept is not None, "the algorithm asked for no reference"

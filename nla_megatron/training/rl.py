@@ -50,7 +50,7 @@ def check(config: RlConfig, world_size: int) -> None:
     for label, names in reward.needs.items():
         if missing := sorted(set(names) - set(prompts.values)):
             raise ConfigError(
-                f"the reward term {label!r} reads {', '.join(missing)}, and task={config.task.name} does not measure it",
+                f"reward term {label!r} reads {', '.join(missing)}, which task={config.task.name} does not measure",
                 f"a term that reads some of {', '.join(prompts.values)}",
                 "choose another reward=, or another task=",
             )

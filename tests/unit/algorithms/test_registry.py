@@ -15,7 +15,7 @@ from nla_megatron.errors import ConfigError
 from tests.support.sampled import per_rollout, sampled
 
 PRESETS = sorted(path.stem for path in (conf_dir() / "algorithm").glob("*.yaml"))
-SINGLE = {"reinforce", "reinforce_mean", "reinforce_ema", "scst", "reinforce_pp", "ppo"}
+SINGLE = {"actor_critic", "reinforce", "reinforce_mean", "reinforce_ema", "scst", "reinforce_pp", "ppo"}
 
 
 def preset(name: str) -> AlgorithmConfig:

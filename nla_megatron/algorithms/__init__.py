@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -60,15 +61,33 @@ def register(name: str) -> Callable[[Callable[[AlgorithmConfig], Algorithm]], Ca
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """Raises ConfigError for an unknown name, or options that this algorithm does not have."""
+    """The algorithm of that name, or of the class that `package.module:Class` names.
+
+    Raises:
+        ConfigError: an unknown name, a class that cannot be imported, or options that this algorithm does not have.
+    """
     # Each registers itself.
     from nla_megatron.algorithms import cispo, grpo, gspo, ppo, reinforce, reinforce_pp, rloo  # noqa: F401
 
+    if ":" in config.name:
+        return _imported(config.name)(config)
     if config.name not in _ALGORITHMS:
         raise ConfigError(
-            f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}", "set algorithm.name="
-        )
+            f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}, or package.module:Class",
+            "set algorithm.name=",
+        )  # fmt: skip
     return _ALGORITHMS[config.name](config)
+
+
+def _imported(path: str) -> Callable[[AlgorithmConfig], Algorithm]:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"algorithm.name={path!r}: {error}", "package.module:Class, on Python's path",
+            "correct algorithm.name=, or add the folder of the package to PYTHONPATH",
+        ) from error  # fmt: skip
 
 
 def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:

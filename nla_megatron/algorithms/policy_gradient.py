@@ -28,6 +28,8 @@ class PolicyGradient:
     """What `algorithm.baseline` may be, the default first."""
     least_samples = 1
     """Samples of a prompt below which the algorithm has nothing to compare."""
+    options: tuple[str, ...] = ()
+    """Keys of `algorithm.options` that it reads."""
 
     def __init__(self, config: AlgorithmConfig):
         if config.baseline is not None and config.baseline not in self.baselines:
@@ -36,6 +38,11 @@ class PolicyGradient:
                 f"one of {', '.join(self.baselines)}" if self.baselines else "none: its baseline is not chosen",
                 "drop algorithm.baseline=, or choose another algorithm=",
             )
+        if unknown := sorted(set(config.options) - set(self.options)):
+            raise ConfigError(
+                f"algorithm.options.{unknown[0]} with algorithm.name={config.name}",
+                f"one of {', '.join(self.options)}" if self.options else "no options", f"drop {unknown[0]}",
+            )  # fmt: skip
         self.config = config
         self.baseline = config.baseline or next(iter(self.baselines), "")
         self.needs = self.wanted()

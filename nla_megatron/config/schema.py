@@ -143,39 +143,37 @@ class AlgorithmConfig:
     ema_decay: float = 0.9
     """What `baseline: ema` keeps of its average in each step."""
     clip_low: float = 0.2
-    """The ratio of new and old policy is bounded from below by 1 - clip_low,"""
+    """The ratio of the policy to the one before the step's first update counts as no less than 1 minus this."""
     clip_high: float = 0.2
-    """and from above by 1 + clip_high."""
+    """The same ratio counts as no more than 1 plus this."""
     loss_mean: str = "token"
-    """token: all tokens of a step count alike. sequence: all responses do. constant: a response's sum divided by
-    `loss_length`."""
+    """All tokens of a step count alike, or all responses, or (constant) a response counts as the sum of its tokens
+    divided by `loss_length`."""
     loss_length: int | None = None
     """Tokens that `loss_mean: constant` divides by, usually the longest that a response may be."""
     kl: str = "k3"
-    """Which estimate of the KL to the reference: k1, k2 or k3."""
+    """Which estimate of the KL from one token (`nla_megatron/algorithms/kl.py`)."""
     kl_in: str = "loss"
-    """loss, or reward: there each token's KL is taken off its reward before anything is compared."""
+    """In the reward, each token's KL is taken off before anything is compared."""
     kl_weighted: bool = False
-    """Multiply the KL in the loss by the token's ratio to the old policy: then its gradient is the KL's own, whatever
-    the estimate."""
+    """Multiply the KL in the loss by the token's ratio to the old policy: then k1 and k3 have the KL's own gradient."""
     kl_coef: float = 0.01
-    """0 needs no reference."""
+    """Weight of the KL to the reference; 0 keeps no reference."""
     kl_clamp: float = 12.0
     """Bound on the log-ratio inside the estimate: one outlier token cannot dominate a step."""
     reference: str = "initial"
-    """The policy that the KL is measured to: the one this stage starts from, or `ema`, a moving average of its
-    weights."""
+    """The policy that the KL is measured to: the one this stage starts from, or a moving average of its weights."""
     reference_decay: float = 0.99
     """What `reference: ema` keeps of its weights in each step."""
     entropy_coef: float = 0.0
     """Weight of the bonus for the entropy of each token's distribution."""
     correction: str = "none"
-    """Importance correction of the sampler's numerical difference from the trainer: none, tis, icepop or
-    sequence_mask."""
+    """Importance correction of the sampler's numerical difference from the trainer
+    (`nla_megatron/algorithms/correction.py`)."""
     correction_low: float = 0.5
-    """icepop and sequence_mask drop what the trainer finds less likely than the sampler by this factor;"""
+    """icepop and sequence_mask drop what is under this many times as likely to the trainer as to the sampler."""
     correction_high: float = 2.0
-    """what it finds likelier by this factor is dropped too; tis bounds its weight so."""
+    """icepop and sequence_mask drop what is over this many times as likely; tis bounds its weight by it."""
     epochs: int = 1
     """Passes over a step's rollouts."""
     minibatches: int = 1
@@ -190,6 +188,8 @@ class AlgorithmConfig:
     """How far a critic's value may move from its old one before its loss stops falling (ppo); None is no bound."""
     whiten: bool = True
     """Standardise advantages over all tokens of a step (ppo)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What an algorithm of your own takes beside these."""
 
     def __post_init__(self) -> None:
         _one_of("algorithm.loss_mean", self.loss_mean, ("token", "sequence", "constant"))

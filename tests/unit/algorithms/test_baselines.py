@@ -108,6 +108,15 @@ def test_reinforce_pp_with_a_group_baseline_by_hand() -> None:
     assert found[4:] == [0.0, 0.0]
 
 
+@given(st.lists(st.floats(-4, 4, width=32), min_size=6, max_size=6))
+@settings(deadline=None)
+def test_a_group_of_equals_keeps_its_zero_beside_groups_whose_rounded_advantages_do_not_sum_to_zero(
+    rewards: list[float],
+) -> None:
+    batch = sampled([*rewards, 0.1, 0.1, 0.1], [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert advantages("reinforce_pp", batch, baseline="group")[6:] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("grpo", {}), ("rloo", {}), ("reinforce", {"baseline": "mean"}), ("reinforce", {"baseline": "none"})],

@@ -1,4 +1,4 @@
-"""`rl` of tasks of a plain language model, as a user types it, with a tiny model: two steps, resumed, on two layouts."""
+"""`rl` of tasks of a plain language model, as a user types it, with a tiny model: two steps, resumed, on layouts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COMMON = (
     "rollout.cpu_kv_cache_gib=0.05", "rollout.temperature=0.9", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3",
     "optim.warmup_steps=0", "save_every=1", "eval_rows=4", "rollout.record=true",
 )  # fmt: skip
-LEXICAL = ("task=lexical", "reward.name=lexical", "eval_every=1")
+LEXICAL = ("task=lexical", "reward=lexical", "eval_every=1")
 MATH = (
     "task=math", "task.options.provider=generated", "task.options.held_out={options: {size: 9, start: 900}}",
-    "reward.name=correctness", "eval_every=2",
+    "reward=correctness", "eval_every=2",
 )  # fmt: skip
 
 

@@ -28,16 +28,15 @@ def opened(model: Path, data: Data | None = None, **options: Any) -> LexicalTask
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("The cat saw the CAT.", ["the", "cat", "saw", "the", "cat"]),
-        ("Don't stop — don’t!", ["don't", "stop", "don’t"]),
-        ("well-known, 3.5 and 007", ["well-known", "3", "5", "and", "007"]),
+        ("The cat saw the CAT", ["the", "cat", "saw", "the", "cat"]),
+        ("Stop, don't stop!", ["stop,", "don't", "stop!"]),
         ("Straße ÜBER été", ["straße", "über", "été"]),
-        ("… !? --", []),
+        (" \n ", []),
         ("", []),
         ("a\nb\tA", ["a", "b", "a"]),
     ],
 )
-def test_words_are_runs_of_letters_and_digits_in_lower_case(text: str, found: list[str]) -> None:
+def test_words_stand_between_white_space_in_lower_case(text: str, found: list[str]) -> None:
     assert words(text) == found
 
 

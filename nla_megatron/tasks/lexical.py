@@ -1,7 +1,7 @@
 """The task `lexical`: go on from the beginning of a sentence, in as many different words as possible.
 
-Words stand between white space and are compared in lower case, as the reward `lexical_richness` counts them; richness is
-the share of different ones.
+Words stand between white space and are compared in lower case, as the reward `lexical_richness` counts them; richness
+is the share of different ones.
 """
 
 from __future__ import annotations

@@ -1,55 +1,41 @@
-"""The sides of `rl` by task: what each task brings to the loop. The loop knows no names."""
+"""The sides of `rl`, one per task: what each brings to the loop. The loop knows no task's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.parallel.world import World
-from nla_megatron.training.side import Side
+
+if TYPE_CHECKING:
+    from nla_megatron.training.sides.base import Side
+
+_SIDES: dict[str, type[Side]] = {}
 
 
-class SideClass(Protocol):
-    """A class of sides: made from the configuration, after its `check`."""
+def register(name: str) -> Callable[[type[Side]], type[Side]]:
+    """A decorator that makes a task's side known by the task's name; a name is taken once."""
 
-    def __call__(self, config: RlConfig, world: World) -> Side: ...
-
-    def check(self, config: RlConfig, world_size: int) -> None:
-        """Everything that can be known before the first step; raises a named error."""
-
-
-S = TypeVar("S", bound=SideClass)
-_SIDES: dict[str, SideClass] = {}
-
-
-def register(name: str) -> Callable[[S], S]:
-    """Class decorator: makes a side known by its task's name; a name is taken once. Raises ConfigError."""
-
-    def add(cls: S) -> S:
+    def add(side: type[Side]) -> type[Side]:
         if name in _SIDES:
-            raise ConfigError(f"a second side of the task {name!r}", "one", "choose another name")
-        _SIDES[name] = cls
-        return cls
+            raise ValueError(f"side {name!r} is registered already")
+        _SIDES[name] = side
+        return side
 
     return add
 
 
-def _class_of(name: str) -> SideClass:
-    # Registers ours; inside, because the modules import the names above.
-    from nla_megatron.training.sides import plain  # noqa: F401
+def side_of(config: RlConfig) -> type[Side]:
+    """Raises ConfigError for an unknown task."""
+    from nla_megatron.training.sides import nla, plain  # noqa: F401 - each registers itself
 
-    if name not in _SIDES:
-        raise ConfigError(f"task.name={name!r}", f"one of {', '.join(sorted(_SIDES))}", "correct task=")
-    return _SIDES[name]
-
-
-def check_side(config: RlConfig, world_size: int) -> None:
-    """The checks of the task's side; raises a named error."""
-    _class_of(config.task.name).check(config, world_size)
+    if config.task.name not in _SIDES:
+        raise ConfigError(f"task.name={config.task.name!r}", f"one of {', '.join(sorted(_SIDES))}", "set task=")
+    return _SIDES[config.task.name]
 
 
 def make_side(config: RlConfig, world: World) -> Side:
-    """The side of the task that the configuration names; collective."""
-    return _class_of(config.task.name)(config, world)
+    """The side of `config.task`, with its models; collective."""
+    return side_of(config)(config, world)

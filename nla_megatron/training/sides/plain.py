@@ -21,16 +21,17 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
-from nla_megatron.models.builder import check_layout
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
 from nla_megatron.rewards import make_reward
-from nla_megatron.rollout.requests import PromptRequest, Vectors, check_rollout_layout
+from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
-from nla_megatron.training.module import FrozenCopy, TrainModule
-from nla_megatron.training.side import Learner
+from nla_megatron.training.module import TrainModule
+from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sides import register
+from nla_megatron.training.sides.base import Policy, Prompts
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 EXAMPLES = 8
@@ -46,7 +47,7 @@ def no_vectors(rows: Sequence[int]) -> np.ndarray:
 @register("math")
 @register("lexical")
 class PlainSide:
-    """A text task and a language model; see `training.side.Side`.
+    """A text task and a language model; see `sides.base.Side`.
 
     `evaluate` writes `evaluations/step_*.jsonl`, responses to the same few held-out prompts each time, and
     `before_after.jsonl`, the first and the last of them side by side.
@@ -59,20 +60,26 @@ class PlainSide:
         self.config, self.world, self.directory = config, world, config.model
         self.task, self.held_out = _open(config)
         self.tokenizer: Any = self.task.tokenizer
-        self.rows = self.task.rows
+        self.n_rows = self.task.rows
         self.vectors: Vectors = no_vectors
         self.shape = read_shape(config.model)
         self.model: Any = build_verbalizer(self.shape, world, config.dtype)
         load_from_hf(self.model, config.model, self.shape, world, with_head=True)
         # The policy that this stage starts from, also after a resume: taken before a checkpoint is loaded.
-        self._reference = FrozenCopy(self.model) if make_algorithm(config.algorithm).needs.reference else None
-        self.policy: Learner = TrainModule(
+        self.kept = make_reference(self.model, config.algorithm, make_algorithm(config.algorithm).needs.reference)
+        self.policy: Policy = TrainModule(
             self.model, world, config.optim, config.steps, config.micro_batch_size, config.dtype
-        )  # fmt: skip
-        self.learners: Mapping[str, Learner] = {"policy": self.policy}
+        )
+        self.learners: dict[str, Stateful] = {"policy": self.policy}
+        if isinstance(self.kept, MovingCopy):
+            self.learners["reference"] = self.kept
 
     @staticmethod
-    def check(config: RlConfig, world_size: int) -> None:
+    def directory_of(config: RlConfig) -> str:
+        return config.model
+
+    @staticmethod
+    def check(config: RlConfig, world_size: int) -> Prompts:
         """Everything that can be known before the first step.
 
         Raises:
@@ -82,12 +89,9 @@ class PlainSide:
             raise ConfigError(
                 f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
             )
-        shape = read_shape(config.model)
-        check_layout(shape, config.parallel)
-        check_rollout_layout(shape, config.rollout.tp, world_size)
         task, held_out = _open(config)
-        limit = min(config.rollout.max_model_len, shape.max_positions)
-        task.check_length(config.rollout.max_new_tokens, limit)
+        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+        longest = task.check_length(config.rollout.max_new_tokens, limit)
         if config.eval_every and held_out is None:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held-out rows", "rows that nobody trains on",
@@ -95,10 +99,11 @@ class PlainSide:
             )  # fmt: skip
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
+        return Prompts(task.rows, longest)
 
     def reference(self) -> AbstractContextManager[None]:
-        assert self._reference is not None, "the algorithm asked for no reference"
-        return self._reference.in_place()
+        assert self.kept is not None, "the algorithm asked for no reference"
+        return self.kept.in_place()
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         return self.task.requests(rows, self.config.seed, step)
@@ -106,10 +111,13 @@ class PlainSide:
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         return self.task.batch(rollouts, fields)
 
-    def measure(self, rollouts: RolloutBatch, step: int) -> Measured:
-        return self.task.measure(rollouts.rollouts)
+    def measure(self, batch: RolloutBatch, step: int) -> Measured:
+        return self.task.measure(batch.rollouts)
 
-    def learn(self, rollouts: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
+    def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
+        """Nothing learns beside the policy, but a moving reference follows it."""
+        if isinstance(self.kept, MovingCopy):
+            self.kept.follow()
         return {}
 
     def evaluate(self, engine: Any, step: int) -> dict[str, float]:

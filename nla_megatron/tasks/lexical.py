@@ -46,11 +46,9 @@ class LexicalOptions:
 
     def __post_init__(self) -> None:
         if self.prompt_words < 1:
-            raise ConfigError(f"{_OPTIONS}.prompt_words={self.prompt_words}", "1 or more", "raise it")
+            raise ConfigError(f"prompt_words={self.prompt_words}", "1 or more", "raise it")
         if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(
-                f"{_OPTIONS}.held_out_fraction={self.held_out_fraction}", "0 to below 1", "set it to, say, 0.1"
-            )
+            raise ConfigError(f"held_out_fraction={self.held_out_fraction}", "0 to below 1", "set it to, say, 0.1")
 
 
 @register("lexical")

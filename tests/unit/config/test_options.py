@@ -22,6 +22,7 @@ class Options:
     words: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
     anything: Any = None
+    _own: int = field(init=False, default=0)
 
 
 def test_values_become_those_of_their_fields() -> None:
@@ -36,28 +37,27 @@ def test_values_become_those_of_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "found", "expected"),
+    ("options", "found"),
     [
-        ({"name": "a", "cuont": 1}, "task.options.cuont", "one of name, count"),
-        ({}, "no task.options.name", "name"),
-        ({"name": 3}, "task.options.name=3", "a text"),
-        ({"name": "a", "count": 1.5}, "task.options.count=1.5", "a whole number"),
-        ({"name": "a", "count": True}, "task.options.count=True", "a whole number"),
-        ({"name": "a", "count": None}, "task.options.count=None", "a whole number"),
-        ({"name": "a", "rate": "fast"}, "task.options.rate='fast'", "a number"),
-        ({"name": "a", "rate": False}, "task.options.rate=False", "a number"),
-        ({"name": "a", "flag": 1}, "task.options.flag=1", "true or false"),
-        ({"name": "a", "limit": "x"}, "task.options.limit='x'", "a whole number"),
-        ({"name": "a", "levels": 3}, "task.options.levels=3", "a list"),
-        ({"name": "a", "levels": [1, "b"]}, "task.options.levels='b'", "a whole number"),
-        ({"name": "a", "weights": [1]}, "task.options.weights=[1]", "keys with values"),
-        ({"name": "a", "weights": {"b": "c"}}, "task.options.weights.b='c'", "a number"),
+        ({"name": "a", "cuont": 1}, "task.options.cuont"),
+        ({"name": "a", "_own": 1}, "task.options._own"),
+        ({}, "task.options.name"),
+        ({"name": "a", "count": 1.5}, "task.options.count"),
+        ({"name": "a", "count": None}, "task.options.count"),
+        ({"name": "a", "rate": "fast"}, "task.options.rate"),
+        ({"name": "a", "rate": float("nan")}, "rate=nan"),
+        ({"name": "a", "flag": "perhaps"}, "task.options.flag"),
+        ({"name": "a", "limit": "x"}, "task.options.limit"),
+        ({"name": "a", "levels": 3}, "task.options.levels"),
+        ({"name": "a", "levels": [1, "b"]}, "task.options.levels[1]"),
+        ({"name": "a", "weights": [1]}, "task.options"),
+        ({"name": "a", "weights": {"b": "c"}}, "task.options.weights.b"),
     ],
 )
-def test_what_does_not_fit_is_named(options: dict[str, Any], found: str, expected: str) -> None:
+def test_what_does_not_fit_is_named(options: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError) as caught:
         bind(Options, options, "task.options")
-    assert caught.value.found == found and expected in caught.value.expected
+    assert found in caught.value.found
 
 
 def test_a_misspelt_option_suggests_the_near_one() -> None:
@@ -65,10 +65,9 @@ def test_a_misspelt_option_suggests_the_near_one() -> None:
         bind(Options, {"name": "a", "cuont": 1}, "task.options")
 
 
-def test_import_paths_resolve_with_a_colon_or_a_dot() -> None:
-    assert resolve("collections.abc:Mapping.get", "key").__name__ == "get"
-    assert resolve("collections.OrderedDict", "key").__name__ == "OrderedDict"
-    assert is_import_path("a.b:c") and is_import_path("a.b") and not is_import_path("gsm8k")
+def test_import_paths_have_a_colon() -> None:
+    assert resolve("collections.abc:Mapping", "key").__name__ == "Mapping"
+    assert is_import_path("a.b:c") and not is_import_path("a.b") and not is_import_path("gsm8k")
 
 
 @pytest.mark.parametrize("path", ["", "plain", "nowhere.module:f", "collections:nothing", ":f", "collections:"])

@@ -144,7 +144,7 @@ def test_a_missing_file_and_wrong_options_are_named(model_dir: Path, tmp_path: P
         ({"prompt_words": 0}, "prompt_words=0"),
         ({"held_out_fraction": 1.0}, "held_out_fraction=1.0"),
         ({"prompt_wrods": 3}, "task.options.prompt_wrods"),
-        ({"prompt_words": "three"}, "prompt_words='three'"),
+        ({"prompt_words": "three"}, "task.options.prompt_words: Value 'three'"),
     ):
         with pytest.raises(ConfigError) as caught:
             opened(model_dir, **options)

@@ -53,6 +53,15 @@ def test_stages_change_the_weights_at_their_steps() -> None:
     assert [sources(mixed, step)["hard"] for step in (0, 9, 10, 19, 20, 1000)] == [0, 0, 8, 8, 16, 16]
 
 
+def test_a_further_draw_of_a_step_stands_where_the_step_does() -> None:
+    mixed = mixture({"easy": 1}, (Stage({"hard": 1}, from_step=10),))
+    rows = list(range(PROMPTS))
+    first, again = mixed.choose(rows, 3), mixed.choose(rows, 503, at=3)
+    assert {mixed.source_of(row) for row in again} == {0}
+    assert {mixed.source_of(row) for row in mixed.choose(rows, 503)} == {1}
+    assert set(first) == set(again) == set(rows)
+
+
 def test_stages_by_epoch_begin_when_all_problems_could_have_been_seen() -> None:
     mixed = mixture({"easy": 1}, (Stage({"hard": 1}, from_epoch=1),))
     first = len(mixed) // PROMPTS

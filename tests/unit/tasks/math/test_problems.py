@@ -140,7 +140,7 @@ def test_unknown_names_options_and_types_are_named() -> None:
     error = refusal(ConfigError, "gsm9k")
     assert "'gsm9k'" in error.found and "gsm8k" in error.expected and "generated" in error.expected
     assert refusal(ConfigError, "generated", sizes=3).remedy == "did you mean size?"
-    assert "size='many'" in refusal(ConfigError, "generated", size="many").found
+    assert ".size: Value 'many'" in refusal(ConfigError, "generated", size="many").found
     assert "levels=[9]" in refusal(ConfigError, "hendrycks_math", path="x", levels=[9]).found
 
 
@@ -169,14 +169,13 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_problems"
 
 
-@pytest.mark.parametrize("separator", [":", "."])
-def test_a_class_by_import_path_is_a_provider(plugin: str, separator: str) -> None:
-    assert problems(f"{plugin}{separator}Doubles", size=2) == [Problem("Twice 0?", "0"), Problem("Twice 1?", "2")]
+def test_a_class_by_import_path_is_a_provider(plugin: str) -> None:
+    assert problems(f"{plugin}:Doubles", size=2) == [Problem("Twice 0?", "0"), Problem("Twice 1?", "2")]
 
 
 def test_an_import_path_that_does_not_resolve_is_named(plugin: str) -> None:
     assert "no_such_module" in refusal(ConfigError, "no_such_module:Doubles").found
-    assert "'Triples'" in refusal(ConfigError, f"{plugin}:Triples").found
+    assert "no Triples" in refusal(ConfigError, f"{plugin}:Triples").found
     assert "problem(index)" in refusal(ConfigError, f"{plugin}:NoProvider").expected
     assert ".colour" in refusal(ConfigError, f"{plugin}:Doubles", colour="red").found
 

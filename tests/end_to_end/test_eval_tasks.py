@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nla_megatron.rewards.utilisation import read_zero_shot
 from tests.support.ranks import command
 from tests.support.tiny import tiny_model
 
@@ -52,6 +53,11 @@ def test_math_writes_its_figures_rows_and_examples(runs: dict[str, Path]) -> Non
     assert len(rows["rows"]) == ROWS * SAMPLES and len(set(rows["rows"])) == ROWS
     examples = [json.loads(line) for line in (runs["math"] / "examples.jsonl").read_text().splitlines()]
     assert len(examples) == 3 and all(each["reference"].isdigit() and each["prompt"] for each in examples)
+    by_row = {row: [] for row in rows["rows"]}
+    for row, correct in zip(rows["rows"], rows["correct"], strict=True):
+        by_row[row].append(correct)
+    shares = read_zero_shot(str(runs["math"] / "correct.jsonl"))
+    assert shares == {row: sum(values) / SAMPLES for row, values in by_row.items()}, "as the reward reads it"
     assert (runs["math"] / "done").is_file()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.files import write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -175,7 +175,7 @@ def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
 def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -> None:
     """Write the examples of an evaluation after `done` steps, and those of the first and the last one side by side."""
     folder = out / "evaluations"
-    _write_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
+    write_json_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
     files = sorted(folder.glob("step_*.jsonl"))
     before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
     pairs = [
@@ -183,9 +183,4 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
         for first, last in zip(before, after, strict=False)
         if first["prompt"] == last["prompt"]
     ]
-    _write_lines(out / "before_after.jsonl", pairs)
-
-
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(out / "before_after.jsonl", pairs)

@@ -19,7 +19,7 @@ MATH = ("task=math", "task.options.provider=generated", "task.options.held_out={
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
+    return tiny_model(tmp_path_factory.mktemp("tiny"), max_positions=512)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_lexical_is_the_same_greedy_text_on_one_rank_and_on_two(runs: dict[str, 
         ((*MATH, "model=MODEL", "samples=2"), "ConfigError", "samples=2 with rollout.temperature=0"),
         (("task=math", "model=MODEL"), "ConfigError", "no rows to evaluate the task math on"),
         (("task=math", "model=MODEL", "data=/nowhere.jsonl"), "MissingFile", "/nowhere.jsonl"),
-        ((*MATH, "model=MODEL", "rollout.max_new_tokens=250"), "LayoutError", "rollout.max_new_tokens=250"),
+        ((*MATH, "model=MODEL", "rollout.max_new_tokens=500"), "LayoutError", "rollout.max_new_tokens=500"),
         ((*MATH, "model=MODEL", "compare=/nowhere"), "MissingFile", "/nowhere"),
         ((*MATH, "model=MODEL", "rows=1"), "ConfigError", "1 rows"),
         (("task=lexical", "model=MODEL", "rollout=tp2"), "LayoutError", "rollout.tp=2"),

@@ -28,7 +28,7 @@ MATH = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
+    return tiny_model(tmp_path_factory.mktemp("tiny"), max_positions=512)
 
 
 def train(model: Path, out: Path, *overrides: str) -> None:
@@ -118,7 +118,7 @@ def test_math_counts_measures_and_evaluates(model: Path, tmp_path: Path) -> None
         ((*MATH, "task.options.provider=nothing"), "ConfigError", "'nothing'"),
         ((*MATH, "task.options.provider=no_such_module:P"), "ConfigError", "no_such_module"),
         (("task.name=poetry", "rollout.max_new_tokens=10"), "ConfigError", "'poetry'"),
-        ((*LEXICAL, "rollout.max_new_tokens=256"), "LayoutError", "256"),
+        ((*LEXICAL, "rollout.max_new_tokens=512"), "LayoutError", "512"),
     ],
 )
 def test_mistakes_are_named_before_the_first_step(

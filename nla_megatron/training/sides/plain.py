@@ -91,13 +91,13 @@ class PlainSide:
                 f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
             )
         task, held_out = _open(config)
-        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
-        longest = task.check_length(config.rollout.max_new_tokens, limit)
         if config.eval_every and held_out is None:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held-out rows", "rows that nobody trains on",
                 "add held_out=, or task.options.held_out",
             )  # fmt: skip
+        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+        longest = task.check_length(config.rollout.max_new_tokens, limit)
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
         return Prompts(task.rows, longest)

@@ -24,6 +24,7 @@ setup(
         "megatron-core",
         "transformers",
         "tokenizers",
+        "huggingface_hub",
         "safetensors",
         "xxhash",
         "pyarrow",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 @contextmanager
@@ -41,6 +41,13 @@ def write_json(path: Path | str, values: dict[str, Any]) -> None:
     """Write a record as readable JSON, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_json_lines(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON, one per line, whole or not at all."""
+    with atomic_path(path) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8", errors="replace")  # a model can write half a character
 
 
 def git_commit() -> str:

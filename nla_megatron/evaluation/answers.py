@@ -12,7 +12,7 @@ import numpy as np
 from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig
-from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.evaluation.answers_report import write_answers_report
@@ -24,6 +24,8 @@ from nla_megatron.tasks.text import Data, TextTask, open_task
 from nla_megatron.types import Measured, Rollout
 
 RESULTS, ROWS, EXAMPLES, REPORT = "eval.json", "rows.json", "examples.jsonl", "report.html"
+CORRECT = "correct.jsonl"
+"""What is right of each row, as the reward `token_utilisation` reads it."""
 _AT_ONCE = 256
 """Prompts between two advances of the progress bar."""
 
@@ -115,9 +117,18 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
     examples = [task.example(measured, index) for index in range(min(config.examples, len(measured.rollouts)))]
     write_json(out / RESULTS, results)
     write_json(out / ROWS, rows)
-    with atomic_path(out / EXAMPLES) as path:
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in examples), encoding="utf-8")
+    write_json_lines(out / EXAMPLES, examples)
+    if "correct" in measured.values:
+        write_json_lines(out / CORRECT, _correct_by_row(measured))
     write_answers_report(out / REPORT, config.task.name, name, results, examples)
+
+
+def _correct_by_row(measured: Measured) -> list[dict[str, float]]:
+    """The share of right responses of each row, in the rows' order."""
+    by_row: dict[int, list[float]] = {}
+    for rollout, correct in zip(measured.rollouts, measured.values["correct"].tolist(), strict=True):
+        by_row.setdefault(rollout.row, []).append(correct)
+    return [{"row": row, "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())]
 
 
 def _interval(config: EvalConfig, values_N: np.ndarray, prompts: Sequence[str]) -> list[float]:
@@ -131,9 +142,10 @@ def _interval(config: EvalConfig, values_N: np.ndarray, prompts: Sequence[str]) 
 def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
     """This evaluation's main figure over another's of the same responses' places, resampled together."""
     other = json.loads((Path(str(config.compare)) / ROWS).read_text())
-    if [other.get(key) for key in ("rows", "samples")] != [rows[key] for key in ("rows", "samples")]:
+    same = all(other.get(key) == rows[key] for key in ("rows", "samples"))
+    if not same or name not in other:
         raise ConfigError(
-            f"other rows in {config.compare}", "an evaluation of the same rows",
+            f"other rows in {config.compare}", "an evaluation of the same rows in the same task",
             "use the same data=, rows=, samples= and seed=",
         )  # fmt: skip
     gains_N = np.asarray(rows[name]) - np.asarray(other[name])

@@ -96,9 +96,7 @@ def hub_files(repository: str, split: str, subset: str = "", revision: str | Non
         MissingFile: no such data set, subset or split; or it is not in the cache and the hub cannot be reached.
         ConfigError: `repository` is no name of the hub.
     """
-    import httpx
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, errors, hf_hub_download
 
     remedy = "download its parquet file on a machine with a network and give its path"
     try:
@@ -116,9 +114,10 @@ def hub_files(repository: str, split: str, subset: str = "", revision: str | Non
         return [
             Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision)) for name in sorted(chosen)
         ]
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise ConfigError(f"hub={repository!r}: {error}", "owner/name", "correct hub=") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, httpx.TransportError) as error:
+    # The library's own refusals, and those of the HTTP client that it was built on, whichever that is.
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         found = f"the data set {repository} cannot be fetched: {str(error).splitlines()[0]}"
         raise MissingFile(found, "a data set of the Hugging Face hub, or its copy in the cache", remedy) from error
 
@@ -129,9 +128,13 @@ def _cached(repository: str, split: str, subset: str, revision: str | None) -> l
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        root = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return []
+        found = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        # A snapshot of which only some files were asked for may well hold all of this split's.
+        found = getattr(error, "snapshot_path", None)
+        if found is None:
+            return []
+    root = Path(found)
     names = [str(path.relative_to(root)) for path in root.rglob("*.parquet")]
     chosen = [root / name for name in sorted(_of_split(names, split, subset))]
     # A download that was cut short left some shards only.

@@ -47,7 +47,7 @@ class PromptStyle:
         for key in ("template", "plain"):
             if getattr(self, key).count(PROMPT) != 1:
                 raise ConfigError(
-                    f"task.options.prompt.{key}={getattr(self, key)!r}", f"a text with {PROMPT} once",
+                    f"{key}={getattr(self, key)!r}", f"a text with {PROMPT} once",
                     f"write {PROMPT} where the prompt goes",
                 )  # fmt: skip
 
@@ -140,8 +140,11 @@ class TextTask(ABC):
     def example(self, measured: Measured, index: int) -> dict[str, Any]:
         """One response with its prompt and everything measured of it, as JSON has it."""
 
-    def chosen(self, rows: Sequence[int], step: int) -> list[int]:
-        """The rows that a step asks for in place of those drawn; the same ones unless there is a curriculum."""
+    def chosen(self, rows: Sequence[int], step: int, at: int) -> list[int]:
+        """The rows that a step asks for in place of those drawn; the same ones unless there is a curriculum.
+
+        `at` is where the curriculum stands; `step` also tells several draws of one step apart.
+        """
         return list(rows)
 
     def prompt_ids(self, row: int) -> tuple[int, ...]:
@@ -150,11 +153,15 @@ class TextTask(ABC):
             self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row))
         return self._prompt_ids[row]
 
-    def requests(self, rows: Sequence[int], seed: int, step: int) -> list[PromptRequest]:
-        """One prompt per row, no vector in any; sampling seeds depend on (seed, step, place, row) alone."""
+    def requests(self, rows: Sequence[int], seed: int, step: int, at: int | None = None) -> list[PromptRequest]:
+        """One prompt per row, no vector in any; sampling seeds depend on (seed, step, place, row) alone.
+
+        Args:
+            at: where a curriculum stands, if that is not `step`.
+        """
         return [
             PromptRequest(group, row, self.prompt_ids(row), None, _sampling_seed(seed, step, group, row))
-            for group, row in enumerate(self.chosen(rows, step))
+            for group, row in enumerate(self.chosen(rows, step, step if at is None else at))
         ]
 
     def batch(self, rollouts: Sequence[Rollout], fields: Mapping[str, Tensor]) -> Batch:

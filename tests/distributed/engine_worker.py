@@ -141,6 +141,7 @@ def faults(bench: Bench) -> dict[str, str]:
     out = {
         "outside": named(lambda: bench.sample([replace(first, position=99)])),
         "not_marker": named(lambda: bench.sample([moved])),
+        "no_position": named(lambda: bench.sample([replace(first, position=None)])),
         "neighbour": named(
             lambda: bench.sample([replace(first, prompt_ids=(*first.prompt_ids[:5], 7, *first.prompt_ids[6:]))])
         ),
@@ -218,6 +219,7 @@ def main(result: str, scratch: str, tp: str) -> None:
         abs(a - b) for r, s in zip(short, scored, strict=True) for a, b in zip(r.logprobs, s.logprobs, strict=True)
     )
     out["greedy"] = bench.gap(bench.sample([replace(r, greedy=True) for r in bench.requests[:3]], 1))
+    out["plain"] = bench.gap(bench.sample([replace(bench.requests[ONLY.index(())], position=None)]))
     engine.config = replace(engine.config, temperature=0.7)
     tempered = bench.sample([replace(r, greedy=r.group == 3) for r in bench.requests[:4]], 1)
     out["tempered_gap"] = bench.gap([r for r in tempered if r.group != 3], 0.7)

@@ -24,6 +24,10 @@ def test_every_mode_gives_the_logprobs_of_a_hooked_transformers_model(found: Any
     assert found["gap"] <= 1e-4
 
 
+def test_a_request_that_takes_no_intervention_needs_no_position(found: Any) -> None:
+    assert found["plain"] <= 1e-4
+
+
 def test_the_requests_were_cut_preempted_and_served_from_the_cache(found: Any) -> None:
     assert min(found["cut"], found["preempted"], found["from_cache"]) > 0
 
@@ -78,6 +82,10 @@ def test_reloaded_weights_are_the_ones_that_sample_though_the_prompts_were_cache
     [
         ("outside", "InjectionError: position 99 of request group 1"),
         ("not_marker", "InjectionError: token 31 at the marker's position (5)"),
+        (
+            "no_position",
+            "InjectionError: request group 1 (row 1) names positions [] for an intervention at 'positions'",
+        ),
         ("neighbour", "InjectionError: token 7 right of the marker (4)"),
         ("too_long", "LayoutError: a prompt of 115 tokens and 28 new ones in group 1"),
         ("greedy_group", "ConfigError: 2 samples of group 1 (row 1), greedy"),

@@ -97,8 +97,11 @@ class Mixture:
         done = (at - begin) / (end - begin)
         return (1 - done) * here + done * self.shares[stage + 1]
 
-    def choose(self, rows: Sequence[int], step: int) -> list[int]:
+    def choose(self, rows: Sequence[int], step: int, at: int | None = None) -> list[int]:
         """The problems of a step in place of the rows that the loop drew from `len(self)`.
+
+        Args:
+            at: the step whose weights count, where `step` only tells draws apart.
 
         Each source gets the floor or the ceiling of its share, exactly its share on average over steps, at random
         places. Which of its problems follows from the row drawn for that place, and none comes twice in one call while
@@ -107,7 +110,7 @@ class Mixture:
         if len(self.sources) == 1:
             return list(rows)
         rng = np.random.default_rng([self.seed, _STREAM, step, *rows])
-        edges = np.cumsum(self.share(step, len(rows)))
+        edges = np.cumsum(self.share(step if at is None else at, len(rows)))
         points = (rng.random() + np.arange(len(rows))) / len(rows) * edges[-1]
         taken = np.minimum(np.searchsorted(edges, points, side="right"), len(edges) - 1)
         chosen: list[int] = []

@@ -54,18 +54,14 @@ class MathOptions:
 
     def __post_init__(self) -> None:
         if self.answers not in ("lenient", "strict"):
-            raise ConfigError(
-                f"{_OPTIONS}.answers={self.answers!r}", "lenient or strict", f"set {_OPTIONS}.answers to one"
-            )
+            raise ConfigError(f"answers={self.answers!r}", "lenient or strict", "set answers to one of them")
         if not self.think_open or not self.think_close or self.think_open == self.think_close:
             raise ConfigError(
-                f"{_OPTIONS}.think_open={self.think_open!r} and think_close={self.think_close!r}", "two different tags",
+                f"think_open={self.think_open!r} and think_close={self.think_close!r}", "two different tags",
                 "set both",
             )  # fmt: skip
         if self.stages and len(self.sources) < 2:
-            raise ConfigError(
-                f"{_OPTIONS}.stages with {len(self.sources)} sources", "two sources or more", "add sources, by name"
-            )
+            raise ConfigError(f"stages with {len(self.sources)} sources", "two sources or more", "add sources, by name")
 
 
 @register("math")
@@ -101,8 +97,8 @@ class MathTask(TextTask):
     def text(self, row: int) -> str:
         return self.problems.problem(row).question
 
-    def chosen(self, rows: Sequence[int], step: int) -> list[int]:
-        return self.problems.choose(rows, step)
+    def chosen(self, rows: Sequence[int], step: int, at: int) -> list[int]:
+        return self.problems.choose(rows, step, at)
 
     def measure(self, rollouts: Sequence[Rollout]) -> Measured:
         readings = [read_response(self.response_text(each), self.tags, each.finished) for each in rollouts]
@@ -182,15 +178,12 @@ def _mixture(options: MathOptions, data: str, seed: int) -> Mixture:
 
 
 def _held_out(options: MathOptions, data: str) -> Mixture:
-    """Rows to evaluate on: the provider of training on another file, or the options' own source."""
+    """Rows to evaluate on: another file of the training rows' provider, or a source of the options' own."""
     where = f"{_OPTIONS}.held_out"
-    if not data:
-        source = bind(Source, {"provider": options.provider, **options.held_out}, where)
-        provider = make_provider(source.provider, source.options, where)
-    else:
-        # Of the file's own: a path or a hub in the options is where the training rows are.
-        own = {key: value for key, value in options.provider_options.items() if key not in ("path", "hub", "limit")}
-        provider = make_provider(options.provider, {**own, "path": data}, where)
+    # Where the training rows are is not where these are.
+    own = {key: value for key, value in options.provider_options.items() if key not in ("path", "hub", "limit")}
+    source = bind(Source, {"provider": options.provider, "options": own, **options.held_out}, where)
+    provider = make_provider(source.provider, {**source.options, "path": data} if data else source.options, where)
     return Mixture({"held_out": provider}, {"held_out": 1.0})
 
 

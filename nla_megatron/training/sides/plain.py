@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.files import write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -22,8 +22,9 @@ from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
-from nla_megatron.rewards import make_reward
+from nla_megatron.rewards import Term, make_reward
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.tasks.text import Data, TextTask, open_task
 from nla_megatron.training.checkpoint import Stateful
@@ -32,7 +33,7 @@ from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
-from nla_megatron.types import Measured, Rollout, RolloutBatch
+from nla_megatron.types import Measured, Rollout, RolloutBatch, Scores
 
 EXAMPLES = 8
 """Held-out prompts whose responses are kept at every evaluation."""
@@ -90,13 +91,13 @@ class PlainSide:
                 f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
             )
         task, held_out = _open(config)
-        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
-        longest = task.check_length(config.rollout.max_new_tokens, limit)
         if config.eval_every and held_out is None:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held-out rows", "rows that nobody trains on",
                 "add held_out=, or task.options.held_out",
             )  # fmt: skip
+        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+        longest = task.check_length(config.rollout.max_new_tokens, limit)
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
         return Prompts(task.rows, longest, task.measures)
@@ -106,7 +107,8 @@ class PlainSide:
         return self.kept.in_place()
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
-        return self.task.requests(rows, self.config.seed, step)
+        # Further draws of one step are counted on beyond the run's end, where no curriculum should be.
+        return self.task.requests(rows, self.config.seed, step, at=step % self.config.steps)
 
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         return self.task.batch(rollouts, fields)
@@ -121,7 +123,7 @@ class PlainSide:
         return {}
 
     def evaluate(self, engine: Any, step: int) -> dict[str, float]:
-        """The task's figures, and the reward, of one response to each of the first `eval_rows` held-out rows.
+        """The task's figures, and the reward, of one response to each of `eval_rows` held-out rows.
 
         Responses are sampled as in training, at its temperature, with the same seeds at every evaluation, so that two
         evaluations differ by the policy alone. A step of -1 is before the first one.
@@ -131,15 +133,26 @@ class PlainSide:
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         requests = self.held_out.requests(rows, self.config.seed, _EVAL_STEP)
         measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=max(step, 0)).rollouts)
-        # One of its own: a moving average of the training rewards is no part of an evaluation.
-        rewards = make_reward(self.config.reward)(measured, max(step, 0)).rewards
-        figures = {"reward": float(rewards.mean()), **self.held_out.figures(measured)}
+        figures, rewards = self.held_out.figures(measured), self._rewards(measured, max(step, 0))
+        if rewards is not None:
+            figures["reward"] = float(rewards.mean())
         if self.world.is_main:
             examples = [self.held_out.example(measured, index) for index in range(min(EXAMPLES, len(rows)))]
-            for example, reward in zip(examples, rewards.tolist(), strict=False):
-                example["reward"] = reward
+            if rewards is not None:
+                examples = [{**one, "reward": value} for one, value in zip(examples, rewards.tolist(), strict=False)]
             keep_examples(Path(self.config.out), step + 1, examples)
         return {f"eval_{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
+
+    def _rewards(self, measured: Measured, step: int) -> Tensor | None:
+        """The rewards of held-out responses; None where a term knows something of the training rows alone."""
+        # One of its own: a moving average of the training rewards is no part of an evaluation.
+        reward = make_reward(self.config.reward, self.n_rows / self.config.batch_size, once=self._once)
+        bound = any(type(term).check_rows is not Term.check_rows for term in reward.terms.values())
+        return None if bound else reward(measured, step).rewards
+
+    def _once(self, scores: Callable[[], Scores]) -> Scores:
+        """A judge is asked by one rank alone."""
+        return broadcast_object(scores() if self.world.is_main else None, self.world)
 
     def export(self) -> None:
         export(self.model, self.config.model, Path(self.config.out) / "hf", self.world)
@@ -162,7 +175,7 @@ def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
 def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -> None:
     """Write the examples of an evaluation after `done` steps, and those of the first and the last one side by side."""
     folder = out / "evaluations"
-    _write_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
+    write_json_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
     files = sorted(folder.glob("step_*.jsonl"))
     before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
     pairs = [
@@ -170,9 +183,4 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
         for first, last in zip(before, after, strict=False)
         if first["prompt"] == last["prompt"]
     ]
-    _write_lines(out / "before_after.jsonl", pairs)
-
-
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json_lines(out / "before_after.jsonl", pairs)

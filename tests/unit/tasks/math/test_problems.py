@@ -196,6 +196,10 @@ def test_a_data_set_of_the_hub_that_cannot_be_fetched_is_named(tmp_path: Path) -
     assert done.stdout.startswith("MissingFile('the data set openai/gsm8k cannot be fetched"), done.stdout + done.stderr
 
 
+def test_a_name_that_the_hub_cannot_have_is_named() -> None:
+    assert "hub='a b/c'" in refusal(ConfigError, "gsm8k", hub="a b/c").found
+
+
 def test_a_data_set_in_the_hubs_cache_is_read_without_a_network(tmp_path: Path) -> None:
     revision = "0" * 40
     repository = tmp_path / "hub" / "datasets--openai--gsm8k"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nla_megatron.config.compose import compose
+from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
@@ -59,7 +60,10 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what"),
     "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
     "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
+    "sweep": Command("nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b"),
+    "compare": Command("nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side"),
 }
+MULTIRUN = ("-m", "--multirun")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -78,8 +82,10 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     """
     if name not in COMMANDS:
         raise ConfigError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", "run `nla-megatron --help`")
+    if set(MULTIRUN) & set(overrides):
+        name, overrides = "sweep", [name, *(word for word in overrides if word not in MULTIRUN)]
     command = COMMANDS[name]
-    config = compose(name, as_overrides(command, overrides))
+    config = configured(name, overrides)
     silence_libraries()
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
@@ -97,9 +103,22 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
-        preload = [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
-        return launch(run, [name, *overrides], size, preload)
+        return launch(run, [name, *overrides], size, preloads(command))
     return _run_rank(command, config, size)
+
+
+def configured(name: str, arguments: Sequence[str]) -> Any:
+    """The configuration of a command as typed. Raises ConfigError."""
+    if name == "sweep":
+        from nla_megatron.launch.sweep import configured_sweep
+
+        return configured_sweep(arguments)
+    return compose(name, with_paths_quoted(as_overrides(COMMANDS[name], arguments)))
+
+
+def preloads(command: Command) -> list[str]:
+    """The modules that the ranks of a command share when they are forked."""
+    return [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
 
 
 def as_overrides(command: Command, arguments: Sequence[str]) -> list[str]:

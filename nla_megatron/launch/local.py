@@ -42,7 +42,7 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
     forks = not torch.cuda.is_available()
     for module in preload if forks else ():
         importlib.import_module(module)
-    with socket.create_server(("127.0.0.1", 0)) as door, _interrupted_by_sigterm():
+    with socket.create_server(("127.0.0.1", 0)) as door, interrupted_by_sigterm():
         port = door.getsockname()[1]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -96,8 +96,8 @@ def _end(ranks: Sequence[int]) -> None:
 
 
 @contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit, so that the ranks are ended too."""
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that what was started is ended too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -68,6 +68,8 @@ def _rank(rank: int, entry: Entry, argv: Sequence[str], processes: int, port: in
     # A group of its own holds the rank and every helper it starts; the launcher ends them together.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A scheduler warns every process of a job; the one it started answers, and ends the ranks.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

@@ -1,4 +1,4 @@
-"""Several values for one key: Hydra's sweep grammar (`a,b`, `choice()`, `range()`, `glob()`), taken apart into points."""
+"""Several values for one key: Hydra's sweep grammar (`a,b`, `choice()`, `range()`, `glob()`), taken apart."""
 
 from __future__ import annotations
 
@@ -56,14 +56,16 @@ def axes_of(command: str, overrides: Sequence[str]) -> tuple[list[str], list[Axi
                     axes[key] = Axis(key, tuple(override.sweep_string_iterator()))
                 else:
                     raise ConfigError(
-                        f"{override.input_line}", "values that can be counted: a,b, choice(a,b) or range(start,stop,step)",
+                        f"{override.input_line}", "values that can be counted: a,b, choice(a,b) or range(0,3)",
                         f"list the values of {key}",
                     )  # fmt: skip
     except HydraException as error:
         raise named_refusal(command, SCHEMAS[command], error) from None
     empty = [axis.key for axis in axes.values() if not axis.values]
     if empty:
-        raise ConfigError(f"no value for {empty[0]}: a sweep of zero jobs", "at least one value", f"correct {empty[0]}=")
+        raise ConfigError(
+            f"no value for {empty[0]}: a sweep of zero jobs", "at least one value", f"correct {empty[0]}="
+        )
     return list(fixed.values()), list(axes.values())
 
 
@@ -89,7 +91,7 @@ def quoted(value: str) -> str:
 
 
 def with_paths_quoted(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with a path that exists taken as it stands: to Hydra a comma or an equals sign in it is grammar."""
+    """A path that exists is taken as it stands: to Hydra a comma or an equals sign in it is grammar."""
     words = []
     for word in overrides:
         key, equals, value = word.partition("=")

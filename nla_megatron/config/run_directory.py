@@ -35,11 +35,11 @@ def check_run_directory(command: str, config: Any) -> None:
                 f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
             )
         return
-    found, expected = yaml.safe_load(record.read_text()), _record(command, config)
-    for key in sorted({*_flat(found), *_flat(expected)}):
-        if any(key == free or key.startswith(free + ".") for free in _FREE):
+    found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
+    for key in sorted({*flat(found), *flat(expected)}):
+        if is_free(key):
             continue
-        before, now = _flat(found).get(key), _flat(expected).get(key)
+        before, now = flat(found).get(key), flat(expected).get(key)
         if before != now:
             raise RunDirectoryError(
                 f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
@@ -51,7 +51,7 @@ def claim_run_directory(command: str, config: Any) -> None:
     """Make the directory this run's, with the configuration that made it beside the results. One process calls it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / _PARTIAL).write_text(yaml.safe_dump(_record(command, config), sort_keys=False))
+    (out / _PARTIAL).write_text(yaml.safe_dump(run_record(command, config), sort_keys=False))
     (out / _PARTIAL).replace(out / RECORD)
 
 
@@ -64,7 +64,8 @@ def mark_done(config: Any) -> None:
     (Path(config.out) / DONE).write_text("")
 
 
-def _record(command: str, config: Any) -> dict[str, Any]:
+def run_record(command: str, config: Any) -> dict[str, Any]:
+    """What a run's directory says of it: the configuration but for `out`, and the identity of its tables."""
     values = yaml.safe_load(as_yaml(config))
     values.pop("out")
     return {"command": command, **values, "inputs": _dataset_ids(values)}
@@ -73,12 +74,18 @@ def _record(command: str, config: Any) -> dict[str, Any]:
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
     sidecars = {
-        key: Path(f"{value}{DATASET_SIDECAR}") for key, value in _flat(values).items() if isinstance(value, str)
+        key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)
     }
     return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def is_free(key: str) -> bool:
+    """Whether a dotted key says where and how fast a run runs, and not what it computes."""
+    return any(key == free or key.startswith(free + ".") for free in _FREE)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
     return dict(_items(values, prefix))
 
 

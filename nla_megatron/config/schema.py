@@ -634,7 +634,7 @@ class CompareConfig:
     evaluate: bool = True
     """Run `eval` for each. false takes what runs have recorded themselves."""
     overrides: list[str] = field(default_factory=list)
-    """Overrides of every `eval`, such as `rollout.max_new_tokens=40`."""
+    """Overrides of every `eval`; typed one by one as `eval.rows=100 eval.rollout.max_new_tokens=40`."""
     curves: list[str] = field(default_factory=list)
     """Scalars of `metrics.jsonl` to draw; empty takes those that say most."""
     png: bool = True

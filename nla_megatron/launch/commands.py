@@ -24,7 +24,8 @@ class Command:
     """`module` offers `check(config, world_size)`, `run(config[, world])`.
 
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
-    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set.
+    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some of
+    its words are another command's, and `module` offers `configured(arguments)` to tell them apart.
     """
 
     module: str
@@ -33,6 +34,7 @@ class Command:
     samples: bool = False
     verb: str | None = None
     estimate: str | None = None
+    passes_on: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -60,8 +62,12 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what"),
     "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
     "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
-    "sweep": Command("nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b"),
-    "compare": Command("nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side"),
+    "sweep": Command(
+        "nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b", passes_on=True
+    ),
+    "compare": Command(
+        "nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side", passes_on=True
+    ),
 }
 MULTIRUN = ("-m", "--multirun")
 
@@ -109,10 +115,8 @@ def execute(name: str, overrides: Sequence[str]) -> int:
 
 def configured(name: str, arguments: Sequence[str]) -> Any:
     """The configuration of a command as typed. Raises ConfigError."""
-    if name == "sweep":
-        from nla_megatron.launch.sweep import configured_sweep
-
-        return configured_sweep(arguments)
+    if COMMANDS[name].passes_on:
+        return importlib.import_module(COMMANDS[name].module).configured(arguments)
     return compose(name, with_paths_quoted(as_overrides(COMMANDS[name], arguments)))
 
 

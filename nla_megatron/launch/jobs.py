@@ -93,7 +93,9 @@ def run_alone(argv: Sequence[str]) -> int:
 def last_words(log: Path) -> str:
     """What a failed job has said: the last error named in its log, else the last line."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    named = [line for line in lines if re.match(r"[A-Za-z_.]+: ", line) and not line.startswith(("expected:", "to do:"))]
+    named = [
+        line for line in lines if re.match(r"[A-Za-z_.]+: ", line) and not line.startswith(("expected:", "to do:"))
+    ]
     spoken = named or [line for line in lines if line.strip()]
     return spoken[-1].strip()[:_TOLD_LENGTH] if spoken else ""
 

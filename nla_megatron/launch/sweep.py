@@ -4,8 +4,8 @@
     out/003_optim.lr=0.0003,seed=1/       a job's own directory, a run like any other
     out/logs/003_optim.lr=0.0003,seed=1.log
 
-Every job is checked before the first one starts. The same command again skips finished jobs and resumes the others; with
-more values it adds jobs, and those that are there keep their directories.
+Every job is checked before the first one starts. The same command again skips finished jobs and resumes the others;
+with more values it adds jobs, and those that are there keep their directories.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SweepJob:
     config: Any
 
 
-def configured_sweep(arguments: Sequence[str]) -> SweepConfig:
+def configured(arguments: Sequence[str]) -> SweepConfig:
     """`COMMAND key=a,b out=DIR sweep.jobs=2` as a configuration. Raises ConfigError."""
     words = list(arguments)
     named = [f"command={words.pop(0)}"] if words and words[0].isalpha() else []
@@ -176,11 +176,13 @@ def _check_directory(config: SweepConfig) -> None:
         return
     found = json.loads(manifest.read_text())["command"]
     if found != config.command:
-        raise RunDirectoryError(f"{out} holds a sweep of {found}", f"a sweep of {config.command}", "choose another out=")
+        raise RunDirectoryError(
+            f"{out} holds a sweep of {found}", f"a sweep of {config.command}", "choose another out="
+        )
 
 
 def _standing(one: SweepJob, before: dict[str, Any] | None) -> Outcome:
-    """What is known before anything is run: a finished directory, or a command that leaves no mark and has ended well."""
+    """What is known before anything is run: a finished directory, or a command that leaves no mark."""
     seconds = before["seconds"] if before else None
     marked = is_done(one.config)
     unmarked = before is not None and before["state"] == DONE and Path(one.config.out).exists()

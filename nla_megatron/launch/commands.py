@@ -24,8 +24,8 @@ class Command:
     """`module` offers `check(config, world_size)`, `run(config[, world])`.
 
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
-    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some of
-    its words are another command's, and `module` offers `configured(arguments)` to tell them apart.
+    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some
+    of its words are another command's, and `module` offers `configured(arguments)` to tell them apart.
     """
 
     module: str

@@ -21,7 +21,7 @@ from typing import Any
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import quoted, with_paths_quoted
-from nla_megatron.config.run_directory import is_done, run_record
+from nla_megatron.config.run_directory import is_done, permanent_steps, run_record
 from nla_megatron.config.schema import CompareConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
@@ -36,6 +36,7 @@ from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
 ROLES = ("av", "ar")
 _FOR_EVAL = "eval."
+_EVALUATED = ("fve_", "extraction_failed_")  # how figures begin that an evaluation will have
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def check(config: CompareConfig, world_size: int) -> None:
             raise ConfigError(f"data={config.data} with nothing to evaluate", "runs that `eval` takes", "drop data=")
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
         return
+    if config.metric is not None and not config.metric.startswith(_EVALUATED):
+        chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
     import nla_megatron.evaluation.held_out as held_out
 
     for place in places:
@@ -133,12 +136,12 @@ def _evaluates(config: CompareConfig, runs: Sequence[Run]) -> bool:
 
 
 def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
-    from nla_megatron.training.checkpoint import permanent_steps
-
     places = []
     for run in runs:
         kept = permanent_steps(run.directory) if config.checkpoints != "final" else {}
         for step, path in kept.items():
+            if step == run.steps and config.checkpoints == "all":
+                continue  # what the run exported at its end
             models = Path(config.out) / MODELS / _flat_name(run) / _hash(_identity(path))
             places.append(Place(run, f"step_{step:08d}", step, path, models))
         if config.checkpoints != "permanent":

@@ -17,7 +17,7 @@ from typing import Any
 from nla_megatron.config.schema import LauncherConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch import commands
-from nla_megatron.launch.local import command_process, interrupted_by_sigterm, launch
+from nla_megatron.launch.local import PRELOAD, PRELOAD_TRAINING, command_process, interrupted_by_sigterm, launch
 
 DONE, FAILED, QUEUED = "done", "failed", "queued"
 _TOLD_LENGTH = 150
@@ -130,7 +130,8 @@ def _start(job: Job, devices: list[str], at_once: int) -> _Running:
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-    process = command_process(Logged(job.log, environment), job.argv)
+    preload = PRELOAD if commands.COMMANDS[job.argv[0]].samples else PRELOAD_TRAINING
+    process = command_process(Logged(job.log, environment), job.argv, preload)
     process.start()
     return _Running(job, process, devices, time.monotonic())
 

@@ -18,7 +18,7 @@ from typing import Any
 Entry = Callable[[Sequence[str]], int]
 """Runs a command line without the program's name; returns the exit code."""
 
-PRELOAD = "nla_megatron.launch.preload"
+PRELOAD, PRELOAD_TRAINING = "nla_megatron.launch.preload", "nla_megatron.launch.preload_training"
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -111,19 +111,22 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def warm_up() -> None:
-    """Start the server that `command_process` forks from; it imports while this process does something else."""
-    forkserver.set_forkserver_preload([PRELOAD])
+def warm_up(preload: str = PRELOAD) -> None:
+    """Start the server that `command_process` forks from; it imports while this process does something else.
+
+    A server that runs already keeps what it has imported.
+    """
+    forkserver.set_forkserver_preload([preload])
     forkserver.ensure_running()
 
 
-def command_process(entry: Entry, argv: Sequence[str]) -> Any:
+def command_process(entry: Entry, argv: Sequence[str], preload: str = PRELOAD) -> Any:
     """A process, not started yet, that runs `entry(argv)` and exits with its code.
 
     It is forked from a server that has imported what the commands need (see `launch.preload`): the imports of all
     commands that this process runs are paid once.
     """
-    warm_up()
+    warm_up(preload)
     return multiprocessing.get_context("forkserver").Process(target=_command, args=(entry, argv))
 
 

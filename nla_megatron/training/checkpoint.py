@@ -18,24 +18,12 @@ from typing import Any
 
 import torch
 
+from nla_megatron.config.run_directory import CHECKPOINTS, PERMANENT, complete_steps, permanent_steps
 from nla_megatron.errors import CheckpointError
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
 from nla_megatron.training.module import TrainModule
-
-PERMANENT = "permanent"
-
-
-def complete_steps(directory: Path) -> dict[int, Path]:
-    """The whole checkpoints of a directory by step, oldest first."""
-    found = [path.parent for path in directory.glob("step_*/state.json") if not path.parent.name.endswith(".partial")]
-    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
-
-
-def permanent_steps(run_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a run that stay for good, by step, oldest first."""
-    return complete_steps(run_dir / "checkpoints" / PERMANENT)
 
 
 class Checkpoints:
@@ -46,7 +34,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | Path, stage: str, world: World, keep: int, keep_every: int = 0):
-        self.directory, self.stage, self.world = Path(run_dir) / "checkpoints", stage, world
+        self.directory, self.stage, self.world = Path(run_dir) / CHECKPOINTS, stage, world
         self.keep, self.keep_every = keep, keep_every
 
     def steps(self) -> dict[int, Path]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,49 @@ def test_an_array_ends_with_the_exit_code_of_every_job(tmp_path: Path, model_dir
     assert "MissingFile" in logs[1]
 
 
-def test_ranks_on_two_nodes_train_as_one_job(tmp_path: Path) -> None:
-    tiny_tokenizer(tmp_path / "tokenizer")
-    corpus = tmp_path / "corpus.jsonl"
+@pytest.fixture(scope="module")
+def pretrain(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The words of a small training."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    tiny_tokenizer(inputs / "tokenizer")
     lines = ({"doc_id": f"d{number}", "text": f"the text of document {number} " * 20} for number in range(20))
-    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (inputs / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ("pretrain", f"corpus={inputs / 'corpus.jsonl'}", f"tokenizer={inputs / 'tokenizer'}", *TINY)
+
+
+def logged_steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_warned_job_is_queued_again_and_resumes(tmp_path: Path, pretrain: tuple[str, ...]) -> None:
+    """The signal is the one that Slurm sends before a time limit; it reaches every process of the job."""
     out = tmp_path / "out"
-    words = ("pretrain", f"corpus={corpus}", f"tokenizer={tmp_path / 'tokenizer'}", "steps=2", *TINY)
-    config = on_slurm(*words, "parallel.dp=2", "seed=0,1", f"out={out}", "sweep.launcher.nodes=2")
+    words = (*pretrain, "steps=200", "save_every=1", f"out={out}")
+    left = on_slurm(*words, "sweep.launcher.wait=false")
+    sweep.check(left, 1)
+    sweep.run(left)
+    wait_for(lambda: len(logged_steps(out / "000")) > 2)
+    (known,) = slurm.in_queue()
+    slurm.warn(known)
+    wait_for(lambda: slurm.state(known) == "PENDING")
+    assert 2 < len(logged_steps(out / "000")) < 200
+    slurm.start_now(known)
+    sweep.run(on_slurm(*words))
+    assert states(out) == {"000": ("done", 0)}
+    assert logged_steps(out / "000") == list(range(200))
+
+
+def test_ranks_on_two_nodes_train_as_one_job(tmp_path: Path, pretrain: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    config = on_slurm(*pretrain, "steps=2", "parallel.dp=2", "seed=0,1", f"out={out}", "sweep.launcher.nodes=2")
     sweep.check(config, 1)
     sweep.run(config)
     assert set(states(out).values()) == {("done", 0)}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.support.ranks import command, command_line
+from tests.support.ranks import command, command_line, start
 
 pytestmark = pytest.mark.slow
 EVAL = ("eval.rows=16", "eval.rollout.max_new_tokens=8", "eval.bootstrap=20", "eval.examples=2")
@@ -61,6 +65,28 @@ def test_permanent_checkpoints_are_never_pruned_and_resumed_from(toy: Path, swep
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(source)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["permanent", "step_00000003"]
+
+
+def test_a_sweep_that_is_stopped_ends_its_jobs_and_is_resumed(toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "pretrain", "-m", f"corpus={toy / 'corpus.parquet'}", f"tokenizer={toy / 'tokenizer'}", f"out={out}",
+        "architecture.hidden_size=64", "architecture.intermediate_size=64", "architecture.head_dim=32", "batch_size=2",
+        "micro_batch_size=2", "sequence_length=64", "save_every=1", "steps=40,41", "sweep.jobs=2",
+    ]  # fmt: skip
+    child = start(*words)
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("*/metrics.jsonl"))) < 2 and child.process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    everybody = psutil.Process(child.process.pid).children(recursive=True)
+    assert child.process.pid is not None and len(everybody) >= 4, "two jobs, a rank of each"
+    os.kill(child.process.pid, signal.SIGTERM)
+    assert child.wait(60).returncode != 0
+    assert psutil.wait_procs(everybody, timeout=30)[1] == []
+    done = command(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = sorted(out.glob("0*"))
+    assert [[line["step"] for line in metrics(run)] for run in runs] == [list(range(40)), list(range(41))]
 
 
 def test_every_kept_checkpoint_is_evaluated_once(swept: Path, tmp_path: Path) -> None:

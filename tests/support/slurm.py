@@ -143,3 +143,18 @@ def cancel_all() -> None:
     while in_queue():
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def state(job: str) -> str:
+    """Of a job that is in the queue."""
+    return _run("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip()
+
+
+def warn(job: str) -> None:
+    """What the scheduler sends to a job that is about to end."""
+    _run("scancel", "--signal=USR2", job)
+
+
+def start_now(job: str) -> None:
+    """A job that was queued again would wait for two minutes."""
+    _run("scontrol", "update", f"JobId={job}", "StartTime=now")

@@ -169,6 +169,17 @@ def test_a_metric_that_no_run_has_is_named_with_those_there_are(root: Path, tmp_
     assert "metric=beauty" in error.found and "eval_fve, kl, reward" in error.expected
 
 
+def test_such_a_metric_is_named_before_anything_is_evaluated(tmp_path: Path) -> None:
+    left_run(tmp_path / "in" / "a", *STEPS, "held_out=held.parquet", metrics=learning(1e-3, 0))
+    assert "metric=beauty" in refused(tmp_path / "in", tmp_path / "out", "metric=beauty").found
+
+
+def test_what_an_evaluation_needs_is_checked_for_every_run(tmp_path: Path) -> None:
+    left_run(tmp_path / "in" / "a", *STEPS, "held_out=held.parquet", metrics=learning(1e-3, 0))
+    error = refused(tmp_path / "in", tmp_path / "out")
+    assert isinstance(error, MissingFile) and "(evaluation of a)" in error.found
+
+
 def test_runs_of_different_data_are_named(tmp_path: Path) -> None:
     left_run(tmp_path / "in" / "one", *STEPS, metrics=learning(1e-3, 0))
     left_run(tmp_path / "in" / "other", *STEPS, "data=other.parquet", metrics=learning(1e-3, 0))

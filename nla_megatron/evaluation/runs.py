@@ -18,7 +18,7 @@ from nla_megatron.evaluation.report_files import Row, read_table
 METRICS, FIGURES = "metrics.jsonl", "eval.json"
 SEED, DEFAULT_TASK = "seed", "nla"
 # What runs must have in common to be comparable.
-_SAME = {"task.name": "tasks", "role": "roles", "data": "data", "corpus": "corpora"}
+SAME = {"task.name": "tasks", "role": "roles", "data": "data", "corpus": "corpora"}
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def _records(root: Path, beside: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path.parent, yaml.safe_load(path.read_text())
 
 
-def check_alike(runs: Sequence[Run]) -> None:
-    """Raises ConfigError where runs are of different tasks or data."""
-    for key, what in _SAME.items():
+def check_alike(runs: Sequence[Run], same: Mapping[str, str] = SAME) -> None:
+    """Raises ConfigError where runs differ in a key of `same`, which also says what it is."""
+    for key, what in same.items():
         first, *others = ((run, run.values.get(f"inputs.{key}", run.values.get(key))) for run in runs)
         for run, value in others:
             if value != first[1]:

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
 from nla_megatron.evaluation.runs import DEFAULT_TASK, FIGURES, Run, check_alike, find_runs, numbers
-from nla_megatron.launch.jobs import FAILED, Job, Outcome, check_launcher, run_jobs
+from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
@@ -43,6 +44,7 @@ _EVALUATED = ("fve_", "extraction_failed_")  # how figures begin that an evaluat
 class Place:
     """A run at one checkpoint: where its models are, as `eval` takes them or as checkpoints to export first."""
 
+    config: CompareConfig
     run: Run
     checkpoint: str
     step: int
@@ -56,6 +58,25 @@ class Place:
     @property
     def exported(self) -> bool:
         return self.checkpoint == FINAL
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The overrides of this place's evaluation, whose directory is named for everything that it reads."""
+        data = self.config.data or self.run.values.get("held_out")
+        if not data:
+            raise ConfigError(f"no held_out in the run {self.run.name}", "a table to evaluate on", "add data=")
+        models = [f"{role}={quoted(str(self.models / role))}" for role in ROLES]
+        words = [*models, f"data={quoted(str(data))}", *self.config.overrides]
+        record = run_record("eval", compose("eval", [*words, "out=''"]))
+        told = {key: value for key, value in record.items() if key not in (*ROLES, "parallel", "logger")}
+        read = [_identity(self.source / role) for role in ROLES]
+        out = Path(self.config.out) / EVALUATIONS / _flat_name(self.run) / _hash([told, read])
+        return [*words, f"out={quoted(str(out))}"]
+
+    @cached_property
+    def evaluation(self) -> Any:
+        """The configuration of this place's evaluation."""
+        return compose("eval", self.words)
 
 
 def configured(arguments: Sequence[str]) -> CompareConfig:
@@ -77,15 +98,16 @@ def check(config: CompareConfig, world_size: int) -> None:
             raise ConfigError(f"data={config.data} with nothing to evaluate", "runs that `eval` takes", "drop data=")
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
         return
+    if config.data is None:
+        check_alike(runs, {"held_out": "held-out tables"})
     if config.metric is not None and not config.metric.startswith(_EVALUATED):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
     import nla_megatron.evaluation.held_out as held_out
 
     for place in places:
-        evaluation = _evaluation(config, place)
-        if place.exported and not is_done(evaluation):
+        if place.exported and not is_done(place.evaluation):
             try:
-                held_out.check(evaluation, evaluation.ranks)
+                held_out.check(place.evaluation, place.evaluation.ranks)
             except NlaError as error:
                 raise type(error)(f"{error.found} (evaluation of {place.name})", error.expected, error.remedy) from None
     check_launcher([_eval_job(config, place) for place in places], config.jobs, config.launcher)
@@ -98,6 +120,9 @@ def run(config: CompareConfig) -> None:
     write_json(out / RECORD, {"root": str(Path(config.root).resolve())})
     places = _places(config, runs)
     failed = _evaluate(config, places) if _evaluates(config, runs) else {}
+    if failed is None:
+        print("The evaluations are in the queue; the same command writes the page once they are done.", flush=True)
+        return
     entries = [_entry(config, place, failed) for place in places]
     metric = chosen_metric(entries, config.metric, config.last)
     comparison = Comparison(
@@ -143,9 +168,9 @@ def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
             if step == run.steps and config.checkpoints == "all":
                 continue  # what the run exported at its end
             models = Path(config.out) / MODELS / _flat_name(run) / _hash(_identity(path))
-            places.append(Place(run, f"step_{step:08d}", step, path, models))
+            places.append(Place(config, run, f"step_{step:08d}", step, path, models))
         if config.checkpoints != "permanent":
-            places.append(Place(run, FINAL, run.steps, run.directory, run.directory))
+            places.append(Place(config, run, FINAL, run.steps, run.directory, run.directory))
     if not places:
         raise MissingFile(
             f"no permanent checkpoint in any of {len(runs)} runs under {config.root}",
@@ -168,32 +193,9 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _evaluation(config: CompareConfig, place: Place) -> Any:
-    """The configuration of a place's evaluation, in a directory named for what it reads."""
-    return compose("eval", _eval_overrides(config, place))
-
-
-def _eval_overrides(config: CompareConfig, place: Place) -> list[str]:
-    data = config.data or place.run.values.get("held_out")
-    if not data:
-        raise ConfigError(f"no held_out in the run {place.run.name}", "a table to evaluate on", "add data=")
-    overrides = [
-        *(f"{role}={quoted(str(place.models / role))}" for role in ROLES), f"data={quoted(str(data))}",
-        *config.overrides,
-    ]  # fmt: skip
-    bare = compose("eval", [*overrides, "out=''"])
-    record = {
-        key: value for key, value in run_record("eval", bare).items() if key not in (*ROLES, "parallel", "logger")
-    }
-    sources = [_identity(place.source / role) for role in ROLES]
-    out = Path(config.out) / EVALUATIONS / _flat_name(place.run) / _hash([record, sources])
-    return [*overrides, f"out={quoted(str(out))}"]
-
-
 def _eval_job(config: CompareConfig, place: Place) -> Job:
-    overrides = _eval_overrides(config, place)
     log = Path(config.out) / LOGS / f"eval_{place.name.replace('/', '__')}.log"
-    return Job(place.name, ("eval", *overrides), compose("eval", overrides).ranks, log)
+    return Job(place.name, ("eval", *place.words), place.evaluation.ranks, log)
 
 
 def _export_jobs(config: CompareConfig, place: Place) -> list[Job]:
@@ -207,14 +209,18 @@ def _export_jobs(config: CompareConfig, place: Place) -> list[Job]:
     return jobs
 
 
-def _evaluate(config: CompareConfig, places: Sequence[Place]) -> dict[str, str]:
-    """Export and evaluate what has not been; the names of the evaluations that failed, with what they said."""
-    todo = [place for place in places if not is_done(_evaluation(config, place))]
+def _evaluate(config: CompareConfig, places: Sequence[Place]) -> dict[str, str] | None:
+    """Export and evaluate what has not been.
+
+    Returns:
+        The names of the evaluations that failed, with what they said; None while some of them are in a queue.
+    """
+    todo = [place for place in places if not is_done(place.evaluation)]
     print(f"{len(places)} evaluations, {len(places) - len(todo)} done already", file=sys.stderr, flush=True)
-    exports = [job for place in todo if not place.exported for job in _export_jobs(config, place)]
-    lost = {
-        outcome.name.rpartition(" ")[0]: outcome.told for outcome in _run(config, exports) if outcome.state == FAILED
-    }
+    exports = _run(config, [job for place in todo if not place.exported for job in _export_jobs(config, place)])
+    lost = {outcome.name.rpartition(" ")[0]: outcome.told for outcome in exports if outcome.state == FAILED}
+    if any(outcome.state == QUEUED for outcome in exports):
+        return None
     ready = [place for place in todo if place.name not in lost]
     for place in ready:
         if not place.exported:
@@ -222,6 +228,8 @@ def _evaluate(config: CompareConfig, places: Sequence[Place]) -> dict[str, str]:
     outcomes = _run(config, [_eval_job(config, place) for place in ready])
     if outcomes:
         print(table(outcomes), flush=True)
+    if any(outcome.state == QUEUED for outcome in outcomes):
+        return None
     return lost | {outcome.name: outcome.told for outcome in outcomes if outcome.state == FAILED}
 
 
@@ -255,6 +263,5 @@ def _write_sidecars(place: Place) -> None:
 def _entry(config: CompareConfig, place: Place, failed: dict[str, str]) -> Entry:
     figures: dict[str, float] = {}
     if _evaluates(config, [place.run]) and place.name not in failed:
-        evaluation = _evaluation(config, place)
-        figures = numbers(Path(evaluation.out) / FIGURES) if is_done(evaluation) else {}
+        figures = numbers(Path(place.evaluation.out) / FIGURES) if is_done(place.evaluation) else {}
     return Entry(place.run, place.checkpoint, place.step, figures)

@@ -23,9 +23,9 @@ TINY = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def nodes() -> Iterator[None]:
     pytest.importorskip("submitit", reason="no submitit: pip install 'nla_megatron[slurm]'")
-    with slurm.cluster(tmp_path_factory.mktemp("slurm")):
+    with slurm.cluster():
         yield
         slurm.cancel_all()
 

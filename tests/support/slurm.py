@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -66,8 +67,11 @@ def _run(*command: str) -> str:
 
 
 @contextmanager
-def cluster(base: Path) -> Iterator[Path]:
+def cluster() -> Iterator[Path]:
     """Two idle nodes, n1 and n2, with SLURM_CONF in the environment; ended with everything on it."""
+    # Not in pytest's own directory: munge wants one that everybody may pass through.
+    base = Path(tempfile.mkdtemp(prefix="slurm"))
+    base.chmod(0o711)
     for name in ("munge", "state"):
         (base / name).mkdir(parents=True)
     (base / "munge").chmod(0o711)
@@ -84,6 +88,7 @@ def cluster(base: Path) -> Iterator[Path]:
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(settings)
     with ExitStack() as ending:
+        ending.callback(shutil.rmtree, base, ignore_errors=True)
         ending.callback(_restore, before)
         ending.callback(_end, base)
         files = (f"--{kind}={base / 'munge' / name}" for kind, name in (

@@ -188,6 +188,13 @@ def test_runs_of_different_data_are_named(tmp_path: Path) -> None:
     assert all(word in error.found for word in ("rl.parquet in one", "other.parquet in other"))
 
 
+def test_runs_with_different_held_out_tables_are_named(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        left_run(tmp_path / "in" / name, *STEPS, f"held_out={name}.parquet", metrics=learning(1e-3, 0))
+    error = refused(tmp_path / "in", tmp_path / "out")
+    assert "held_out=one.parquet in one" in error.found and "other.parquet in other" in error.found
+
+
 def test_runs_of_different_tasks_are_named(tmp_path: Path) -> None:
     import yaml
 

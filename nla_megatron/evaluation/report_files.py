@@ -48,15 +48,16 @@ def read_run(run_dir: Path) -> RunFiles:
     return RunFiles(
         name=str(summary.get("run_name") or run_dir.resolve().name),
         summary=summary,
-        rl=_read_table(run_dir / "rl" / "metrics.jsonl"),
-        sft_av=_read_table(run_dir / "sft_av" / "metrics.jsonl"),
-        sft_ar=_read_table(run_dir / "sft_ar" / "metrics.jsonl"),
-        pretrain=_read_table(run_dir / "pretrain" / "metrics.jsonl"),
-        examples=_read_table(run_dir / "eval" / "examples.jsonl"),
+        rl=read_table(run_dir / "rl" / "metrics.jsonl"),
+        sft_av=read_table(run_dir / "sft_av" / "metrics.jsonl"),
+        sft_ar=read_table(run_dir / "sft_ar" / "metrics.jsonl"),
+        pretrain=read_table(run_dir / "pretrain" / "metrics.jsonl"),
+        examples=read_table(run_dir / "eval" / "examples.jsonl"),
     )
 
 
-def _read_table(path: Path) -> list[Row]:
+def read_table(path: Path) -> list[Row]:
+    """The lines of a JSONL file, without one that a kill has torn; none where there is no file."""
     if not path.is_file():
         return []
     *lines, rest = path.read_bytes().split(b"\n")

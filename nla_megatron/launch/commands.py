@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nla_megatron.config.compose import compose
+from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
@@ -23,7 +24,8 @@ class Command:
     """`module` offers `check(config, world_size)`, `run(config[, world])`.
 
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
-    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set.
+    word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some
+    of its words are another command's, and `module` offers `configured(arguments)` to tell them apart.
     """
 
     module: str
@@ -32,6 +34,7 @@ class Command:
     samples: bool = False
     verb: str | None = None
     estimate: str | None = None
+    passes_on: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -59,7 +62,14 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what"),
     "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
     "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
+    "sweep": Command(
+        "nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b", passes_on=True
+    ),
+    "compare": Command(
+        "nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side", passes_on=True
+    ),
 }
+MULTIRUN = ("-m", "--multirun")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -78,8 +88,10 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     """
     if name not in COMMANDS:
         raise ConfigError(f"command {name!r}", f"one of {', '.join(COMMANDS)}", "run `nla-megatron --help`")
+    if set(MULTIRUN) & set(overrides):
+        name, overrides = "sweep", [name, *(word for word in overrides if word not in MULTIRUN)]
     command = COMMANDS[name]
-    config = compose(name, as_overrides(command, overrides))
+    config = configured(name, overrides)
     silence_libraries()
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
@@ -97,9 +109,20 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
-        preload = [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
-        return launch(run, [name, *overrides], size, preload)
+        return launch(run, [name, *overrides], size, preloads(command))
     return _run_rank(command, config, size)
+
+
+def configured(name: str, arguments: Sequence[str]) -> Any:
+    """The configuration of a command as typed. Raises ConfigError."""
+    if COMMANDS[name].passes_on:
+        return importlib.import_module(COMMANDS[name].module).configured(arguments)
+    return compose(name, with_paths_quoted(as_overrides(COMMANDS[name], arguments)))
+
+
+def preloads(command: Command) -> list[str]:
+    """The modules that the ranks of a command share when they are forked."""
+    return [command.module, *(["nla_megatron.rollout.preload"] if command.samples else [])]
 
 
 def as_overrides(command: Command, arguments: Sequence[str]) -> list[str]:

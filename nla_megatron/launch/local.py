@@ -18,7 +18,7 @@ from typing import Any
 Entry = Callable[[Sequence[str]], int]
 """Runs a command line without the program's name; returns the exit code."""
 
-PRELOAD = "nla_megatron.launch.preload"
+PRELOAD, PRELOAD_TRAINING = "nla_megatron.launch.preload", "nla_megatron.launch.preload_training"
 _LAST_WORDS_SECONDS = 2.0
 
 
@@ -42,7 +42,7 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
     forks = not torch.cuda.is_available()
     for module in preload if forks else ():
         importlib.import_module(module)
-    with socket.create_server(("127.0.0.1", 0)) as door, _interrupted_by_sigterm():
+    with socket.create_server(("127.0.0.1", 0)) as door, interrupted_by_sigterm():
         port = door.getsockname()[1]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,6 +68,8 @@ def _rank(rank: int, entry: Entry, argv: Sequence[str], processes: int, port: in
     # A group of its own holds the rank and every helper it starts; the launcher ends them together.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A scheduler warns every process of a job; the one it started answers, and ends the ranks.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -96,8 +98,8 @@ def _end(ranks: Sequence[int]) -> None:
 
 
 @contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit, so that the ranks are ended too."""
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that what was started is ended too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -109,19 +111,22 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def warm_up() -> None:
-    """Start the server that `command_process` forks from; it imports while this process does something else."""
-    forkserver.set_forkserver_preload([PRELOAD])
+def warm_up(preload: str = PRELOAD) -> None:
+    """Start the server that `command_process` forks from; it imports while this process does something else.
+
+    A server that runs already keeps what it has imported.
+    """
+    forkserver.set_forkserver_preload([preload])
     forkserver.ensure_running()
 
 
-def command_process(entry: Entry, argv: Sequence[str]) -> Any:
+def command_process(entry: Entry, argv: Sequence[str], preload: str = PRELOAD) -> Any:
     """A process, not started yet, that runs `entry(argv)` and exits with its code.
 
     It is forked from a server that has imported what the commands need (see `launch.preload`): the imports of all
     commands that this process runs are paid once.
     """
-    warm_up()
+    warm_up(preload)
     return multiprocessing.get_context("forkserver").Process(target=_command, args=(entry, argv))
 
 

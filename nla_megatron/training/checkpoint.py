@@ -2,6 +2,7 @@
 
     run/checkpoints/step_00000100/{module}/…   one distributed checkpoint per module: weights and optimizer
     run/checkpoints/step_00000100/state.json   stage, step, schedule, layout: what makes it complete
+    run/checkpoints/permanent/step_…           the same, of every `keep_every`th step: never pruned
 
 A step's directory appears by one rename when all of it is on disk; a killed save leaves a `.partial` directory that
 nobody reads and the next save removes.
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nla_megatron.config.run_directory import CHECKPOINTS, PERMANENT, complete_steps, permanent_steps
 from nla_megatron.errors import CheckpointError
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.cpu import megatron_device
@@ -46,13 +48,17 @@ class Checkpoints:
     kept as well, for whatever a model may draw.
     """
 
-    def __init__(self, run_dir: str | Path, stage: str, world: World, keep: int):
-        self.directory, self.stage, self.world, self.keep = Path(run_dir) / "checkpoints", stage, world, keep
+    def __init__(self, run_dir: str | Path, stage: str, world: World, keep: int, keep_every: int = 0):
+        self.directory, self.stage, self.world = Path(run_dir) / CHECKPOINTS, stage, world
+        self.keep, self.keep_every = keep, keep_every
 
-    def steps(self) -> list[int]:
-        """Complete checkpoints, oldest first."""
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.directory.glob("step_*/state.json")
-                      if not path.parent.name.endswith(".partial"))  # fmt: skip
+    def steps(self) -> dict[int, Path]:
+        """Complete checkpoints by step, oldest first. A step that is there twice counts as permanent."""
+        return complete_steps(self.directory) | permanent_steps(self.directory.parent)
+
+    def _place(self, step: int) -> Path:
+        permanent = self.keep_every > 0 and step % self.keep_every == 0
+        return (self.directory / PERMANENT if permanent else self.directory) / f"step_{step:08d}"
 
     def save(
         self, step: int, modules: Mapping[str, Stateful], extra: dict[str, Any], memory: Mapping[str, Memory]
@@ -60,10 +66,10 @@ class Checkpoints:
         """Write the state after `step` steps; collective."""
         from megatron.core import dist_checkpointing
 
-        final = self.directory / f"step_{step:08d}"
+        final = self._place(step)
         partial = final.with_suffix(".partial")
         if self.world.is_main:
-            for stale in self.directory.glob("*.partial"):
+            for stale in (*self.directory.glob("*.partial"), *self.directory.glob(f"{PERMANENT}/*.partial")):
                 shutil.rmtree(stale)
             for name in modules:
                 (partial / name).mkdir(parents=True)
@@ -83,8 +89,8 @@ class Checkpoints:
             torch.save(torch.get_rng_state(), partial / "rng.pt")
             (partial / "state.json").write_text(json.dumps(state, indent=2))
             partial.rename(final)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.directory / f"step_{old:08d}")
+            for old in list(complete_steps(self.directory).values())[: -self.keep]:
+                shutil.rmtree(old)
         barrier(self.world)
 
     def resume(self, modules: Mapping[str, Stateful], expected: dict[str, Any], memory: Mapping[str, Memory]) -> int:
@@ -95,10 +101,11 @@ class Checkpoints:
         """
         from megatron.core import dist_checkpointing
 
-        step = broadcast_object(max(self.steps(), default=0) if self.world.is_main else None, self.world)
-        if not step:
+        newest = max(self.steps().items(), default=None) if self.world.is_main else None
+        newest = broadcast_object(newest, self.world)
+        if newest is None:
             return 0
-        directory = self.directory / f"step_{step:08d}"
+        step, directory = newest
         state = json.loads((directory / "state.json").read_text())
         for key, value in {"stage": self.stage, "modules": sorted(modules), **expected}.items():
             if state.get(key) != value:

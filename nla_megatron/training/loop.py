@@ -21,7 +21,7 @@ def train(
     command: str, name: str, config: TrainingStageConfig, world: World, modules: Mapping[str, Stateful], step: Step,
     *, on_resume: Callable[[], None] = lambda: None, memory: Mapping[str, Memory] | None = None,
 ) -> None:  # fmt: skip
-    """Run the remaining steps of a stage, saving every `save_every` steps and at the end.
+    """Run the remaining steps of a stage, saving every `save_every` and `keep_every` steps and at the end.
 
     Args:
         on_resume: called after weights came from a checkpoint, before the first step.
@@ -30,7 +30,7 @@ def train(
     if world.is_main:
         claim_run_directory(command, config)
     barrier(world)
-    checkpoints = Checkpoints(config.out, name, world, config.keep_checkpoints)
+    checkpoints = Checkpoints(config.out, name, world, config.keep_checkpoints, config.keep_every)
     schedule: dict[str, Any] = {"steps": config.steps, "seed": config.seed}
     start = checkpoints.resume(modules, schedule, memory or {})
     if start:
@@ -42,5 +42,10 @@ def train(
             scalars = step(number)
             logger.log(number, scalars)
             bar.advance(1, **{key: scalars[key] for key in ("loss", "reward") if key in scalars})
-            if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
+            if _is_saved(config, number + 1):
                 checkpoints.save(number + 1, modules, schedule, memory or {})
+
+
+def _is_saved(config: TrainingStageConfig, step: int) -> bool:
+    intervals = (config.save_every, config.keep_every)
+    return step == config.steps or any(every and step % every == 0 for every in intervals)

@@ -128,7 +128,7 @@ def test_what_the_schema_does_not_know_is_refused_by_name(override: str, named: 
         ("micro_batch_size=-1", "micro_batch_size=-1", "at least 1"),
         ("save_every=0", "save_every=0", "at least 1"),
         ("ar_updates=0", "ar_updates=0", "at least 1"),
-        ("samples_per_prompt=1", "samples_per_prompt=1", "at least 2"),
+        ("samples_per_prompt=0", "samples_per_prompt=0", "at least 1"),
         ("rollout.lora=adapter", "rollout.lora=adapter", "merged"),
         ("dtype=fp8", "dtype='fp8'", "one of float32, bfloat16"),
         ("optim.lr=-1", "lr=-1.0", "at least 0"),

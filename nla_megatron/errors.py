@@ -74,7 +74,7 @@ class DiskFull(NlaError):
 
 
 class ProviderError(NlaError):
-    """An explanation provider refused the request or failed for too many rows."""
+    """Who was asked for explanations or judgements refused, or failed too often."""
 
 
 class ReshardError(NlaError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -59,7 +59,7 @@ def bind(options_type: type[T], values: Mapping[str, Any], key: str) -> T:
     )
 
 
-def _check_finite(options: Mapping[Any, Any]) -> None:
+def _check_finite(options: Any) -> None:
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value}", "a finite number", f"correct {name}")
@@ -71,6 +71,12 @@ def _plain(options_type: type) -> Any:
     structured = OmegaConf.structured(options_type)
     OmegaConf.set_readonly(structured, None)
     return structured
+
+
+def check_option(name: str, value: object, kinds: tuple[type, ...], fits: Callable[..., bool], expected: str) -> None:
+    """Raises `ConfigError` unless `value` is of one of `kinds` (a bool is no number) and `fits(value)`."""
+    if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
+        raise ConfigError(f"{name} = {value!r}", expected, f"set {name} to {expected}")
 
 
 def resolve(path: str, key: str) -> Any:

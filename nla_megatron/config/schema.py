@@ -155,6 +155,9 @@ class AlgorithmConfig:
     """Which estimate of the KL to the reference: k1, k2 or k3."""
     kl_in: str = "loss"
     """loss, or reward: there each token's KL is taken off its reward before anything is compared."""
+    kl_weighted: bool = False
+    """Multiply the KL in the loss by the token's ratio to the old policy: then its gradient is the KL's own, whatever
+    the estimate."""
     kl_coef: float = 0.01
     """0 needs no reference."""
     kl_clamp: float = 12.0
@@ -212,10 +215,16 @@ class AlgorithmConfig:
                 "algorithm.loss_mean=constant without algorithm.loss_length", "tokens to divide by",
                 "set algorithm.loss_length=, for example to rollout.max_new_tokens",
             )  # fmt: skip
-        if self.kl == "k1" and self.kl_in == "loss" and self.kl_coef > 0:
+        if self.kl_weighted and self.kl_in == "reward":
+            raise ConfigError(
+                "algorithm.kl_weighted=true with algorithm.kl_in=reward", "a weight for the KL in the loss only",
+                "drop algorithm.kl_weighted=, or set algorithm.kl_in=loss",
+            )  # fmt: skip
+        if self.kl == "k1" and self.kl_in == "loss" and self.kl_coef > 0 and not self.kl_weighted:
             raise ConfigError(
                 "algorithm.kl=k1 in the loss", "k2 or k3 in the loss, or k1 in the reward",
-                "set algorithm.kl_in=reward or algorithm.kl=k3: the expected gradient of k1 is zero",
+                "set algorithm.kl_in=reward, algorithm.kl=k3 or algorithm.kl_weighted=true: the expected gradient of k1"
+                " is zero",
             )  # fmt: skip
         if self.correction_low > self.correction_high:
             raise ConfigError(
@@ -268,9 +277,9 @@ class RewardConfig:
     terms: dict[str, Any] = field(default_factory=dict)
     """By label, each a RewardTermConfig; the labels `correctness`, `length` and `format` have a role below."""
     composition: str = "additive"
-    """additive: the weighted sum. weighted_length_penalty: the length counts only in so far as the answer is right."""
+    """`additive`: the weighted sum. `weighted_length_penalty`: the length counts only where the answer is right."""
     product: str = "correctness_length"
-    """What the length is multiplied by in weighted_length_penalty: correctness, or correctness and format."""
+    """What the length is multiplied by in `weighted_length_penalty`: correctness, or correctness and format."""
     strict_format_gate: bool = False
     """A response whose term `format` is 0 gets `non_strict_penalty` in the place of everything else."""
     non_strict_penalty: float = -1.0

@@ -28,14 +28,14 @@ class LengthOptions:
     """What is counted."""
 
     unit: str = "response_tokens"
-    """response_tokens: what the policy wrote, its end token included. tokenizer: the text's tokens under `tokenizer`.
-    words: the text's, between white space. value: a task's own count."""
+    """`response_tokens`: what the policy wrote, its end token included. `tokenizer`: the text's tokens under that option.
+    `words`: the text's, between white space. `value`: a task's own count."""
     tokenizer: str | None = None
-    """With unit tokenizer: a tokenizer.json, or a directory that has one."""
+    """With unit `tokenizer`: a tokenizer.json, or a directory that has one."""
     value: str | None = None
-    """With unit value: the task's named value, such as `thinking_tokens`."""
+    """With unit `value`: the task's named value, such as `thinking_tokens`."""
     of: str = "response"
-    """With units tokenizer and words: the whole response, or the `answer` that the task found in it (nothing where
+    """With units `tokenizer` and `words`: the whole response, or the `answer` that the task found in it (nothing where
     there is none)."""
 
     def __post_init__(self) -> None:

@@ -20,11 +20,11 @@ class ReconstructionOptions:
     """From an error to a reward, in the order in which they apply."""
 
     mse_reduction: str = "mean"
-    """Over the D numbers of an activation; sum is D times the mean, and needs a task that measures `d_model`."""
+    """Over the D numbers of an activation; `sum` is D times the mean, and needs a task that measures `d_model`."""
     transform: str = "negative"
-    """negative: -MSE. log: -log MSE. exp: exp(-T MSE). bounded: 1/(1+MSE)."""
+    """`negative`: -MSE. `log`: -log MSE. `exp`: exp(-T MSE). `bounded`: 1/(1+MSE)."""
     temperature: float = 1.0
-    """T of exp."""
+    """T of `exp`."""
     scale: float = 1.0
     """The transformed error is multiplied by it."""
     batch_normalise: bool = False

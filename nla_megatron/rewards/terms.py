@@ -84,7 +84,7 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 def registered() -> Mapping[str, type[Term]]:
     """Every term that comes with the package, by name."""
     # Inside, because these modules import the names above.
-    from nla_megatron.rewards import length, outcome, reconstruction  # noqa: F401
+    from nla_megatron.rewards import judge, length, lexical, outcome, reconstruction, utilisation  # noqa: F401
 
     return _TERMS
 
@@ -142,10 +142,10 @@ class FunctionTerm(Term):
         self.name, self.once = path, bool(getattr(function, "once", False))
         try:
             inspect.signature(function).bind(None, **self.given)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # other arguments; or a built-in function that does not tell its own
             raise ConfigError(
                 f"{key}.term={path!r} cannot be called with what was measured and {key}.options: {error}",
-                f"arguments of {function.__name__}{inspect.signature(function)}",
+                "a function of what was measured, and of the options by name",
                 f"correct {key}.options",
             ) from None
 

@@ -16,6 +16,7 @@ from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
+from nla_megatron.models.critic import response_values
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
@@ -49,8 +50,6 @@ class PolicyLearning:
             with self.side.reference():
                 reference = self.side.policy.rows(batch, collect, batch.longest)
         if self.critic is not None:
-            from nla_megatron.models.critic import response_values
-
             values = self.critic.rows(batch, response_values, batch.longest)
         return Sampled(
             rewards=scored.scores.rewards,

@@ -13,6 +13,7 @@ from nla_megatron.algorithms import check_algorithm, make_algorithm
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import LayoutError
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.interventions import intervene
@@ -109,8 +110,6 @@ class RlTrainer:
 
     def _critic(self) -> TrainModule:
         """It starts from the policy's blocks, and reads what the policy reads."""
-        from nla_megatron.conversion.live import load_critic
-
         config, side = self.config, self.side
         model = load_critic(side.directory, side.shape, self.world, config.dtype)
         intervene(model, side.interventions)

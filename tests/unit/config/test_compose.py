@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nla_megatron.config.compose import as_yaml, compose, conf_dir, describe
 from nla_megatron.config.recipes import GROUP
@@ -68,7 +66,8 @@ def test_every_option_composes_where_its_group_is_used(group: str, option: str) 
     block = config if hasattr(config, next(iter(text))) else getattr(config, group)
     for key, value in text.items():
         # `${key}` stands for another key of the configuration.
-        value = json.loads(re.sub(r'"\$\{([\w.]+)\}"', lambda m: repr(attrgetter(m[1])(config)), json.dumps(value)))
+        resolved = OmegaConf.create({**yaml.safe_load(as_yaml(config)), "expected": value})
+        value = OmegaConf.to_container(resolved, resolve=True)["expected"]
         assert getattr(block, key) == value, f"{group}={option} loses {key} in {users[0]}"
 
 

@@ -68,9 +68,7 @@ def _composed(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     def composed(changes: Sequence[str]) -> dict[str, Any]:
-        return cast(
-            dict[str, Any], OmegaConf.to_container(hydra_compose(config_name=command, overrides=list(changes)))
-        )
+        return cast(dict[str, Any], OmegaConf.to_container(hydra_compose(config_name=command, overrides=list(changes))))
 
     recipe = chosen_recipe(command, overrides, conf_dir())
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):

@@ -14,9 +14,7 @@ from nla_megatron.config.schema import SCHEMAS
 def required(command: str, recipe: str | None = None) -> list[str]:
     """Overrides that fill what a command asks for; a recipe of `sft` says the role itself."""
     names = [item.name for item in fields(SCHEMAS[command]) if item.default == "???"]
-    return [
-        f"{name}={'av' if name == 'role' else 'somewhere'}" for name in names if recipe is None or name != "role"
-    ]
+    return [f"{name}={'av' if name == 'role' else 'somewhere'}" for name in names if recipe is None or name != "role"]
 
 
 @cache

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar, cast
+from dataclasses import field, fields, make_dataclass
+from typing import Any, TypeVar, cast, get_type_hints
 
 from nla_megatron.errors import ConfigError
 
@@ -31,13 +32,14 @@ def bind(options_type: type[T], values: Mapping[str, Any], key: str) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = [item.name for item in fields(cast(Any, options_type))]
+    known = [item.name for item in fields(cast(Any, options_type)) if item.init]
     unknown = sorted(set(values) - set(known))
     if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
         raise ConfigError(
             f"{', '.join(f'{key}.{name}' for name in unknown)}",
             f"some of {', '.join(known)}" if known else f"no {key}: there are none to set",
-            "remove or correct the key",
+            f"did you mean {near[0]}?" if near else "remove or correct the key",
         )
     try:
         # Not the dataclass itself: of a frozen one OmegaConf makes a configuration that refuses to be merged into.
@@ -45,7 +47,7 @@ def bind(options_type: type[T], values: Mapping[str, Any], key: str) -> T:
         missing = sorted(str(name) for name in OmegaConf.missing_keys(merged))
         if not missing:
             _check_finite(merged)
-            return cast(T, OmegaConf.to_object(merged))
+            return options_type(**_as_declared(options_type, cast(Any, OmegaConf.to_object(merged))))
     except ConfigError as error:  # of the dataclass, which does not know where it stands
         raise ConfigError(f"{key}: {error.found}", error.expected, error.remedy) from None
     except OmegaConfBaseException as error:
@@ -59,6 +61,11 @@ def bind(options_type: type[T], values: Mapping[str, Any], key: str) -> T:
     )
 
 
+def is_import_path(name: str) -> bool:
+    """Whether a name is none of a registry's but a path: it has a colon."""
+    return ":" in name
+
+
 def _check_finite(options: Any) -> None:
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -66,11 +73,25 @@ def _check_finite(options: Any) -> None:
 
 
 def _plain(options_type: type) -> Any:
+    """What can be set of a dataclass, as OmegaConf's structure: of a frozen one it would refuse to be merged into."""
     from omegaconf import OmegaConf
 
-    structured = OmegaConf.structured(options_type)
-    OmegaConf.set_readonly(structured, None)
-    return structured
+    hints = get_type_hints(options_type)
+    settable = [
+        (item.name, hints[item.name], field(default=item.default, default_factory=item.default_factory))
+        for item in fields(cast(Any, options_type))
+        if item.init
+    ]
+    return OmegaConf.structured(make_dataclass(options_type.__name__, settable))
+
+
+def _as_declared(options_type: type, values: Any) -> dict[str, Any]:
+    """OmegaConf gives lists where a field is a tuple."""
+    hints = get_type_hints(options_type)
+    return {
+        name: tuple(value) if isinstance(value, list) and "tuple" in str(hints[name]) else value
+        for name, value in vars(values).items()
+    }
 
 
 def check_option(name: str, value: object, kinds: tuple[type, ...], fits: Callable[..., bool], expected: str) -> None:

@@ -533,24 +533,31 @@ class RlConfig(TrainingStageConfig):
 
 @dataclass(frozen=True)
 class EvalConfig(StageConfig):
-    """Held-out FVE with its controls."""
+    """How well a model does its task on rows that nobody trained on: for `nla`, FVE with its controls."""
 
-    av: str = MISSING
-    ar: str = MISSING
-    data: str = MISSING
+    task: TaskConfig = field(default_factory=TaskConfig)
+    av: str = ""
+    ar: str = ""
+    model: str = ""
+    """Who answers, in every task but `nla`: a Hugging Face directory."""
+    data: str = ""
     rows: int = 400
+    samples: int = 1
+    """Responses per row; more need a temperature. Of several, `math` reports pass@k. `nla` takes one."""
     micro_batch_size: int = 32
     dtype: str = "float32"
     examples: int = 20
     bootstrap: int = 1000
     compare: str | None = None
-    """Another evaluation's directory: the paired difference in FVE is reported too."""
+    """Another evaluation's directory: the paired difference in FVE (or in the task's own figure) is reported too."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, _DTYPES)
         _at_least("micro_batch_size", self.micro_batch_size, 1)
         _at_least("bootstrap", self.bootstrap, 1)
+        _at_least("samples", self.samples, 1)
+        _at_least("examples", self.examples, 0)
 
 
 @dataclass(frozen=True)

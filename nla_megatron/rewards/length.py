@@ -28,8 +28,8 @@ class LengthOptions:
     """What is counted."""
 
     unit: str = "response_tokens"
-    """`response_tokens`: what the policy wrote, its end token included. `tokenizer`: the text's tokens under that option.
-    `words`: the text's, between white space. `value`: a task's own count."""
+    """`response_tokens`: what the policy wrote, its end token included. `tokenizer`: the text's tokens under that
+    option. `words`: the text's, between white space. `value`: a task's own count."""
     tokenizer: str | None = None
     """With unit `tokenizer`: a tokenizer.json, or a directory that has one."""
     value: str | None = None

@@ -24,6 +24,14 @@ def composed_recipe(command: str, recipe: str | None, *overrides: str) -> Any:
     return compose(command, [*required(command, recipe), *chosen, *overrides])
 
 
+def _found(place: str) -> type:
+    from nla_megatron.config.options import resolve
+
+    found = resolve(f"nla_megatron.{place}", "place")
+    assert isinstance(found, type)
+    return found
+
+
 class Free:
     """Who reads the options that are free, by where they stand."""
 
@@ -51,17 +59,18 @@ class Free:
 
     def task_options(self, name: str) -> type | None:
         """The dataclass of a task's options; None where it has none."""
-        from nla_megatron.tasks.lexical import LexicalOptions
-        from nla_megatron.tasks.math.task import MathOptions
-        from nla_megatron.tasks.sae import SaeOptions
-
-        return {"nla": None, "math": MathOptions, "lexical": LexicalOptions, "sae": SaeOptions}[name]
+        places = {"math": "tasks.math.task:MathOptions", "lexical": "tasks.lexical:LexicalOptions"}
+        places |= {"sae": "tasks.sae:SaeOptions"}
+        return _found(places[name]) if name != "nla" else None
 
     def inner_options(self, name: str) -> dict[str, type]:
         """Options that are mappings, or lists of them, with a dataclass of their own."""
-        from nla_megatron.tasks.sae import InterventionOptions, PredictorOptions
-
-        return {"interventions": InterventionOptions, "predictor": PredictorOptions} if name == "sae" else {}
+        if name != "sae":
+            return {}
+        return {
+            "interventions": _found("tasks.sae:InterventionOptions"),
+            "predictor": _found("tasks.sae:PredictorOptions"),
+        }
 
     def provider_options(self) -> type:
         from nla_megatron.datagen.providers.anthropic import AnthropicProvider

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nla_megatron.algorithms import check_algorithm
 from nla_megatron.config.compose import compose, conf_dir
 from nla_megatron.config.recipes import command_of, recipes_of
 from nla_megatron.config.schema import SCHEMAS
@@ -110,6 +111,12 @@ def test_options_that_the_schema_leaves_free_are_known_to_who_reads_them(recipe:
     for label, part in config.reward.parts.items():
         FREE.term(label, part.term or label, part.options)
     FREE.task(config.task.name, config.task.options)
+
+
+@pytest.mark.parametrize("recipe", recipes_of("rl", conf_dir()))
+def test_the_algorithm_of_a_recipe_takes_its_groups(recipe: str) -> None:
+    config = composed_recipe("rl", recipe)
+    check_algorithm(config.algorithm, config.samples_per_prompt)
 
 
 def test_no_recipe_names_a_file_or_directory() -> None:

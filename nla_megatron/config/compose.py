@@ -47,7 +47,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(f"command {command!r}", f"one of {', '.join(SCHEMAS)}", "run `nla-megatron --help`")
     schema = SCHEMAS[command]
     try:
-        _store_schemas()
+        store_schemas()
         # Hydra lets `+extra=1` pass; merging into the structured schema refuses it, and converts types.
         merged = OmegaConf.merge(_writable(schema), OmegaConf.create(_composed(command, overrides)))
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -58,7 +58,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
             )  # fmt: skip
         return OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _named(command, schema, error) from None
+        raise named_refusal(command, schema, error) from None
 
 
 def _composed(command: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _composed(command: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 @cache
-def _store_schemas() -> None:
+def store_schemas() -> None:
     """Make every command's schema known to Hydra as `{command}_schema`, the first entry of each root's defaults."""
     from hydra.core.config_store import ConfigStore
 
@@ -108,7 +108,7 @@ def _writable(schema: type) -> Any:
     return structured
 
 
-def _named(command: str, schema: type, error: Exception) -> ConfigError:
+def named_refusal(command: str, schema: type, error: Exception) -> ConfigError:
     """One line of Hydra's message, with the nearest known key as a remedy."""
     text = "\n".join(filter(None, (str(error), str(error.__cause__ or ""))))
     text = _BESIDE_THE_POINT.sub("", text.split("Config search path")[0])
@@ -137,7 +137,7 @@ def describe(command: str) -> str:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    _store_schemas()
+    store_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):
         composed = hydra_compose(config_name=command)
     return OmegaConf.to_yaml(composed)

@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from nla_megatron.config.compose import conf_dir, describe
+from nla_megatron.config.recipes import GROUP, command_of
 from nla_megatron.config.schema import SCHEMAS, RewardTermConfig
 from nla_megatron.launch.commands import COMMANDS
 from nla_megatron.rewards.terms import options_type, registered
@@ -47,6 +48,13 @@ The syntax is [Hydra's](https://hydra.cc/docs/advanced/override_grammar/basic/).
 Two things that every command has and not every command reads: `parallel` means nothing to `explain`, `build`,
 `merge` and `adopt`, which run in one process, and only the training commands log scalars, so
 elsewhere only `logger.progress` counts.
+"""
+
+RECIPES = """
+## Recipes
+
+A recipe sets keys of several groups. The command line wins over it, with keys and with what a group's file sets that is
+chosen there. [migration.md](migration.md) has them option by option.
 """
 
 
@@ -154,6 +162,8 @@ def groups() -> Iterator[str]:
     """One row per file of a group, with the first comment of the file and its values."""
     yield "| choice | sets | note |\n|---|---|---|"
     for path in sorted(conf_dir().glob("*/*.yaml")):
+        if path.parent.name == GROUP:
+            continue
         text = path.read_text(encoding="utf-8")
         note = " ".join(
             line[1:].strip() for line in text.splitlines() if line.startswith("# ") and "@package" not in line
@@ -163,6 +173,16 @@ def groups() -> Iterator[str]:
             f"`{key}: {value}`" for key, value in values.items() if not isinstance(value, dict) or not value
         )
         yield f"| `{path.parent.name}={path.stem}` | {sets or 'see the file'} | {note} |"
+
+
+def recipes() -> Iterator[str]:
+    """One row per recipe, with the first sentence of its file."""
+    yield "| choice | command | what another system does |\n|---|---|---|"
+    for path in sorted((conf_dir() / GROUP).glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line]
+        note = re.split(r"(?<=\w\w[.)])\s+(?=[A-Z])", " ".join(comments).partition("  ")[0])[0]
+        yield f"| `recipe={path.stem}` | `{command_of(path.stem)}` | {note} |"
 
 
 def blocks() -> list[type]:
@@ -188,7 +208,7 @@ def option_table(cls: type) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [INTRO, "## Groups\n", *groups(), "\n## Commands\n"]
+    parts = [INTRO, "## Groups\n", *groups(), RECIPES, *recipes(), "\n## Commands\n"]
     for name in COMMANDS:
         cls = SCHEMAS[name]
         defaults = yaml.safe_load(describe(name))

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
+from nla_megatron.config.recipes import chosen_recipe, let_groups_win, without_recipe
 from nla_megatron.errors import ConfigError, MissingFile
 
 # What Hydra and OmegaConf add for people who write configurations in Python; adding keys with `+` is refused here.
@@ -33,10 +34,9 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """The frozen configuration of `command` with Hydra overrides applied.
 
     Raises:
-        ConfigError: unknown key (also one added with `+`), wrong type, missing group, missing required value.
+        ConfigError: unknown key (also one added with `+`), wrong type, missing group, missing required value, a recipe
+            of another command.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -48,10 +48,8 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     schema = SCHEMAS[command]
     try:
         store_schemas()
-        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):
-            composed = hydra_compose(config_name=command, overrides=list(overrides))
         # Hydra lets `+extra=1` pass; merging into the structured schema refuses it, and converts types.
-        merged = OmegaConf.merge(_writable(schema), OmegaConf.create(OmegaConf.to_container(composed)))
+        merged = OmegaConf.merge(_writable(schema), OmegaConf.create(_composed(command, overrides)))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
@@ -61,6 +59,22 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         return OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise named_refusal(command, schema, error) from None
+
+
+def _composed(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What Hydra makes of the files and the overrides, interpolations unresolved."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    def composed(changes: Sequence[str]) -> dict[str, Any]:
+        return cast(dict[str, Any], OmegaConf.to_container(hydra_compose(config_name=command, overrides=list(changes))))
+
+    recipe = chosen_recipe(command, overrides, conf_dir())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=command):
+        if recipe is None:
+            return composed(without_recipe(overrides))
+        return let_groups_win(composed(overrides), composed(without_recipe(overrides)), overrides, conf_dir())
 
 
 @cache

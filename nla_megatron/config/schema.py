@@ -531,12 +531,7 @@ class RlConfig(TrainingStageConfig):
             raise ConfigError(
                 f"rollout.lora={self.rollout.lora}", "merged", "rl trains all weights, of which there is no adapter"
             )
-        if self.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt={self.samples_per_prompt}",
-                "at least 2",
-                "a group of one has no relative advantage",
-            )
+        _at_least("samples_per_prompt", self.samples_per_prompt, 1)
 
 
 @dataclass(frozen=True)

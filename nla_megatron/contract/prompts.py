@@ -54,17 +54,19 @@ def extract_explanation(response: str) -> str | None:
 
 
 def choose_marker(tokenizer: PreTrainedTokenizerFast, av_template: str) -> str:
-    """The first character of U+3200..U+33FF that is one known token, decodes to itself, and is once in the prompt.
+    """The first character of U+3200..U+33FF that is one known token, decodes to itself, and is in the prompt
+    where the template has it and nowhere else.
 
     Raises:
         MarkerError: this tokenizer has no such character.
         ConfigError: the template lacks `<INJECT>`, or the tokenizer lacks a chat template.
     """
-    _check_av_template(av_template)
+    _check_av_template(av_template, None)
+    count = av_template.count(INJECT)
     for code_point in _MARKERS:
         marker = chr(code_point)
         marker_id = single_id(tokenizer, marker)
-        if marker_id is not None and _prompt_ids(tokenizer, _messages(av_template), marker).count(marker_id) == 1:
+        if marker_id is not None and _prompt_ids(tokenizer, _messages(av_template), marker).count(marker_id) == count:
             return marker
     raise MarkerError(
         f"no character of U+3200..U+33FF is a single token of tokenizer {name_of(tokenizer)!r}",
@@ -73,11 +75,20 @@ def choose_marker(tokenizer: PreTrainedTokenizerFast, av_template: str) -> str:
     )
 
 
-def marker_neighbours(tokenizer: PreTrainedTokenizerFast, av_template: str, marker: str) -> tuple[int, int]:
-    """The token ids just before and after the marker in the chat-templated AV prompt.
+def several_markers(av_template: str, count: int) -> str:
+    """A template with one marker between its tags, as one with `count` of them, each on a line of its own."""
+    tagged = f"<concept>{INJECT}</concept>"
+    return av_template.replace(tagged, "\n".join([tagged] * count))
+
+
+def marker_neighbours(
+    tokenizer: PreTrainedTokenizerFast, av_template: str, marker: str, count: int = 1
+) -> tuple[int, int]:
+    """The token ids just before and after the marker in the chat-templated AV prompt, each of `count` times.
 
     Raises:
-        MarkerError: the marker is not exactly one token, not exactly once in the prompt, or at its edge.
+        MarkerError: the marker is not exactly one token, not exactly `count` times in the prompt, at its edge, or
+            between other neighbours at one place than at another.
     """
     marker_id = single_id(tokenizer, marker)
     if marker_id is None:
@@ -87,20 +98,27 @@ def marker_neighbours(tokenizer: PreTrainedTokenizerFast, av_template: str, mark
             "use the tokenizer the sidecar was written for, or build the data again with this one",
         )
     ids = _prompt_ids(tokenizer, _messages(av_template), marker)
-    if ids.count(marker_id) != 1:
+    positions = [at for at, one in enumerate(ids) if one == marker_id]
+    if len(positions) != count:
         raise MarkerError(
-            f"marker {marker!r} (id {marker_id}) is {ids.count(marker_id)} times in the AV prompt",
-            "exactly once",
+            f"marker {marker!r} (id {marker_id}) is {len(positions)} times in the AV prompt",
+            _times(count),
             "check the AV template and the tokenizer's chat template",
         )
-    position = ids.index(marker_id)
-    if not 0 < position < len(ids) - 1:
+    if not 0 < positions[0] <= positions[-1] < len(ids) - 1:
         raise MarkerError(
-            f"marker {marker!r} stands at position {position} of {len(ids)} in the AV prompt",
+            f"marker {marker!r} stands at position {positions[0]} of {len(ids)} in the AV prompt",
             "a token on either side of it",
             "put text around <INJECT> in the AV template",
         )
-    return ids[position - 1], ids[position + 1]
+    beside = {(ids[at - 1], ids[at + 1]) for at in positions}
+    if len(beside) > 1:
+        raise MarkerError(
+            f"marker {marker!r} stands between the ids {sorted(beside)} in the AV prompt",
+            "the same neighbours everywhere",
+            "put the same text around every <INJECT> in the AV template",
+        )
+    return beside.pop()
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,7 @@ class PromptContract:
     """Both templates and the token ids they give with one tokenizer.
 
     Attributes:
-        templates_av: user message with `<INJECT>` where the marker goes.
+        templates_av: user message with `<INJECT>` where the marker goes, once or several times.
         templates_ar: format string with one `{explanation}`; literal braces are doubled.
         marker, marker_id, left_id, right_id: the marker, its id, and the ids at ±1 in the templated prompt.
         ar_suffix_ids: the last ids of every AR prompt, whatever the explanation. Empty only when a sidecar of another
@@ -139,12 +157,13 @@ class PromptContract:
         ar_template: str = AR_TEMPLATE,
         marker: str | None = None,
         bos_policy: str | None = None,
+        positions: int = 1,
     ) -> PromptContract:
         """Compute the contract from the live tokenizer.
 
         Args:
             tokenizer: a fast tokenizer with a chat template.
-            av_template: holds `<INJECT>` exactly once.
+            av_template: holds `<INJECT>` exactly `positions` times.
             ar_template: holds `{explanation}` exactly once, with text after it.
             marker: None chooses it by `choose_marker`.
             bos_policy: None takes the tokenizer's own habit; `"none"` keeps special tokens out of AR prompts.
@@ -153,12 +172,12 @@ class PromptContract:
             MarkerError: no usable marker, or the given one is not.
             ConfigError: a malformed template, an unknown policy, or no chat template.
         """
-        _check_av_template(av_template)
+        _check_av_template(av_template, positions)
         _check_ar_template(ar_template)
         if bos_policy not in (None, "none", "tokenizer"):
             raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
         marker = choose_marker(tokenizer, av_template) if marker is None else marker
-        left_id, right_id = marker_neighbours(tokenizer, av_template, marker)
+        left_id, right_id = marker_neighbours(tokenizer, av_template, marker, positions)
         policy = "none" if bos_policy == "none" else live_bos_policy(tokenizer)
         suffix_ids = stable_suffix(tokenizer, ar_template, policy)
         marker_id = encode(tokenizer, marker)[0]
@@ -174,7 +193,9 @@ class PromptContract:
             MarkerError: the marker is not one token, or not once in the prompt.
             SidecarError: the first difference, with the recorded and the live value.
         """
-        live = PromptContract.derive(tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy)
+        live = PromptContract.derive(
+            tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy, self.positions
+        )
         plain_ids = live.ar_ids(tokenizer, "A plain sentence.")
         for name in ("marker_id", "left_id", "right_id", "ar_suffix_ids", "bos_policy"):
             recorded, actual = getattr(self, name), getattr(live, name)
@@ -197,6 +218,11 @@ class PromptContract:
         agree = mine[len(mine) - common :] == theirs[len(theirs) - common :]
         return replace(self, ar_suffix_ids=theirs) if agree else self
 
+    @property
+    def positions(self) -> int:
+        """How often the marker stands in the AV prompt."""
+        return self.templates_av.count(INJECT)
+
     def messages(self) -> list[dict[str, str]]:
         """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""
         return _messages(self.templates_av)
@@ -211,7 +237,11 @@ class PromptContract:
         return _prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
 
     def marker_position(self, ids: Sequence[int], prompt_length: int | None = None) -> int:
-        """Where to inject: the one position of the prompt with the marker and both its neighbours.
+        """The first of `marker_positions`, and of most contracts the only one."""
+        return self.marker_positions(ids, prompt_length)[0]
+
+    def marker_positions(self, ids: Sequence[int], prompt_length: int | None = None) -> tuple[int, ...]:
+        """Where to inject: the positions of the prompt with the marker and both its neighbours, ascending.
 
         Args:
             ids: a prompt, or a prompt followed by a response.
@@ -219,19 +249,19 @@ class PromptContract:
                 policy can write the marker, neighbours included, into its response.
 
         Raises:
-            MarkerError: no such position in the prompt, or several.
+            MarkerError: fewer or more of them than the template has.
         """
         prompt = list(ids if prompt_length is None else ids[:prompt_length])
         wanted = [self.left_id, self.marker_id, self.right_id]
         positions = [p for p in range(1, len(prompt) - 1) if prompt[p - 1 : p + 2] == wanted]
-        if len(positions) != 1:
+        if len(positions) != self.positions:
             raise MarkerError(
                 f"ids {wanted} stand at positions {positions} of a prompt of {len(prompt)} tokens "
                 f"(the marker {self.marker!r} alone: {prompt.count(self.marker_id)} times)",
-                "exactly one position",
-                "check that the row's prompt holds <INJECT> once, between the template's own neighbours",
+                "exactly one position" if self.positions == 1 else f"{self.positions} positions",
+                f"check that the row's prompt holds <INJECT> {_times(self.positions)}, between its neighbours",
             )
-        return positions[0]
+        return tuple(positions)
 
     def ar_ids(self, tokenizer: PreTrainedTokenizerFast, explanation: str) -> list[int]:
         """Token ids of the AR prompt; the reconstruction is read at the last one.
@@ -268,11 +298,17 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[s
     return templated_ids(tokenizer, [{**turn, "content": turn["content"].replace(INJECT, marker)} for turn in messages])
 
 
-def _check_av_template(template: str) -> None:
-    if template.count(INJECT) != 1:
+def _times(count: int) -> str:
+    return "exactly once" if count == 1 else f"exactly {count} times"
+
+
+def _check_av_template(template: str, count: int | None = 1) -> None:
+    """`count`: how many markers there have to be; None is any number but none."""
+    found = template.count(INJECT)
+    if found == 0 or (count is not None and found != count):
         raise ConfigError(
-            f"the AV template holds {INJECT} {template.count(INJECT)} times",
-            "exactly once",
+            f"the AV template holds {INJECT} {found} times",
+            _times(count or 1),
             f"write <concept>{INJECT}</concept> where the activation goes",
         )
 

@@ -28,11 +28,12 @@ from nla_megatron.rollout.requests import (
     as_interventions,
     check_rollout_layout,
     encode,
+    scoring_request,
     shares,
 )
 from nla_megatron.rollout.start import start
 from nla_megatron.rollout.worker import runner_of
-from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
+from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch, Strengths
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
@@ -201,9 +202,14 @@ class Engine:
         )
 
     def score(
-        self, recorded: Sequence[Rollout], positions: Sequence[int], vectors: Vectors, training_step: int = 0
-    ) -> RolloutBatch:
+        self, recorded: Sequence[Rollout], positions: Sequence[int | Sequence[int]], vectors: Vectors,
+        training_step: int = 0, only: tuple[int, ...] | None = None, strengths: Strengths | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
+
+        Args:
+            positions: of each rollout's vector, one or several.
+            only, strengths: of all of them, as in `PromptRequest`.
 
         Raises:
             As `generate`.
@@ -211,10 +217,7 @@ class Engine:
         from vllm import SamplingParams
 
         self.runner.sampler.given_temperature = self.config.temperature or 1.0
-        requests = [
-            PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0)
-            for rollout, position in zip(recorded, positions, strict=True)
-        ]
+        requests = [scoring_request(*each, only, strengths) for each in zip(recorded, positions, strict=True)]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
         chosen = shares(weights, self.replicas)[self.replica]

@@ -15,7 +15,7 @@ from nla_megatron.rollout.accounting import Asked, salt_of
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
-    from nla_megatron.types import ModelShape
+    from nla_megatron.types import ModelShape, Rollout, Strengths
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
@@ -53,13 +53,23 @@ class PromptRequest:
         return f"group {self.group} (row {self.row})"
 
 
+def scoring_request(
+    rollout: Rollout, positions: int | Sequence[int], only: tuple[int, ...] | None, strengths: Strengths | None
+) -> PromptRequest:
+    """What asks for a recorded rollout as it was asked for; nothing is sampled, so it has no seed."""
+    first, *more = (positions,) if isinstance(positions, int) else positions
+    return PromptRequest(
+        rollout.group, rollout.row, rollout.prompt_ids, first, 0, tuple(more), only=only, strengths=strengths
+    )
+
+
 def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """What an engine is started with, as a list: the configuration's one, or any number."""
+    """What an engine is started with, as a list: those of the configuration's blocks, or any number."""
     if isinstance(wanted, Intervention):
         return (wanted,)
     if isinstance(wanted, Sequence):
         return tuple(wanted)
-    return (Intervention.recorded(wanted.method, wanted.layer, wanted.scale),)
+    return tuple(Intervention.recorded(wanted.method, block, wanted.scale) for block in wanted.blocks)
 
 
 def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:

@@ -14,6 +14,8 @@ from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.metrics import make_logger
 from nla_megatron.training.module import TrainModule
 
+_SHOWN = ("loss", "reward", "av_loss", "ar_loss")
+"""What a progress bar says of a step."""
 Step = Callable[[int], Mapping[str, float]]
 """One training step, 0-based; returns the scalars to log."""
 
@@ -41,6 +43,6 @@ def train(
         for number in range(start, config.steps):
             scalars = step(number)
             logger.log(number, scalars)
-            bar.advance(1, **{key: scalars[key] for key in ("loss", "reward") if key in scalars})
+            bar.advance(1, **{key: scalars[key] for key in _SHOWN if key in scalars})
             if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
                 checkpoints.save(number + 1, modules, schedule)

@@ -161,7 +161,7 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
     for targets_T, mask_T, response, text in zip(next_token_targets(ids_BT), mask_BT, responses, texts, strict=True):
         assert targets_T[mask_T].tolist() == response
         assert task.tokenizer.decode(targets_T[mask_T], skip_special_tokens=True) == text
-    assert batch.positions == [task.marker_position] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
+    assert batch.positions == [(task.marker_position,)] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
     assert batch.vectors is not None
     np.testing.assert_array_equal(batch.vectors([1, 0]), task.table.vectors([9, 4]))
 

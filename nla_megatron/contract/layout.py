@@ -164,6 +164,9 @@ def check_model_values(sidecar: ModelSidecar, path: Path, ours: bool = False) ->
     if sidecar.reconstructor is not None:
         _one_of(path, "reconstructor.pooling", sidecar.reconstructor.pooling, POOLINGS)
         _at_least(path, "reconstructor.projection_layers", sidecar.reconstructor.projection_layers, 1)
+        if not 0 <= sidecar.reconstructor.dropout < 1:
+            found = f"'reconstructor.dropout' in {str(path)!r} is {sidecar.reconstructor.dropout}"
+            raise SidecarError(found, "0 or above, below 1", _REMEDY)
         if sidecar.reconstructor.layer is not None:
             _at_least(path, "reconstructor.layer", sidecar.reconstructor.layer, 0)
     if ours:

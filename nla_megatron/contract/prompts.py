@@ -11,15 +11,22 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, single_id, stable_suffix, templated_ids
+from nla_megatron.contract.markers import (
+    INJECT,
+    check_av_template,
+    choose_marker,
+    marker_neighbours,
+    messages_of,
+    prompt_ids,
+    times,
+)
+from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, stable_suffix
 from nla_megatron.errors import ConfigError, MarkerError, SidecarError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerFast
-
-INJECT = "<INJECT>"  # stands for the marker in tables and templates, which then fit every tokenizer
 
 AV_TEMPLATE = """Below, between <concept> tags, stands an activation vector: the state of a language model at the last \
 token of a text it was reading. Describe what the vector says about that text. Name two or three features that would \
@@ -30,7 +37,6 @@ help to predict how the text goes on, the last of them about its final token, in
 Write your explanation inside <explanation> tags, and nothing outside of them."""
 AR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
 
-_MARKERS = range(0x3200, 0x3400)  # enclosed CJK letters and squared words: one character each, almost absent from text
 _OPEN, _CLOSE = "<explanation>", "</explanation>"
 
 
@@ -51,74 +57,6 @@ def extract_explanation(response: str) -> str | None:
     if body.count(_OPEN) != 1 or body.count(_CLOSE) != 1:
         return None
     return body[len(_OPEN) : -len(_CLOSE)].strip() or None
-
-
-def choose_marker(tokenizer: PreTrainedTokenizerFast, av_template: str) -> str:
-    """The first character of U+3200..U+33FF that is one known token, decodes to itself, and is in the prompt
-    where the template has it and nowhere else.
-
-    Raises:
-        MarkerError: this tokenizer has no such character.
-        ConfigError: the template lacks `<INJECT>`, or the tokenizer lacks a chat template.
-    """
-    _check_av_template(av_template, None)
-    count = av_template.count(INJECT)
-    for code_point in _MARKERS:
-        marker = chr(code_point)
-        marker_id = single_id(tokenizer, marker)
-        if marker_id is not None and _prompt_ids(tokenizer, _messages(av_template), marker).count(marker_id) == count:
-            return marker
-    raise MarkerError(
-        f"no character of U+3200..U+33FF is a single token of tokenizer {name_of(tokenizer)!r}",
-        "one character that encodes to exactly one id and decodes to itself",
-        "name a rare single-token character as the marker, or add one to the tokenizer",
-    )
-
-
-def several_markers(av_template: str, count: int) -> str:
-    """A template with one marker between its tags, as one with `count` of them, each on a line of its own."""
-    tagged = f"<concept>{INJECT}</concept>"
-    return av_template.replace(tagged, "\n".join([tagged] * count))
-
-
-def marker_neighbours(
-    tokenizer: PreTrainedTokenizerFast, av_template: str, marker: str, count: int = 1
-) -> tuple[int, int]:
-    """The token ids just before and after the marker in the chat-templated AV prompt, each of `count` times.
-
-    Raises:
-        MarkerError: the marker is not exactly one token, not exactly `count` times in the prompt, at its edge, or
-            between other neighbours at one place than at another.
-    """
-    marker_id = single_id(tokenizer, marker)
-    if marker_id is None:
-        raise MarkerError(
-            f"marker {marker!r} encodes to {encode(tokenizer, marker)} with tokenizer {name_of(tokenizer)!r}",
-            "exactly one id, not the unknown token, that decodes to the marker",
-            "use the tokenizer the sidecar was written for, or build the data again with this one",
-        )
-    ids = _prompt_ids(tokenizer, _messages(av_template), marker)
-    positions = [at for at, one in enumerate(ids) if one == marker_id]
-    if len(positions) != count:
-        raise MarkerError(
-            f"marker {marker!r} (id {marker_id}) is {len(positions)} times in the AV prompt",
-            _times(count),
-            "check the AV template and the tokenizer's chat template",
-        )
-    if not 0 < positions[0] <= positions[-1] < len(ids) - 1:
-        raise MarkerError(
-            f"marker {marker!r} stands at position {positions[0]} of {len(ids)} in the AV prompt",
-            "a token on either side of it",
-            "put text around <INJECT> in the AV template",
-        )
-    beside = {(ids[at - 1], ids[at + 1]) for at in positions}
-    if len(beside) > 1:
-        raise MarkerError(
-            f"marker {marker!r} stands between the ids {sorted(beside)} in the AV prompt",
-            "the same neighbours everywhere",
-            "put the same text around every <INJECT> in the AV template",
-        )
-    return beside.pop()
 
 
 @dataclass(frozen=True)
@@ -172,7 +110,7 @@ class PromptContract:
             MarkerError: no usable marker, or the given one is not.
             ConfigError: a malformed template, an unknown policy, or no chat template.
         """
-        _check_av_template(av_template, positions)
+        check_av_template(av_template, positions)
         _check_ar_template(ar_template)
         if bos_policy not in (None, "none", "tokenizer"):
             raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
@@ -225,7 +163,7 @@ class PromptContract:
 
     def messages(self) -> list[dict[str, str]]:
         """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""
-        return _messages(self.templates_av)
+        return messages_of(self.templates_av)
 
     def av_prompt_ids(
         self, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]] | None = None
@@ -234,7 +172,7 @@ class PromptContract:
 
         The chat template writes every special token itself, so the tokenizer adds none: there is never a second BOS.
         """
-        return _prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
+        return prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
 
     def marker_position(self, ids: Sequence[int], prompt_length: int | None = None) -> int:
         """The first of `marker_positions`, and of most contracts the only one."""
@@ -259,7 +197,7 @@ class PromptContract:
                 f"ids {wanted} stand at positions {positions} of a prompt of {len(prompt)} tokens "
                 f"(the marker {self.marker!r} alone: {prompt.count(self.marker_id)} times)",
                 "exactly one position" if self.positions == 1 else f"{self.positions} positions",
-                f"check that the row's prompt holds <INJECT> {_times(self.positions)}, between its neighbours",
+                f"check that the row's prompt holds <INJECT> {times(self.positions)}, between its neighbours",
             )
         return tuple(positions)
 
@@ -288,29 +226,6 @@ class PromptContract:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {name_of(tokenizer)!r} has no EOS token", "an EOS token", "set its eos_token")
         return [*encode(tokenizer, response), int(tokenizer.eos_token_id)]
-
-
-def _messages(av_template: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": av_template}]
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], marker: str) -> list[int]:
-    return templated_ids(tokenizer, [{**turn, "content": turn["content"].replace(INJECT, marker)} for turn in messages])
-
-
-def _times(count: int) -> str:
-    return "exactly once" if count == 1 else f"exactly {count} times"
-
-
-def _check_av_template(template: str, count: int | None = 1) -> None:
-    """`count`: how many markers there have to be; None is any number but none."""
-    found = template.count(INJECT)
-    if found == 0 or (count is not None and found != count):
-        raise ConfigError(
-            f"the AV template holds {INJECT} {found} times",
-            _times(count or 1),
-            f"write <concept>{INJECT}</concept> where the activation goes",
-        )
 
 
 def _check_ar_template(template: str) -> None:

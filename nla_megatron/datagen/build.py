@@ -9,13 +9,8 @@ from typing import Any
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.prompts import (
-    AR_TEMPLATE,
-    AV_TEMPLATE,
-    PromptContract,
-    several_markers,
-    wrap_explanation,
-)
+from nla_megatron.contract.markers import several_markers
+from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
 from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.splits import assign_split, held_out
 from nla_megatron.contract.tables import Table, write_table

@@ -165,7 +165,9 @@ def test_conversion_refuses_a_head_that_it_would_lose(deep: Path) -> None:
         ("heads", 3, "reconstructor.heads"),
     ],
 )
-def test_a_malformed_record_of_the_head_is_refused(deep: Path, tmp_path: Path, key: str, value: object, told: str) -> None:
+def test_a_malformed_record_of_the_head_is_refused(
+    deep: Path, tmp_path: Path, key: str, value: object, told: str
+) -> None:
     import yaml
 
     directory = Path(shutil.copytree(deep, tmp_path / "ar"))

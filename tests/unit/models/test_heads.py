@@ -80,7 +80,9 @@ def streams(directory: Path, ids: list[list[int]], layer: int) -> list[Tensor]:
 def by_hand(stream_TD: Tensor, pooling: str, logits: Tensor) -> Tensor:
     if pooling == "weighted":
         scores = logits[: len(stream_TD)].exp()
-        return sum((score * token for score, token in zip(scores, stream_TD, strict=True)), torch.zeros(D)) / scores.sum()
+        return (
+            sum((score * token for score, token in zip(scores, stream_TD, strict=True)), torch.zeros(D)) / scores.sum()
+        )
     found = {
         "last": lambda: stream_TD[-1],
         "cls": lambda: stream_TD[0],

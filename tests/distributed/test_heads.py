@@ -1,4 +1,4 @@
-"""An AR with pooling, projection, dropout and regularisers is the same model on every layout, saved and exported too."""
+"""An AR with pooling, projection, dropout and regularisers is one model on every layout, saved and exported too."""
 
 from __future__ import annotations
 

@@ -17,12 +17,17 @@ PREFIX = "value_head."
 """What the names of an AR's own parameters begin with."""
 
 
+_OFF_THE_KINK = 1e-4
+"""Of the size of a vector's numbers. What dropout took away would else stand at a ReLU's kink, in both of its places, and
+rounding alone, which differs between layouts, would choose its gradient."""
+
+
 class ReconstructionHead(nn.Module):
     """Pooling and projection of a `ReconstructorSpec`, which starts as the identity on the pooled vector's direction.
 
     `weight` (D, D) alone is a linear head, and starts as the identity matrix. With more layers each hidden one is a
     linear layer, LayerNorm, ReLU and dropout at width W = 2D: as [x, -x] a vector passes a ReLU whole, so the layers
-    start as x -> x / rms(x), of which the contract's scale sees the direction alone, and which is x again.
+    start as x -> x / rms(x), within 1e-4, of which the contract's scale sees the direction alone.
 
     Dropout is a function of (seed, training step, row, layer), so no layout and no resume changes what is dropped.
 
@@ -89,6 +94,7 @@ class _Hidden(nn.Module):
             signed = _signed(width // 2) if width == wider else torch.eye(width)
             self.linear.weight.copy_(torch.cat([signed, -signed]))
             self.linear.bias.zero_()
+            self.norm.bias.fill_(_OFF_THE_KINK)
 
     def forward(self, vectors_BW: Tensor) -> Tensor:
         out: Tensor = self.norm(self.linear(vectors_BW)).relu()

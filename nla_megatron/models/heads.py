@@ -18,7 +18,7 @@ PREFIX = "value_head."
 
 
 _OFF_THE_KINK = 1e-4
-"""Of the size of a vector's numbers. What dropout took away would else stand at a ReLU's kink, in both of its places, and
+"""Of the size of a vector's numbers. What dropout took away would else stand at a ReLU's kink, in both its places, and
 rounding alone, which differs between layouts, would choose its gradient."""
 
 

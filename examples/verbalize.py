@@ -29,7 +29,6 @@ from nla_megatron.interventions.maths import add, norm_add, replace
 from nla_megatron.models.heads import ReconstructionHead
 from nla_megatron.types import Microbatch
 
-
 FORMULAS = {"norm_add": norm_add, "add": add, "replace": replace}
 
 

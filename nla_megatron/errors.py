@@ -74,7 +74,7 @@ class DiskFull(NlaError):
 
 
 class ProviderError(NlaError):
-    """An explanation provider refused the request or failed for too many rows."""
+    """Who was asked for explanations or judgements refused, or failed too often."""
 
 
 class ReshardError(NlaError):
@@ -111,8 +111,12 @@ class RolloutError(RunError):
     """Ranks disagree about the rollouts, or the sampler and the trainer disagree about their log-probs."""
 
 
+class RewardError(RunError):
+    """A reward that is not one finite number per rollout, or that reads what the task does not measure."""
+
+
 class NotFinite(RunError):
-    """A weight is NaN or infinite; nothing of it was handed over."""
+    """A weight or a reward is NaN or infinite; nothing of it was handed over."""
 
 
 class ReshardMismatch(RunError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -193,9 +194,119 @@ class RolloutBatch:
     rollouts: tuple[Rollout, ...]
     injections: InjectionCount
 
+    @property
+    def rows(self) -> list[int]:
+        """The data row of each rollout."""
+        return [rollout.row for rollout in self.rollouts]
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64: the prompt of each rollout within the step."""
+        return _groups(self.rollouts)
+
+
+def _groups(rollouts: tuple[Rollout, ...]) -> Tensor:
+    import torch
+
+    return torch.tensor([rollout.group for rollout in rollouts])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a task says of rollouts, in their order.
+
+    Args:
+        texts: each one's answer in the form that was asked for; None where there is none.
+        values: numbers per rollout (N,) fp32 by name, as the task calls them ("mse", "correct", "thinking_tokens").
+        references: what each is compared with, where the task has such a thing.
+        counts: numbers of the whole step for the logs, such as references that could not be read.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str | None, ...]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    references: tuple[str | None, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> Tensor:
+        """(N,) bool: no answer in the form that was asked for."""
+        import torch
+
+        return torch.tensor([text is None for text in self.texts])
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64: the prompt of each within the step."""
+        return _groups(self.rollouts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards (N,) fp32, and the terms that they are made of, each (N,), for the logs."""
+
+    rewards: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm wants computed before it credits a step.
+
+    `old`: log-probs of the policy before its first update, which minibatches, epochs and corrections compare with.
+    `reference`: those of the reference policy. `values`: a value per token, of a critic that learns. `greedy`: the
+    reward of each prompt's greedy response. `entropy`: the entropy of each token's distribution with its gradient.
+    """
+
+    old: bool = False
+    reference: bool = False
+    values: bool = False
+    greedy: bool = False
+    entropy: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A step's rollouts as algorithms see them; tensors of tokens are (N, T) fp32 and 0 outside `mask`.
+
+    `rewards` (N,); `groups` (N,) int64, explicit ids from 0; `mask` 1 at positions that predict a response token;
+    `sampler` its log-probs as it sampled; the others where `Needs` asks for them; `greedy` (N,) of each one's prompt.
+    """
+
+    rewards: Tensor
+    groups: Tensor
+    mask: Tensor
+    sampler: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    greedy: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Credit:
-    """What an algorithm says of a step's rollouts: one advantage per rollout (N,), fp32."""
+    """What an algorithm says of a step: advantages per token (N, T) fp32, and returns for a critic.
+
+    `statistics`: numbers of the whole step for the logs.
+    """
 
     advantages: Tensor
+    returns: Tensor | None = None
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """Tokens of a microbatch under the policy that learns; all (B, T), `mask` says which count.
+
+    `logprobs` (and `entropy`, where asked for) have gradients. `old` is the policy before the first update of the step,
+    `sampler` what the sampler said of its own tokens.
+    """
+
+    logprobs: Tensor
+    old: Tensor
+    sampler: Tensor
+    advantages: Tensor
+    mask: Tensor
+    reference: Tensor | None = None
+    entropy: Tensor | None = None

@@ -9,17 +9,39 @@ from torch import Tensor
 
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.errors import ConfigError
-from nla_megatron.types import Credit
+from nla_megatron.types import Credit, Needs, PolicyTokens, Sampled
 
 
 class Algorithm(Protocol):
-    """What the training loop asks of an algorithm."""
+    """What the training loop asks of an algorithm. Legend: N rollouts of a step, B rows of a microbatch, T tokens.
 
-    def credit(self, rewards_N: Tensor, groups_N: Tensor) -> Credit: ...
+    A step is: `credit` once; for every minibatch of every epoch `token_weights` over its rows, and per microbatch the
+    loss `(token_loss * token_weights).sum()`; with `needs.values` also `value_loss` under the same weights.
+    """
 
-    def token_loss(
-        self, logprobs_BT: Tensor, old_BT: Tensor, reference_BT: Tensor | None, advantages_B: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    needs: Needs
+    least_samples: int
+    """Samples of a prompt below which there is nothing to compare; see `check_algorithm`."""
+
+    def credit(self, sampled: Sampled) -> Credit:
+        """Advantages per token from a step's rewards."""
+
+    def token_weights(self, mask_NT: Tensor) -> Tensor:
+        """How much each token counts in the loss of one optimizer step, (N, T); how losses are averaged."""
+
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per token (B, T) with gradient, and statistics per token (B, T), which are averaged over tokens."""
+
+    def value_loss(self, values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss per token and statistics, where `needs.values`."""
+
+    def uninformative(self, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
+        """(N,) bool: rollouts of prompts to be replaced by other prompts' (dynamic sampling); all False where none."""
+
+    def state(self) -> dict[str, float]:
+        """What must survive a resume, such as a moving average of rewards; numbers alone."""
+
+    def load_state(self, state: dict[str, float]) -> None: ...
 
 
 _ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {}
@@ -38,11 +60,31 @@ def register(name: str) -> Callable[[Callable[[AlgorithmConfig], Algorithm]], Ca
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """Raises ConfigError for an unknown name."""
-    from nla_megatron.algorithms import grpo  # noqa: F401 - registers itself
+    """Raises ConfigError for an unknown name, or options that this algorithm does not have."""
+    # Each registers itself.
+    from nla_megatron.algorithms import cispo, grpo, gspo, ppo, reinforce, reinforce_pp, rloo  # noqa: F401
 
     if config.name not in _ALGORITHMS:
         raise ConfigError(
             f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}", "set algorithm.name="
         )
     return _ALGORITHMS[config.name](config)
+
+
+def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:
+    """Whether the algorithm can work on groups of this size; before a run.
+
+    Raises:
+        ConfigError: as `make_algorithm`; a group too small for what is compared within it.
+    """
+    least = make_algorithm(config).least_samples
+    if samples_per_prompt < least:
+        raise ConfigError(
+            f"samples_per_prompt={samples_per_prompt} with algorithm.name={config.name}", f"at least {least}",
+            "raise samples_per_prompt: a group of one has no relative advantage; or choose algorithm=reinforce_mean",
+        )  # fmt: skip
+    if config.dynamic_sampling and samples_per_prompt < 2:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling={config.dynamic_sampling} with samples_per_prompt={samples_per_prompt}",
+            "samples_per_prompt of at least 2", "drop dynamic sampling: a group of one always has equal rewards",
+        )  # fmt: skip

@@ -28,12 +28,11 @@ from nla_megatron.rollout.requests import (
     as_interventions,
     check_rollout_layout,
     encode,
-    scoring_request,
     shares,
 )
 from nla_megatron.rollout.start import start
 from nla_megatron.rollout.worker import runner_of
-from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch, Strengths
+from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
@@ -202,14 +201,12 @@ class Engine:
         )
 
     def score(
-        self, recorded: Sequence[Rollout], positions: Sequence[int | Sequence[int]], vectors: Vectors,
-        training_step: int = 0, only: tuple[int, ...] | None = None, strengths: Strengths | None = None,
-    ) -> RolloutBatch:  # fmt: skip
+        self, recorded: Sequence[Rollout], asked_for: Sequence[PromptRequest], vectors: Vectors, training_step: int = 0
+    ) -> RolloutBatch:
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
 
         Args:
-            positions: of each rollout's vector, one or several.
-            only, strengths: of all of them, as in `PromptRequest`.
+            asked_for: of each rollout, where and how its prompt is changed; the tokens are the rollout's.
 
         Raises:
             As `generate`.
@@ -217,7 +214,7 @@ class Engine:
         from vllm import SamplingParams
 
         self.runner.sampler.given_temperature = self.config.temperature or 1.0
-        requests = [scoring_request(*each, only, strengths) for each in zip(recorded, positions, strict=True)]
+        requests = [request.again(rollout) for request, rollout in zip(asked_for, recorded, strict=True)]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
         chosen = shares(weights, self.replicas)[self.replica]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from nla_megatron.rollout.accounting import Asked, salt_of
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
-    from nla_megatron.types import ModelShape, Rollout, Strengths
+    from nla_megatron.types import ModelShape, Rollout
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
@@ -31,6 +31,9 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 class PromptRequest:
     """One prompt to sample: `position` is the marker's index in `prompt_ids`, `row` the activation's.
 
+    A `position` of None is for requests that take no intervention at positions: the engine has none, or `only` leaves
+    them out.
+
     `more_positions`: further places of the same vector. `only`: numbers of the engine's interventions that this request
     takes; None is all, () leaves it as the model is. `strengths`: for each intervention of the engine one number, or F
     for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response;
@@ -40,7 +43,7 @@ class PromptRequest:
     group: int
     row: int
     prompt_ids: tuple[int, ...]
-    position: int
+    position: int | None
     seed: int
     more_positions: tuple[int, ...] = ()
     only: tuple[int, ...] | None = None
@@ -52,15 +55,11 @@ class PromptRequest:
     def name(self) -> str:
         return f"group {self.group} (row {self.row})"
 
-
-def scoring_request(
-    rollout: Rollout, positions: int | Sequence[int], only: tuple[int, ...] | None, strengths: Strengths | None
-) -> PromptRequest:
-    """What asks for a recorded rollout as it was asked for; nothing is sampled, so it has no seed."""
-    first, *more = (positions,) if isinstance(positions, int) else positions
-    return PromptRequest(
-        rollout.group, rollout.row, rollout.prompt_ids, first, 0, tuple(more), only=only, strengths=strengths
-    )
+    def again(self, rollout: Rollout) -> PromptRequest:
+        """The same asked for once more of a recorded rollout, which is scored and not sampled."""
+        return replace(
+            self, group=rollout.group, row=rollout.row, prompt_ids=rollout.prompt_ids, samples=None, greedy=False
+        )
 
 
 def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
@@ -192,7 +191,9 @@ class Terms:
 
 
 def _positions(request: PromptRequest, intervention: Intervention) -> tuple[int, ...]:
-    return (request.position, *request.more_positions) if intervention.where == "positions" else ()
+    if intervention.where != "positions" or request.position is None:
+        return ()
+    return (request.position, *request.more_positions)
 
 
 def shares(weights: Sequence[int], replicas: int) -> list[list[int]]:

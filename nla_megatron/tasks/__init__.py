@@ -1,1 +1,1 @@
-"""A task brings rows, prompts, interventions and rewards; the training loop knows none of it."""
+"""Tasks: which prompts are asked, what of the answers is measured. What learns beside the policy is in `training`."""

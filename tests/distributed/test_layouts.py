@@ -54,3 +54,27 @@ def test_bf16_has_bf16_parameters_and_fp32_masters_and_learns(found: Any, layout
     assert numbers["gap"] <= 0.1
     assert numbers["losses"][-1] < numbers["losses"][0]
     assert numbers["losses"] == pytest.approx(found["bf16 tp1 pp1"]["losses"], rel=5e-3)
+
+
+def test_a_moving_reference_is_the_average_of_the_policies_and_resumes_on_another_layout(found: Any) -> None:
+    made, resumed = found["moving tp1 pp1"], found["moving tp2 pp2"]
+    assert made["off"] <= 1e-6 and resumed["off"] <= 1e-6
+    assert made["moved"] > 1e-5, "the policy is not its average"
+    assert resumed["moved"] == 0, "loading the average leaves the policy alone"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_policy_with_an_entropy_bonus_learns_what_adamw_on_transformers_does(found: Any, layout: str) -> None:
+    """The entropy's gradient crosses the ranks that share the vocabulary; losses and norms of three updates."""
+    numbers = found[f"rl {layout}"]
+    assert numbers["entropy"] <= 2e-5
+    assert numbers["policy_loss"] <= 2e-5
+    assert numbers["policy_norm"] <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_critic_learns_what_a_head_on_transformers_does(found: Any, layout: str) -> None:
+    numbers = found[f"rl {layout}"]
+    assert numbers["value_size"] > 10 * numbers["value"] and numbers["value"] <= 2e-5
+    assert numbers["critic_loss"] <= 2e-5
+    assert numbers["critic_norm"] <= 1e-4

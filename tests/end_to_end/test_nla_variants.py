@@ -71,3 +71,30 @@ def test_evaluation_reads_with_the_head_of_the_sidecar(built: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+
+
+def test_sampler_and_trainer_follow_the_same_curriculum(built: Path, tmp_path: Path) -> None:
+    models = (f"av={built / 'sft' / 'av'}", f"ar={built / 'sft' / 'ar'}")
+    common = (
+        *models, f"data={built / 'build' / 'rl.parquet'}", "steps=4", "batch_size=3", "samples_per_prompt=2",
+        "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "parallel=tp2", "ar_loss.kind=cosine",
+        f"held_out={built / 'build' / 'held_out.parquet'}", "eval_every=1", "eval_rows=4", "export=false",
+        "algorithm.minibatches=3", *ROLLOUT,
+    )  # fmt: skip
+    harder = ("curriculum.kind=linear", "curriculum.start=4", "curriculum.layers=[1]", "curriculum.steps=2")
+    runs = {
+        "plain": (),
+        "harder": (*harder, "rollout.record=true"),
+        "replayed": (*harder, f"rollout.replay={tmp_path / 'harder'}"),
+    }
+    steps = {}
+    for name, options in runs.items():
+        done = command("rl", *common, f"out={tmp_path / name}", *options)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps[name] = [json.loads(line) for line in lines]
+        assert all(step["logprob_gap_max"] <= 2e-4 for step in steps[name])
+    assert steps["plain"][0]["entropy"] != steps["harder"][0]["entropy"]
+    for again, first in zip(steps["replayed"], steps["harder"], strict=True):
+        assert again["policy_loss"] == pytest.approx(first["policy_loss"], abs=1e-4)
+        assert again["entropy"] == pytest.approx(first["entropy"], abs=1e-4)

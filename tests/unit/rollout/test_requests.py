@@ -17,6 +17,7 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
 from nla_megatron.rollout.plugin import TESTED, check_version
 from nla_megatron.rollout.requests import PromptRequest, Terms, as_interventions, check_rollout_layout, encode, shares
+from nla_megatron.types import Rollout
 from tests.support.tiny import SHAPE
 
 

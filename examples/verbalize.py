@@ -10,11 +10,11 @@ says where the activation goes in, how, and what the prompts are.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -23,7 +23,13 @@ from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import PromptContract, extract_explanation
 from nla_megatron.contract.sidecar import InjectionSpec, prompt_contract, read_model_sidecar
 from nla_megatron.contract.tables import Table
-from nla_megatron.interventions.maths import intervene
+from nla_megatron.conversion.heads import head_of, resolved_spec
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.interventions.maths import add, norm_add, replace
+from nla_megatron.models.heads import ReconstructionHead
+from nla_megatron.types import Microbatch
+
+FORMULAS = {"norm_add": norm_add, "add": add, "replace": replace}
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -36,34 +42,39 @@ def write(directory: Path, vector_D: Tensor, max_new_tokens: int) -> str:
     tokenizer = load_tokenizer(directory)
     contract, spec = prompt_contract(sidecar), sidecar.injection
     assert spec is not None, f"{directory} is no AV of ours: its sidecar does not say how to inject"
-    assert spec.layer >= 0, f"{directory} injects at the embedding, which this example does not"
+    assert min(spec.blocks) >= 0, f"{directory} injects at the embedding, which this example does not"
     contract.check(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     prompt = contract.av_prompt_ids(tokenizer)
-    hook = injecting_hook(spec, vector_D, contract.marker_position(prompt))
-    model.model.layers[spec.layer].register_forward_hook(hook)
+    for block in spec.blocks:
+        hook = injecting_hook(spec, vector_D, contract.marker_positions(prompt))
+        model.model.layers[block].register_forward_hook(hook)
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
 
 
-def injecting_hook(spec: InjectionSpec, vector_D: Tensor, position: int) -> Any:
-    """A forward hook for the block `spec.layer`: its output, the residual stream, is changed at the marker."""
+def injecting_hook(spec: InjectionSpec, vector_D: Tensor, positions: Sequence[int]) -> Any:
+    """A forward hook for a block of `spec.blocks`: its output, the residual stream, is changed at every marker."""
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:
         stream_BTD = (output[0] if isinstance(output, tuple) else output).clone()
         # Only the first call sees the prompt; the later ones hold one new token each, and the cache remembers the rest.
-        if stream_BTD.shape[1] > position:
+        if stream_BTD.shape[1] > max(positions):
             scale = 1.0 if spec.scale is None else float(spec.scale)
-            stream_BTD[:, position] = intervene(spec.method, stream_BTD[:, position], vector_D[None], scale)
+            for position in positions:
+                stream_BTD[:, position] = FORMULAS[spec.method](stream_BTD[:, position], vector_D[None], scale)
         return (stream_BTD, *output[1:]) if isinstance(output, tuple) else stream_BTD
 
     return hook
 
 
 class Reader:
-    """The AR: the first K+1 blocks, no final norm, and a linear head at the last token."""
+    """The AR: the first blocks, no final norm, and a head.
+
+    Most have value_head.safetensors with a matrix `weight`: then the answer is `weight @ last_hidden_state[-1]`.
+    """
 
     def __init__(self, directory: Path):
         self.tokenizer = load_tokenizer(directory)
@@ -72,13 +83,18 @@ class Reader:
         self.backbone: Any = AutoModel.from_pretrained(directory).eval()
         # transformers adds a final norm that the directory has no weights for; the AR reads the stream before it.
         self.backbone.norm = torch.nn.Identity()
-        self.head_DD = load_file(directory / "value_head.safetensors")["weight"]
+        shape, spec = read_shape(directory), resolved_spec(directory)
+        self.head = ReconstructionHead(shape, spec).eval()
+        self.head.load_state_dict(head_of(directory, shape, spec) or {})
 
     @torch.no_grad()
     def reconstruct(self, explanation: str) -> Tensor:
         """An explanation to a vector (D,). Its direction is what counts; its length means nothing."""
         ids = torch.tensor([self.contract.ar_ids(self.tokenizer, explanation)])
-        return self.head_DD @ self.backbone(ids).last_hidden_state[0, -1].float()
+        stream_TBD = self.backbone(ids).last_hidden_state.transpose(0, 1)
+        one = torch.ones(1)
+        vectors_BD: Tensor = self.head(stream_TBD, Microbatch(ids, one.long() * ids.shape[1], one, one.long()))
+        return vectors_BD[0]
 
 
 def cosine(a_D: Tensor, b_D: Tensor) -> str:

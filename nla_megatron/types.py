@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DATASET_SIDECAR = ".nla_meta.yaml"
 """What a table's path takes on for its sidecar's."""
+POOLINGS = ("last", "mean", "max", "cls", "weighted")
+"""How an AR makes one vector of its stream; see `models.heads`."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Microbatch:
     `ids` (B, T) int64; `lengths` (B,) int64; `weights` (B,) fp32, 0 for rows that only fill the last microbatch;
     `rows` (B,) int64, the row's index in its batch; `vectors` (B, D) fp32, raw activations: what the AV reads, or the
     AR's target; `injection` for the AV, None where its interventions leave the rows alone; `fields` whatever the loss
-    needs, (B, ...).
+    needs, (B, ...); `training_step`: the trainer's, 0-based.
     """
 
     ids: Tensor
@@ -155,6 +157,7 @@ class Microbatch:
     vectors: Tensor | None = None
     injection: Injection | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
+    training_step: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from nla_megatron.config.logger import LoggerOptions
 from nla_megatron.config.options import bind
 from nla_megatron.errors import ConfigError
+from nla_megatron.types import POOLINGS
 
 _DTYPES = ("float32", "bfloat16")
 _STORED_DTYPES = ("float32", "bfloat16", "float16")
@@ -113,10 +114,112 @@ class InterventionConfig:
     embedding, after any factor that the model applies to it."""
     scale: float = 1.0
     """alpha of norm_add and add; the norm s of replace."""
+    layers: list[int] | None = None
+    """Several blocks at once, each changed by the same vector, method and scale. None: `layer` alone."""
 
     def __post_init__(self) -> None:
         _one_of("intervention.method", self.method, ("norm_add", "replace", "add"))
-        _at_least("intervention.layer", self.layer, -1)
+        for block in self.blocks:
+            _at_least("intervention.layer" if self.layers is None else "intervention.layers", block, -1)
+        if not self.blocks or len(set(self.blocks)) != len(self.blocks):
+            raise ConfigError(f"intervention.layers={list(self.blocks)}", "different blocks", "set intervention.layers")
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Every block at which the vector enters."""
+        return (self.layer,) if self.layers is None else tuple(self.layers)
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """From an injection that is easy to read to the one that the table records, over the first steps of a training.
+
+    The last step always trains on the recorded injection, and every evaluation uses it.
+    """
+
+    kind: str = "constant"
+    """How the factor on the injection's strength leads from `start` to 1: linear, cosine, or constant, at 1 always."""
+    start: float = 1.0
+    """The factor at step 0."""
+    layers: list[int] = field(default_factory=list)
+    """Blocks at which the vector enters in turn, each for an equal part of the steps, before it enters at its own."""
+    steps: int = 0
+    """Training steps until the injection is the recorded one; 0 is no curriculum."""
+
+    def __post_init__(self) -> None:
+        _one_of("curriculum.kind", self.kind, ("constant", "linear", "cosine"))
+        _at_least("curriculum.steps", self.steps, 0)
+        _at_least("curriculum.start", self.start, 0.0)
+        for block in self.layers:
+            _at_least("curriculum.layers", block, -1)
+        if (self.kind == "constant") != (self.start == 1.0):
+            raise ConfigError(
+                f"curriculum.kind={self.kind} with curriculum.start={self.start}",
+                "constant at 1, or linear or cosine from another factor", "set both",
+            )  # fmt: skip
+        if (self.kind != "constant" or bool(self.layers)) != (self.steps > 0) or len(self.layers) > self.steps:
+            raise ConfigError(
+                f"curriculum.steps={self.steps} with kind {self.kind} and layers {list(self.layers)}",
+                "as many steps as there are layers or more; 0 where nothing changes", "set curriculum.steps",
+            )  # fmt: skip
+
+
+def check_curriculum_ends(curriculum: CurriculumConfig, steps: int) -> None:
+    """Raises ConfigError where training would end on another injection than the model's sidecar says."""
+    if curriculum.steps >= steps:
+        raise ConfigError(
+            f"curriculum.steps={curriculum.steps} of steps={steps}", "fewer: the last step trains on what is recorded",
+            "lower curriculum.steps",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ArConfig:
+    """How the AR makes a vector of its stream; recorded in its sidecar, from which `rl` and `eval` take it."""
+
+    pooling: str = "last"
+    """Over a text's tokens: the last, their mean, their max, cls (the first, which in a causal model has read nothing
+    of what follows it) or weighted (by a softmax over one learned number for each position)."""
+    projection_layers: int = 1
+    """1: a matrix. More: so many less one of linear, LayerNorm, ReLU and dropout come before it."""
+    dropout: float = 0.0
+    """Behind each ReLU; of a single layer, before it."""
+    layer: int | None = None
+    """Read behind this block, 0-based; deeper ones are not kept. None: K, the block of the activations."""
+
+    def __post_init__(self) -> None:
+        _one_of("reconstructor.pooling", self.pooling, POOLINGS)
+        _at_least("reconstructor.projection_layers", self.projection_layers, 1)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"reconstructor.dropout={self.dropout}", "0 or above, below 1", "set reconstructor.dropout"
+            )
+        if self.layer is not None:
+            _at_least("reconstructor.layer", self.layer, 0)
+
+
+@dataclass(frozen=True)
+class ArLossConfig:
+    """What the AR is trained on. Scores, rewards and FVE are the mean squared error of the contract whatever it is."""
+
+    kind: str = "mse"
+    """mse or smooth_l1 of prediction and activation, both at norm sqrt(D); or cosine, 1 less their cosine."""
+    weight: float = 1.0
+    """Factor on it, against the two regularisers."""
+    smooth_l1_beta: float = 1.0
+    """Below this difference smooth_l1 is quadratic."""
+    l2_reg: float = 0.0
+    """Factor on the mean square of the predictions, as the head gives them."""
+    variance_reg: float = 0.0
+    """Factor on the mean squared difference of the standard deviations, in each dimension, of predictions and
+    activations over the global batch, both at norm sqrt(D). It costs one more forward pass."""
+
+    def __post_init__(self) -> None:
+        _one_of("ar_loss.kind", self.kind, ("mse", "smooth_l1", "cosine"))
+        for key in ("weight", "l2_reg", "variance_reg"):
+            _at_least(f"ar_loss.{key}", getattr(self, key), 0.0)
+        if not self.smooth_l1_beta > 0:
+            raise ConfigError(f"ar_loss.smooth_l1_beta={self.smooth_l1_beta}", "above 0", "set ar_loss.smooth_l1_beta")
 
 
 @dataclass(frozen=True)
@@ -126,6 +229,12 @@ class TemplateConfig:
     av: str | None = None
     ar: str | None = None
     marker: str | None = None
+    positions: int = 1
+    """How often the marker stands in the AV's prompt, the same vector at each. A template of your own holds `<INJECT>`
+    so many times, each between the same neighbours."""
+
+    def __post_init__(self) -> None:
+        _at_least("templates.positions", self.positions, 1)
 
 
 @dataclass(frozen=True)
@@ -443,6 +552,9 @@ class ExtractConfig(StageConfig):
     """truncate: the first max_length tokens. window: consecutive windows, each sampled like a document of its own."""
     min_position: int = 50
     positions_per_doc: int = 10
+    pool: str = "last"
+    """last: the activation of a sampled position. mean: the mean of the last `pool_window` positions' up to it."""
+    pool_window: int = 1
     documents_start: int = 0
     documents_length: int | None = None
     batch_size: int = 8
@@ -455,6 +567,15 @@ class ExtractConfig(StageConfig):
         _at_least("positions_per_doc", self.positions_per_doc, 1)
         _at_least("min_position", self.min_position, 0)
         _at_least("max_length", self.max_length, self.min_position + 1)
+        _one_of("pool", self.pool, ("last", "mean"))
+        _at_least("pool_window", self.pool_window, 1)
+        if self.pool == "last" and self.pool_window > 1:
+            raise ConfigError(f"pool_window={self.pool_window} with pool=last", "pool=mean", "set pool=mean")
+        if self.pool_window > self.min_position + 1:
+            raise ConfigError(
+                f"pool_window={self.pool_window} with min_position={self.min_position}",
+                f"at most {self.min_position + 1}, so that every window is full", "raise min_position=",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -481,17 +602,43 @@ class BuildConfig(StageConfig):
 
 @dataclass(frozen=True)
 class SftConfig(TrainingStageConfig):
-    """Supervised warm start of one of the two models."""
+    """Supervised warm start of one of the two models, or of both in one run."""
 
     role: str = MISSING
     model: str = MISSING
     data: str = MISSING
     max_length: int = 512
     """Longer rows are refused by name, never cut: a cut explanation has no end tag."""
+    ar_data: str | None = None
+    """With role both, the AR's table; `data` is the AV's."""
+    ar_model: str | None = None
+    """With role both, what the AR starts from. None: `model`."""
+    ar_optim: OptimConfig = field(default_factory=OptimConfig)
+    """With role both, the AR's optimizer; `optim` is the AV's."""
+    reconstructor: ArConfig = field(default_factory=ArConfig)
+    ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("role", self.role, ("av", "ar"))
+        _one_of("role", self.role, ("av", "ar", "both"))
+        if (self.role == "both") != (self.ar_data is not None):
+            raise ConfigError(
+                f"role={self.role} with ar_data={self.ar_data}", "ar_data= with role=both, and only with it",
+                "set both, or neither",
+            )  # fmt: skip
+        if self.ar_model is not None and self.role != "both":
+            raise ConfigError(f"role={self.role} with ar_model={self.ar_model}", "role=both", "drop ar_model=")
+        if self.role == "av":
+            for key, value in (("reconstructor", self.reconstructor), ("ar_loss", self.ar_loss)):
+                if value != type(value)():
+                    raise ConfigError(f"{key} other than its defaults, with role=av", "role=ar or both", f"drop {key}")
+        check_curriculum_ends(self.curriculum, self.steps)
+        if self.role == "ar" and self.curriculum.steps:
+            raise ConfigError(
+                f"curriculum.steps={self.curriculum.steps} with role=ar", "role=av or both: the AR has no injection",
+                "drop curriculum",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -516,6 +663,8 @@ class RlConfig(TrainingStageConfig):
     """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
     critic_optim: OptimConfig = field(default_factory=OptimConfig)
     """Of the value model, where the algorithm has one."""
+    ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -523,6 +672,7 @@ class RlConfig(TrainingStageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("ar_updates", self.ar_updates, 1)
+        check_curriculum_ends(self.curriculum, self.steps)
         if self.rollout.temperature == 0:
             raise ConfigError(
                 "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"

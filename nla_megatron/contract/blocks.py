@@ -79,11 +79,51 @@ class ApiSummaries:
 
 @dataclass(frozen=True)
 class InjectionSpec:
-    """`injection`, our extension: method (`norm_add`, `replace`, ...), block (-1: token embedding), and scale."""
+    """`injection`, our extension: method (`norm_add`, `replace`, ...), block (-1: token embedding), and scale.
+
+    `layers`: all blocks at which the vector enters, where they are several; `layer` is the first of them.
+    """
 
     method: str
     layer: int
     scale: float | str | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Every block at which the vector enters."""
+        return (self.layer,) if self.layers is None else self.layers
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """`pool`, our extension: one activation is the `mean` over the last `window` positions up to its own."""
+
+    method: str
+    window: int
+
+
+@dataclass(frozen=True)
+class ReconstructorSpec:
+    """`reconstructor`, our extension: how an AR makes a vector of its stream (`models.heads`).
+
+    `layer`: the block that it reads, its last one; None is K, the block of the activations.
+    """
+
+    pooling: str = "last"
+    projection_layers: int = 1
+    dropout: float = 0.0
+    layer: int | None = None
+
+    def is_plain(self, layer_index: int | None) -> bool:
+        """Whether it is the AR that every trainer means: a matrix on the last token's stream behind block K."""
+        return self.pooling == "last" and self.projection_layers == 1 and self.layer in (None, layer_index)
+
+    def same_parameters(self, other: ReconstructorSpec) -> bool:
+        """Whether weights of the one are weights of the other: all but the dropout agrees."""
+        return (self.pooling, self.projection_layers, self.layer) == (
+            other.pooling, other.projection_layers, other.layer,
+        )  # fmt: skip
 
 
 def read_block(cls: type[Block], raw: object, where: str, source: str) -> Block:

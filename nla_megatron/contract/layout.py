@@ -12,6 +12,7 @@ from nla_megatron.contract.blocks import PromptTemplates, as_yaml_block
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.errors import MissingFile, SidecarError
+from nla_megatron.types import POOLINGS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +108,7 @@ def dataset_yaml(sidecar: DatasetSidecar) -> dict[str, Any]:
     """A data set's sidecar in the shared layout; unset blocks are left out, as strict readers want it."""
     block = as_yaml_block(sidecar)
     block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "actor", "critic")
+    _leave_single(block)
     head = {"kind": "nla_dataset", "schema_version": _VERSIONS["nla_dataset"][-1], "dataset_id": block["dataset_id"]}
     return {key: value for key, value in {**head, **block}.items() if value is not None}
 
@@ -116,8 +118,15 @@ def model_yaml(sidecar: ModelSidecar) -> dict[str, Any]:
     block = as_yaml_block(sidecar)
     block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "av", "ar")
     block["critic"] = {"extraction_layer_index": sidecar.extraction.layer_index}
+    _leave_single(block)
     head = {"kind": "nla_model", "schema_version": _VERSIONS["nla_model"][-1]}
     return {key: value for key, value in {**head, **block}.items() if value is not None}
+
+
+def _leave_single(block: dict[str, Any]) -> None:
+    """A single block needs no list of blocks."""
+    if block["injection"] is not None and block["injection"]["layers"] is None:
+        del block["injection"]["layers"]
 
 
 def dataset_id(sidecar: DatasetSidecar) -> str:
@@ -136,6 +145,7 @@ def check_dataset_values(sidecar: DatasetSidecar, path: Path, ours: bool = False
     _one_of(path, "stage", sidecar.stage, ("base", *TRAINING_STAGES))
     _one_of(path, "extraction.norm", sidecar.extraction.norm, ("none",))
     _one_of(path, "bos_policy", sidecar.bos_policy, _POLICIES)
+    _check_extensions(sidecar, path)
     if sidecar.stage in TRAINING_STAGES:
         needed = {"tokens": sidecar.tokens, "prompt_templates": sidecar.prompt_templates}
         _present(path, {**needed, "bos_policy": sidecar.bos_policy} if ours else needed)
@@ -150,6 +160,15 @@ def check_model_values(sidecar: ModelSidecar, path: Path, ours: bool = False) ->
     _one_of(path, "role", sidecar.role, ("av", "ar"))
     _one_of(path, "stage", sidecar.stage, ("init", "sl", "rl"))
     _one_of(path, "bos_policy", sidecar.bos_policy, _POLICIES)
+    _check_extensions(sidecar, path)
+    if sidecar.reconstructor is not None:
+        _one_of(path, "reconstructor.pooling", sidecar.reconstructor.pooling, POOLINGS)
+        _at_least(path, "reconstructor.projection_layers", sidecar.reconstructor.projection_layers, 1)
+        if not 0 <= sidecar.reconstructor.dropout < 1:
+            found = f"'reconstructor.dropout' in {str(path)!r} is {sidecar.reconstructor.dropout}"
+            raise SidecarError(found, "0 or above, below 1", _REMEDY)
+        if sidecar.reconstructor.layer is not None:
+            _at_least(path, "reconstructor.layer", sidecar.reconstructor.layer, 0)
     if ours:
         needed: dict[str, object] = {"bos_policy": sidecar.bos_policy}
         _present(path, {**needed, "injection": sidecar.injection} if sidecar.role == "av" else needed)
@@ -159,6 +178,24 @@ def _one_of(path: Path, key: str, value: object, allowed: tuple[str | None, ...]
     if value not in allowed:
         expected = " or ".join("null" if one is None else one for one in allowed)
         raise SidecarError(f"{key!r} in {str(path)!r} is {value!r}", expected, _REMEDY)
+
+
+def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> None:
+    if sidecar.pool is not None:
+        _one_of(path, "pool.method", sidecar.pool.method, ("mean",))
+        _at_least(path, "pool.window", sidecar.pool.window, 1)
+    if sidecar.injection is not None:
+        blocks = sidecar.injection.blocks
+        if not blocks or len(set(blocks)) != len(blocks) or blocks[0] != sidecar.injection.layer:
+            raise SidecarError(
+                f"'injection.layers' in {str(path)!r} is {list(blocks)}, with layer {sidecar.injection.layer}",
+                "different blocks, the first of them that of 'injection.layer'", _REMEDY,
+            )  # fmt: skip
+
+
+def _at_least(path: Path, key: str, value: int, least: int) -> None:
+    if value < least:
+        raise SidecarError(f"{key!r} in {str(path)!r} is {value}", f"at least {least}", _REMEDY)
 
 
 def _present(path: Path, values: Mapping[str, object]) -> None:
@@ -189,10 +226,10 @@ def _templates_in(raw: object, path: Path) -> dict[str, Any] | None:
         shown = av.format(injection_char=INJECT) if isinstance(av, str) else ""
     except (KeyError, IndexError, ValueError):  # another field, a positional field, an unbalanced brace
         shown = ""
-    if shown.count(INJECT) != 1:
+    if not shown.count(INJECT):
         raise SidecarError(
             f"the AV template under 'prompt_templates' in {str(path)!r} is {av!r}",
-            f"a format string with {_FIELD} exactly once and every literal brace doubled",
+            f"a format string with {_FIELD} in it and every literal brace doubled",
             _REMEDY,
         )
     return {"av": shown, "ar": raw.get("ar") or raw.get("critic")}

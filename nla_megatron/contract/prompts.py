@@ -11,15 +11,22 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, single_id, stable_suffix, templated_ids
+from nla_megatron.contract.markers import (
+    INJECT,
+    check_av_template,
+    choose_marker,
+    marker_neighbours,
+    messages_of,
+    prompt_ids,
+    times,
+)
+from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, stable_suffix
 from nla_megatron.errors import ConfigError, MarkerError, SidecarError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerFast
-
-INJECT = "<INJECT>"  # stands for the marker in tables and templates, which then fit every tokenizer
 
 AV_TEMPLATE = """Below, between <concept> tags, stands an activation vector: the state of a language model at the last \
 token of a text it was reading. Describe what the vector says about that text. Name two or three features that would \
@@ -30,7 +37,6 @@ help to predict how the text goes on, the last of them about its final token, in
 Write your explanation inside <explanation> tags, and nothing outside of them."""
 AR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
 
-_MARKERS = range(0x3200, 0x3400)  # enclosed CJK letters and squared words: one character each, almost absent from text
 _OPEN, _CLOSE = "<explanation>", "</explanation>"
 
 
@@ -53,62 +59,12 @@ def extract_explanation(response: str) -> str | None:
     return body[len(_OPEN) : -len(_CLOSE)].strip() or None
 
 
-def choose_marker(tokenizer: PreTrainedTokenizerFast, av_template: str) -> str:
-    """The first character of U+3200..U+33FF that is one known token, decodes to itself, and is once in the prompt.
-
-    Raises:
-        MarkerError: this tokenizer has no such character.
-        ConfigError: the template lacks `<INJECT>`, or the tokenizer lacks a chat template.
-    """
-    _check_av_template(av_template)
-    for code_point in _MARKERS:
-        marker = chr(code_point)
-        marker_id = single_id(tokenizer, marker)
-        if marker_id is not None and _prompt_ids(tokenizer, _messages(av_template), marker).count(marker_id) == 1:
-            return marker
-    raise MarkerError(
-        f"no character of U+3200..U+33FF is a single token of tokenizer {name_of(tokenizer)!r}",
-        "one character that encodes to exactly one id and decodes to itself",
-        "name a rare single-token character as the marker, or add one to the tokenizer",
-    )
-
-
-def marker_neighbours(tokenizer: PreTrainedTokenizerFast, av_template: str, marker: str) -> tuple[int, int]:
-    """The token ids just before and after the marker in the chat-templated AV prompt.
-
-    Raises:
-        MarkerError: the marker is not exactly one token, not exactly once in the prompt, or at its edge.
-    """
-    marker_id = single_id(tokenizer, marker)
-    if marker_id is None:
-        raise MarkerError(
-            f"marker {marker!r} encodes to {encode(tokenizer, marker)} with tokenizer {name_of(tokenizer)!r}",
-            "exactly one id, not the unknown token, that decodes to the marker",
-            "use the tokenizer the sidecar was written for, or build the data again with this one",
-        )
-    ids = _prompt_ids(tokenizer, _messages(av_template), marker)
-    if ids.count(marker_id) != 1:
-        raise MarkerError(
-            f"marker {marker!r} (id {marker_id}) is {ids.count(marker_id)} times in the AV prompt",
-            "exactly once",
-            "check the AV template and the tokenizer's chat template",
-        )
-    position = ids.index(marker_id)
-    if not 0 < position < len(ids) - 1:
-        raise MarkerError(
-            f"marker {marker!r} stands at position {position} of {len(ids)} in the AV prompt",
-            "a token on either side of it",
-            "put text around <INJECT> in the AV template",
-        )
-    return ids[position - 1], ids[position + 1]
-
-
 @dataclass(frozen=True)
 class PromptContract:
     """Both templates and the token ids they give with one tokenizer.
 
     Attributes:
-        templates_av: user message with `<INJECT>` where the marker goes.
+        templates_av: user message with `<INJECT>` where the marker goes, once or several times.
         templates_ar: format string with one `{explanation}`; literal braces are doubled.
         marker, marker_id, left_id, right_id: the marker, its id, and the ids at ±1 in the templated prompt.
         ar_suffix_ids: the last ids of every AR prompt, whatever the explanation. Empty only when a sidecar of another
@@ -139,12 +95,13 @@ class PromptContract:
         ar_template: str = AR_TEMPLATE,
         marker: str | None = None,
         bos_policy: str | None = None,
+        positions: int = 1,
     ) -> PromptContract:
         """Compute the contract from the live tokenizer.
 
         Args:
             tokenizer: a fast tokenizer with a chat template.
-            av_template: holds `<INJECT>` exactly once.
+            av_template: holds `<INJECT>` exactly `positions` times.
             ar_template: holds `{explanation}` exactly once, with text after it.
             marker: None chooses it by `choose_marker`.
             bos_policy: None takes the tokenizer's own habit; `"none"` keeps special tokens out of AR prompts.
@@ -153,12 +110,12 @@ class PromptContract:
             MarkerError: no usable marker, or the given one is not.
             ConfigError: a malformed template, an unknown policy, or no chat template.
         """
-        _check_av_template(av_template)
+        check_av_template(av_template, positions)
         _check_ar_template(ar_template)
         if bos_policy not in (None, "none", "tokenizer"):
             raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
         marker = choose_marker(tokenizer, av_template) if marker is None else marker
-        left_id, right_id = marker_neighbours(tokenizer, av_template, marker)
+        left_id, right_id = marker_neighbours(tokenizer, av_template, marker, positions)
         policy = "none" if bos_policy == "none" else live_bos_policy(tokenizer)
         suffix_ids = stable_suffix(tokenizer, ar_template, policy)
         marker_id = encode(tokenizer, marker)[0]
@@ -174,7 +131,9 @@ class PromptContract:
             MarkerError: the marker is not one token, or not once in the prompt.
             SidecarError: the first difference, with the recorded and the live value.
         """
-        live = PromptContract.derive(tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy)
+        live = PromptContract.derive(
+            tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy, self.positions
+        )
         plain_ids = live.ar_ids(tokenizer, "A plain sentence.")
         for name in ("marker_id", "left_id", "right_id", "ar_suffix_ids", "bos_policy"):
             recorded, actual = getattr(self, name), getattr(live, name)
@@ -197,9 +156,14 @@ class PromptContract:
         agree = mine[len(mine) - common :] == theirs[len(theirs) - common :]
         return replace(self, ar_suffix_ids=theirs) if agree else self
 
+    @property
+    def positions(self) -> int:
+        """How often the marker stands in the AV prompt."""
+        return self.templates_av.count(INJECT)
+
     def messages(self) -> list[dict[str, str]]:
         """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""
-        return _messages(self.templates_av)
+        return messages_of(self.templates_av)
 
     def av_prompt_ids(
         self, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]] | None = None
@@ -208,10 +172,14 @@ class PromptContract:
 
         The chat template writes every special token itself, so the tokenizer adds none: there is never a second BOS.
         """
-        return _prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
+        return prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
 
     def marker_position(self, ids: Sequence[int], prompt_length: int | None = None) -> int:
-        """Where to inject: the one position of the prompt with the marker and both its neighbours.
+        """The first of `marker_positions`, and of most contracts the only one."""
+        return self.marker_positions(ids, prompt_length)[0]
+
+    def marker_positions(self, ids: Sequence[int], prompt_length: int | None = None) -> tuple[int, ...]:
+        """Where to inject: the positions of the prompt with the marker and both its neighbours, ascending.
 
         Args:
             ids: a prompt, or a prompt followed by a response.
@@ -219,19 +187,19 @@ class PromptContract:
                 policy can write the marker, neighbours included, into its response.
 
         Raises:
-            MarkerError: no such position in the prompt, or several.
+            MarkerError: fewer or more of them than the template has.
         """
         prompt = list(ids if prompt_length is None else ids[:prompt_length])
         wanted = [self.left_id, self.marker_id, self.right_id]
         positions = [p for p in range(1, len(prompt) - 1) if prompt[p - 1 : p + 2] == wanted]
-        if len(positions) != 1:
+        if len(positions) != self.positions:
             raise MarkerError(
                 f"ids {wanted} stand at positions {positions} of a prompt of {len(prompt)} tokens "
                 f"(the marker {self.marker!r} alone: {prompt.count(self.marker_id)} times)",
-                "exactly one position",
-                "check that the row's prompt holds <INJECT> once, between the template's own neighbours",
+                "exactly one position" if self.positions == 1 else f"{self.positions} positions",
+                f"check that the row's prompt holds <INJECT> {times(self.positions)}, between its neighbours",
             )
-        return positions[0]
+        return tuple(positions)
 
     def ar_ids(self, tokenizer: PreTrainedTokenizerFast, explanation: str) -> list[int]:
         """Token ids of the AR prompt; the reconstruction is read at the last one.
@@ -258,23 +226,6 @@ class PromptContract:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {name_of(tokenizer)!r} has no EOS token", "an EOS token", "set its eos_token")
         return [*encode(tokenizer, response), int(tokenizer.eos_token_id)]
-
-
-def _messages(av_template: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": av_template}]
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], marker: str) -> list[int]:
-    return templated_ids(tokenizer, [{**turn, "content": turn["content"].replace(INJECT, marker)} for turn in messages])
-
-
-def _check_av_template(template: str) -> None:
-    if template.count(INJECT) != 1:
-        raise ConfigError(
-            f"the AV template holds {INJECT} {template.count(INJECT)} times",
-            "exactly once",
-            f"write <concept>{INJECT}</concept> where the activation goes",
-        )
 
 
 def _check_ar_template(template: str) -> None:

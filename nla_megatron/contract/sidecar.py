@@ -1,7 +1,8 @@
 """Sidecars: the YAML beside every table and checkpoint that says what it was made with.
 
 A data set's stands at `{parquet}.nla_meta.yaml`, a model's at `{directory}/nla_meta.yaml`. The layout (`layout.py`)
-is shared with other NLA trainers, whose readers pass over our `injection` and `bos_policy` at the top level.
+is shared with other NLA trainers, whose readers pass over what we add at the top level: `injection`, `bos_policy`,
+`pool` and `reconstructor`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from nla_megatron.contract.blocks import (
     DatasetExtraction,
     InjectionSpec,
     ModelExtraction,
+    PoolSpec,
     PromptTemplates,
+    ReconstructorSpec,
     Tokens,
     read_block,
 )
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ApiSummaries", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec", "ModelExtraction",
-    "ModelSidecar", "PromptTemplates", "Tokens", "check_dataset", "dataset_sidecar_path", "model_sidecar_path",
-    "prompt_contract", "read_dataset_sidecar", "read_model_sidecar", "write_dataset_sidecar", "write_model_sidecar",
+    "ModelSidecar", "PoolSpec", "PromptTemplates", "ReconstructorSpec", "Tokens", "check_dataset",
+    "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar", "read_model_sidecar",
+    "write_dataset_sidecar", "write_model_sidecar",
 ]  # fmt: skip
 
 
@@ -50,6 +54,7 @@ class DatasetSidecar:
         dataset_id: empty: derived from the other fields when written.
         tokens, prompt_templates, bos_policy: the `PromptContract`; all set in the training stages.
         injection: how the AV that this data is meant for receives the vector.
+        pool: how several positions became one activation; None where each is that of one position.
         created_at, git_commit: empty: filled in when written.
     """
 
@@ -61,6 +66,7 @@ class DatasetSidecar:
     prompt_templates: PromptTemplates | None = None
     bos_policy: str | None = None
     injection: InjectionSpec | None = None
+    pool: PoolSpec | None = None
     api_summaries: ApiSummaries | None = None
     parent_datasets: tuple[str, ...] = ()
     keep_debug_metadata: bool = True
@@ -88,6 +94,8 @@ class ModelSidecar:
         extraction: block index K of the activations, and the scales.
         tokens, prompt_templates, bos_policy: the `PromptContract`. `bos_policy` is None only in foreign files.
         injection: how the AV receives the vector; None for an AR, and in files of other trainers.
+        pool: of the activations that it was trained on; None where each is that of one position.
+        reconstructor: how an AR reads; None for an AV, and for the AR that other trainers have too.
         training: whatever is worth recording; plain YAML values.
     """
 
@@ -100,6 +108,8 @@ class ModelSidecar:
     prompt_templates: PromptTemplates
     bos_policy: str | None = None
     injection: InjectionSpec | None = None
+    pool: PoolSpec | None = None
+    reconstructor: ReconstructorSpec | None = None
     trained_on: tuple[str, ...] = ()
     parent_checkpoints: tuple[str, ...] = ()
     created_at: str = ""

@@ -16,24 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nla_megatron.config.schema import AdoptConfig
-from nla_megatron.contract.blocks import InjectionSpec
+from nla_megatron.contract.blocks import InjectionSpec, ReconstructorSpec
 from nla_megatron.contract.foreign import AR_ADAPTER, AR_META, completed, role_of
 from nla_megatron.contract.sidecar import (
     ModelSidecar,
-    model_sidecar_path,
     prompt_contract,
     read_model_sidecar,
     write_model_sidecar,
 )
 from nla_megatron.contract.tokens import live_bos_policy
-from nla_megatron.conversion.hf import SHARD_BYTES, VALUE_HEAD, read_config, truncated_config, write_value_head
+from nla_megatron.conversion.heads import check_head
+from nla_megatron.conversion.hf import SHARD_BYTES, read_config, read_shape, truncated_config, write_value_head
 from nla_megatron.conversion.merge import TOKENIZER, Merging, carry, new_directory
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
-from nla_megatron.conversion.safetensors_file import read_header
-from nla_megatron.errors import CheckpointError, MissingFile, SidecarError, UnsupportedModel
+from nla_megatron.errors import MissingFile, SidecarError, UnsupportedModel
 from nla_megatron.models.builder import DTYPES
 
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
@@ -107,7 +105,7 @@ def adopt(
             _copy(source, partial)
         carry(source, partial, TOKENIZER)
         _check_depth(partial, full, source)
-        value_head_of(partial, full.d_model, full.role)
+        check_head(partial, read_shape(partial), full.reconstructor or ReconstructorSpec(), full.role)
         return write_model_sidecar(partial, _checked(full, partial, resolve=read.bos_policy is None))
 
 
@@ -173,33 +171,10 @@ def _copy(source: Path, target: Path) -> None:
 def _check_depth(directory: Path, sidecar: ModelSidecar, source: Path) -> None:
     """An AR is the blocks 0 to K: one less caps what it can explain, one more reads another stream."""
     depth, layer = read_config(directory)["num_hidden_layers"], sidecar.extraction.layer_index
+    if sidecar.role == "ar" and sidecar.reconstructor is not None and sidecar.reconstructor.layer is not None:
+        layer = sidecar.reconstructor.layer
     if sidecar.role == "ar" and layer is not None and depth != layer + 1:
         raise SidecarError(
             f"an AR of {depth} blocks for activations of block {layer}, in {source}",
             f"{layer + 1} blocks", "check the sidecar, or make the AR again from the base model",
         )  # fmt: skip
-
-
-def value_head_of(directory: str | Path, width: int, role: str | None = None) -> Tensor | None:
-    """The AR's head (width, width); None for a directory that is no AR's.
-
-    Args:
-        role: what the directory is; None asks its sidecar, where it has one.
-
-    Raises:
-        MissingFile: an AR without its head, which would be the identity in silence.
-        CheckpointError: a file without the one matrix `weight` of that width.
-    """
-    from safetensors.torch import load_file
-
-    path = Path(directory) / VALUE_HEAD
-    if not path.is_file():
-        if role is None and model_sidecar_path(directory).is_file():
-            role = read_model_sidecar(directory).role
-        if role == "ar":
-            raise MissingFile(f"no {path}", "the head of a trained AR", "copy it along with the weights")
-        return None
-    found = {name: placed.spec.shape for name, placed in read_header(path).items()}
-    if found != {"weight": (width, width)}:
-        raise CheckpointError(f"{found} in {path}", f"weight of shape {(width, width)}", "export the AR again")
-    return load_file(path)["weight"]

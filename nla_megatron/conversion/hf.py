@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from nla_megatron.types import ModelShape
 
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
+HEAD_FILE = "reconstructor_head.safetensors"
+"""The head of an AR that other trainers would not read as it is meant; `conversion.heads`."""
 MANIFEST = "conversion.json"
 SHARD_BYTES = 5_000_000_000
 _NOT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
 # Written by others beside the weights that a directory's index or model.safetensors holds.
-_NOT_OURS = (VALUE_HEAD, "adapter_model.safetensors", "consolidated")
+_NOT_OURS = (VALUE_HEAD, HEAD_FILE, "adapter_model.safetensors", "consolidated")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,12 +239,18 @@ def read_value_head(directory: str | Path) -> Tensor | None:
 
 
 def write_value_head(directory: Path, weight: Tensor) -> None:
-    spec = TensorSpec("weight", torch.float32, tuple(weight.shape))
+    write_head(directory / VALUE_HEAD, {"weight": weight})
+
+
+def write_head(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The fp32 tensors of an AR's head."""
+    specs = tuple(TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items())
     # A new file: the one before may be another directory's too, by a hard link.
-    with atomic_path(directory / VALUE_HEAD) as path:
-        file = ShardFile(path.parent, Shard(path.name, (spec,)))
-        file.write(spec.name, weight.detach().float().cpu().contiguous())
-        file.close()
+    with atomic_path(file) as path:
+        shard = ShardFile(path.parent, Shard(path.name, specs))
+        for name, tensor in tensors.items():
+            shard.write(name, tensor.detach().float().cpu().contiguous())
+        shard.close()
 
 
 def write_shards(

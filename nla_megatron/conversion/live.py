@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nla_megatron.conversion.artefacts import value_head_of
+from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.conversion.families import rules_of
+from nla_megatron.conversion.heads import head_of, resolved_spec
 from nla_megatron.conversion.hf import SafetensorsReader, check_tied
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
@@ -74,20 +75,26 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 
-def load_reconstructor(directory: str, shape: ModelShape, world: World, dtype: str) -> Reconstructor:
-    """An AR on this layout: its own head from an AR's directory, the identity from a base model's.
+def load_reconstructor(
+    directory: str, shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec | None = None, seed: int = 0
+) -> Reconstructor:
+    """An AR on this layout: its own head from an AR's directory, one that starts as the identity from a base model's.
 
     Args:
-        shape: already truncated to the K+1 blocks; deeper ones in the directory are not read.
+        shape: already truncated to the blocks that are kept; deeper ones in the directory are not read.
+        spec: how it reads; None is what the directory's sidecar says.
+        seed: of its dropout.
 
     Raises:
+        SidecarError: the directory's sidecar says another head than `spec`.
         MissingFile, CheckpointError: weights or head of an AR are missing, or of another shape.
     """
-    model = build_reconstructor(shape, world, dtype)
+    known = resolved_spec(directory, spec)
+    model = build_reconstructor(shape, world, dtype, known, seed)
     load_from_hf(model, directory, shape, world, with_head=False)
-    head = value_head_of(directory, shape.hidden_size)
+    head = head_of(directory, shape, known)
     if head is not None and model.value_head is not None:
-        model.value_head.load_state_dict({"weight": head})
+        model.value_head.load_state_dict(head)
     return model
 
 

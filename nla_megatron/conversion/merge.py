@@ -22,7 +22,7 @@ from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedM
 from nla_megatron.models.builder import DTYPES
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
-_BESIDE = ("value_head.safetensors", "nla_meta.yaml")
+_BESIDE = ("value_head.safetensors", "reconstructor_head.safetensors", "nla_meta.yaml")
 
 
 def merge(

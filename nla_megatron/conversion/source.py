@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nla_megatron.conversion.checkpoint_plan import CheckpointPlan, checkpoint_plan
 from nla_megatron.conversion.description import HEAD, described, located
-from nla_megatron.conversion.hf import VALUE_HEAD, SafetensorsReader, check_tensors, check_tied
+from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, SafetensorsReader, check_tensors, check_tied
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec, mapped, read_header
 from nla_megatron.conversion.torch_dist_reader import TorchDistReader
-from nla_megatron.errors import CheckpointError
+from nla_megatron.errors import CheckpointError, UnsupportedModel
 from nla_megatron.parallel.world import World
 
 
@@ -32,6 +32,11 @@ class HuggingFaceSide:
     def __init__(self, directory: str | Path, layers: int | None = None):
         self.directory = Path(directory)
         self.head_file = self.directory / VALUE_HEAD
+        if (self.directory / HEAD_FILE).is_file():
+            raise UnsupportedModel(
+                f"{HEAD_FILE} in {self.directory}", f"an AR with {VALUE_HEAD}, which other trainers read as well",
+                "train and evaluate this AR from its own directory; conversion knows the plain head alone",
+            )  # fmt: skip
         has_head = self.head_file.is_file()
         self.model = described(self.directory, layers, is_ar=has_head or layers is not None)
         self.reader = SafetensorsReader(self.directory)

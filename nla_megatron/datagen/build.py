@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
-from nla_megatron.config.schema import BuildConfig
+from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
+from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
 from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.splits import assign_split, held_out
@@ -43,10 +44,10 @@ def check(config: BuildConfig, world_size: int) -> None:
             f"{shape.hidden_size}, the hidden size of {config.model}",
             "give the model the activations were extracted from",
         )
-    if not config.intervention.layer < shape.num_layers:
-        raise ConfigError(
-            f"intervention.layer={config.intervention.layer}", f"a block below {shape.num_layers}", "lower it"
-        )
+    for block in config.intervention.blocks:
+        if not block < shape.num_layers:
+            key = "layer" if config.intervention.layers is None else "layers"
+            raise ConfigError(f"intervention.{key}={block}", f"a block below {shape.num_layers}", "lower it")
     _contract(config)
     if sidecar.extraction.d_model != table.d_model:
         raise WidthError(
@@ -64,23 +65,32 @@ def run(config: BuildConfig) -> None:
         read_dataset_sidecar(config.input),
         _contract(config),
     )
-    spec = config.intervention
     for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
         stage = STAGES[split]
         out = Path(config.out) / f"{split}.parquet"
         written = write_table(out, _batches(table, rows, stage, contract), columns.schema(stage, table.d_model))
         sidecar = DatasetSidecar.from_contract(
             contract, stage=stage, row_count=written, extraction=source.extraction, api_summaries=source.api_summaries,
-            injection=InjectionSpec(spec.method, spec.layer, spec.scale), parent_datasets=(source.dataset_id,),
+            injection=injection_of(config.intervention), pool=source.pool, parent_datasets=(source.dataset_id,),
         )  # fmt: skip
         write_dataset_sidecar(out, sidecar)
     mark_done(config)
 
 
+def injection_of(spec: InterventionConfig) -> InjectionSpec:
+    """The intervention as sidecars record it."""
+    several = spec.blocks if len(spec.blocks) > 1 else None
+    return InjectionSpec(spec.method, spec.blocks[0], spec.scale, several)
+
+
 def _contract(config: BuildConfig) -> PromptContract:
     templates = config.templates
     return PromptContract.derive(
-        load_tokenizer(config.model), templates.av or AV_TEMPLATE, templates.ar or AR_TEMPLATE, templates.marker
+        load_tokenizer(config.model),
+        templates.av or several_markers(AV_TEMPLATE, templates.positions),
+        templates.ar or AR_TEMPLATE,
+        templates.marker,
+        positions=templates.positions,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
@@ -20,7 +21,7 @@ from nla_megatron.config.schema import ExtractConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.blocks import CorpusSlice, DatasetExtraction
 from nla_megatron.contract.corpus import read_corpus
-from nla_megatron.contract.sidecar import DatasetSidecar, write_dataset_sidecar
+from nla_megatron.contract.sidecar import DatasetSidecar, PoolSpec, write_dataset_sidecar
 from nla_megatron.contract.tables import write_table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
@@ -131,6 +132,13 @@ def sample_positions(
     return tuple(sorted(candidates[index] for index in chosen))
 
 
+def pooled_at(stream_TD: Tensor, positions: Sequence[int], window: int) -> Tensor:
+    """The mean of the `window` positions that end with each of `positions`, (len(positions), D) fp32."""
+    last_N = torch.tensor(positions, device=stream_TD.device)
+    back_W = torch.arange(window, device=stream_TD.device)
+    return stream_TD[last_N[:, None] - back_W].float().mean(dim=1)
+
+
 def _activations(
     config: ExtractConfig, world: World, model: Any, passages: list[Passage], layer: int
 ) -> Iterator[dict[str, Any]]:
@@ -148,7 +156,8 @@ def _activations(
             ) -> None:
                 for column, (row, weight) in enumerate(zip(part.rows.tolist(), part.weights.tolist(), strict=True)):
                     if weight:
-                        found[row] = hidden_TBD[list(chunk[row].positions), column].float().cpu().numpy()
+                        pooled = pooled_at(hidden_TBD[:, column], chunk[row].positions, config.pool_window)
+                        found[row] = pooled.cpu().numpy()
 
             batch = Batch(ids=[passage.ids for passage in chunk])
             forward_each(model, microbatches(batch, alone, len(chunk)), world, keep)
@@ -191,7 +200,8 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
         base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,
         corpus_slice=CorpusSlice(config.documents_start, documents), positions_per_doc=config.positions_per_doc,
     )  # fmt: skip
-    write_dataset_sidecar(table, DatasetSidecar(stage="base", row_count=rows, extraction=extraction))
+    pool = PoolSpec(config.pool, config.pool_window) if config.pool != "last" else None
+    write_dataset_sidecar(table, DatasetSidecar(stage="base", row_count=rows, extraction=extraction, pool=pool))
     for part in parts:
         part.unlink()
     mark_done(config)

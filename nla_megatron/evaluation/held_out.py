@@ -19,6 +19,7 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import ConfigError, MissingFile
@@ -29,7 +30,7 @@ from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rollout.engine import Engine, check_rollout_layout
 from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
-from nla_megatron.types import InjectionCount
+from nla_megatron.types import InjectionCount, ModelShape
 
 RESULTS, ROWS, EXAMPLES = "eval.json", "rows.json", "examples.jsonl"
 
@@ -47,7 +48,7 @@ def check(config: EvalConfig, world_size: int) -> None:
     task = NlaTask.open(config.data, "rl", config.av)
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
-    check_layout(read_shape(config.ar), config.parallel, "forward")
+    check_layout(_reader_shape(config, task), config.parallel, "forward")
     check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
     for name in (columns.EXPLANATION, columns.TEXT):
         task.table.column(name)
@@ -80,7 +81,7 @@ def run(config: EvalConfig, world: World) -> None:
     barrier(world)
     task = NlaTask.open(config.data, "rl", config.av)
     rows = _chosen_rows(config, task)
-    reader = _reader(config, world)
+    reader = _reader(config, task, world)
     eos_id = int(task.tokenizer.eos_token_id)
     shape, places = read_shape(config.av), task.interventions
     engine = Engine(config.av, shape, config.rollout, places, world, eos_id, config.seed, marker=task.marker)
@@ -114,8 +115,12 @@ def _chosen_rows(config: EvalConfig, task: NlaTask) -> list[int]:
     return order[: config.rows].tolist()
 
 
-def _reader(config: EvalConfig, world: World) -> RowRunner:
-    model = load_reconstructor(config.ar, read_shape(config.ar), world, config.dtype)
+def _reader_shape(config: EvalConfig, task: NlaTask) -> ModelShape:
+    return reconstructor_shape(config.ar, resolved_spec(config.ar, None, task.sidecar.extraction.layer_index))
+
+
+def _reader(config: EvalConfig, task: NlaTask, world: World) -> RowRunner:
+    model = load_reconstructor(config.ar, _reader_shape(config, task), world, config.dtype)
     return lambda batch, collect: forward_rows(model, batch, world, config.micro_batch_size, collect)
 
 

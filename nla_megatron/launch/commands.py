@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {
     "build": Command(
         "nla_megatron.datagen.build", False, "document-level splits into the tables of the training stages"
     ),
-    "sft": Command("nla_megatron.training.sft", True, "warm start of one model: role=av or role=ar"),
+    "sft": Command("nla_megatron.training.sft", True, "warm start of one model, or of both: role=av, ar or both"),
     "rl": Command(
         "nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes", True
     ),

@@ -26,7 +26,8 @@ class Batch:
     `ids`: token ids per row. `fields`: what the loss needs, each (N,) or (N, T) with T the longest row.
     `vectors(rows)`: activations (len(rows), D) of batch rows: what interventions take where `positions` or
     `prompt_lengths` are given, targets where they are not. `positions`: of each row, one or several indices in its
-    prompt; `only`, `strengths` and `training_step` as in `types.Injection`.
+    prompt; `only`, `strengths` and `training_step` as in `types.Injection`; an AR's dropout is drawn
+    by the step too.
     """
 
     ids: Sequence[Sequence[int]]
@@ -140,6 +141,7 @@ def _microbatch(batch: Batch, rows: list[int], world: World) -> Microbatch:
         vectors=vectors,
         injection=batch.injection(real, vectors),
         fields={name: _fitted(values[real], width).to(device) for name, values in batch.fields.items()},
+        training_step=batch.training_step,
     )
 
 

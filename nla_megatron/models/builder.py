@@ -111,7 +111,7 @@ def blocks_per_chunk(num_layers: int, layout: Layout) -> list[int]:
 
 
 def placed(model: torch.nn.Module, world: World, dtype: str) -> None:
-    """Move a built model to its device with every parameter but an AR's head in `dtype`."""
+    """Move a built model to its device with every parameter but those of an AR's head in `dtype`."""
     model.to(world.device)
     for name, parameter in model.named_parameters():
         if not name.startswith("value_head."):

@@ -34,7 +34,7 @@ from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import FusedLinear, LoraSpec, Slot
 
 LORA = "lora"
-_VALUE_HEAD = "value_head.weight"
+_LEARNS = ("value_head.", f"{PROJECTIONS}.")
 
 
 class Pair(nn.Module):
@@ -161,7 +161,7 @@ def add_lora(model: Any, layers: Sequence[FusedLinear], spec: LoraSpec, seed: in
             raise UnsupportedModel(f"{layer.name} is no linear layer known here", "Megatron's own", "leave it out")
     for chunk in chunks_of(model):
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(f".{LORA}." in name or name == _VALUE_HEAD or name.startswith(f"{PROJECTIONS}."))
+            parameter.requires_grad_(f".{LORA}." in name or name.startswith(_LEARNS))
 
 
 def _adapt(linear: Any, layer: FusedLinear, spec: LoraSpec, seed: int) -> None:

@@ -46,9 +46,17 @@ def forward_backward(
 
 @torch.no_grad()
 def forward_each(
-    model: Any, parts: Sequence[Microbatch], world: World, visit: Callable[[Tensor, Microbatch], None]
+    model: Any,
+    parts: Sequence[Microbatch],
+    world: World,
+    visit: Callable[[Tensor, Microbatch], None],
+    training: bool = False,
 ) -> None:
-    """Forward of microbatches without gradients; `visit` sees each output on the last stage."""
+    """Forward of microbatches without gradients; `visit` sees each output on the last stage.
+
+    Args:
+        training: with dropout, as a training step on the same microbatches has it.
+    """
 
     def finish(output: Tensor, part: Microbatch) -> tuple[Tensor, dict[str, Any]]:
         visit(output, part)
@@ -56,10 +64,10 @@ def forward_each(
 
     was_training = [chunk.training for chunk in chunks_of(model)]
     for chunk in chunks_of(model):
-        chunk.eval()
-    _run(model, parts, finish, forward_only=True)
-    for chunk, training in zip(chunks_of(model), was_training, strict=True):
         chunk.train(training)
+    _run(model, parts, finish, forward_only=True)
+    for chunk, before in zip(chunks_of(model), was_training, strict=True):
+        chunk.train(before)
 
 
 def forward_rows(

@@ -1,21 +1,26 @@
-"""The AR: the first K+1 blocks without final norm, and an fp32 identity-initialised linear head at the last token.
+"""The AR: the first blocks of a language model without final norm, and an fp32 head that makes one vector of a text.
 
-Its backbone alone is what `extract` runs: its output is the residual stream after block K.
+Its backbone alone is what `extract` runs: its output is the residual stream after the last block that is kept.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.models.decoder import Decoder, build_chunks, is_last_chunk
+from nla_megatron.models.heads import ReconstructionHead
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Microbatch, ModelShape
 
+PLAIN = ReconstructorSpec()
+
 
 class Backbone(Decoder):
-    """Embedding and blocks; `shape` is already truncated to the K+1 blocks that are wanted."""
+    """Embedding and blocks; `shape` is already truncated to the blocks that are wanted."""
 
     def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
         super().__init__(shape, world, dtype, vp_stage, with_head=False)
@@ -31,23 +36,28 @@ class Backbone(Decoder):
 
 
 class Reconstructor(Backbone):
-    """Text in, vectors out. The value head (D, D) sits on the last stage, alike on every TP rank, as the stream is."""
+    """Text in, vectors out. The head sits on the last stage, alike on every TP rank, as the stream is."""
 
-    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
+    def __init__(
+        self,
+        shape: ModelShape,
+        world: World,
+        dtype: str,
+        vp_stage: int | None = None,
+        *,
+        spec: ReconstructorSpec = PLAIN,
+        seed: int = 0,
+    ):
         super().__init__(shape, world, dtype, vp_stage)
-        self.value_head: torch.nn.Linear | None = None
+        self.spec = spec
+        self.value_head: ReconstructionHead | None = None
         if is_last_chunk(world, vp_stage):
-            self.value_head = torch.nn.Linear(shape.hidden_size, shape.hidden_size, bias=False, dtype=torch.float32)
-            with torch.no_grad():
-                self.value_head.weight.copy_(torch.eye(shape.hidden_size))
+            self.value_head = ReconstructionHead(shape, spec, seed)
 
     def forward(self, batch: Microbatch) -> Tensor:
         """Predicted activations (B, D) fp32 on the last stage; the residual stream (T, B, D) elsewhere."""
         hidden_TBD = super().forward(batch)
-        if self.value_head is None:
-            return hidden_TBD
-        rows = torch.arange(batch.ids.shape[0], device=batch.ids.device)
-        return self.value_head(hidden_TBD[batch.lengths - 1, rows].float())
+        return hidden_TBD if self.value_head is None else self.value_head(hidden_TBD, batch)
 
 
 def build_backbone(shape: ModelShape, world: World, dtype: str) -> Backbone:
@@ -56,7 +66,14 @@ def build_backbone(shape: ModelShape, world: World, dtype: str) -> Backbone:
     return model
 
 
-def build_reconstructor(shape: ModelShape, world: World, dtype: str) -> Reconstructor:
-    """The AR of a stage that is one chunk; `build_chunks(Reconstructor, …)` builds any."""
-    [model] = build_chunks(Reconstructor, shape, world, dtype)
+def build_reconstructor(
+    shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec = PLAIN, seed: int = 0
+) -> Reconstructor:
+    """The AR of a stage that is one chunk; `build_chunks(Reconstructor, …)` builds any.
+
+    Args:
+        spec: how it reads; its depth is that of `shape`.
+        seed: of its dropout.
+    """
+    [model] = build_chunks(partial(Reconstructor, spec=spec, seed=seed), shape, world, dtype)
     return model

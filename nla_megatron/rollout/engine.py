@@ -201,9 +201,12 @@ class Engine:
         )
 
     def score(
-        self, recorded: Sequence[Rollout], positions: Sequence[int | None], vectors: Vectors, training_step: int = 0
+        self, recorded: Sequence[Rollout], asked_for: Sequence[PromptRequest], vectors: Vectors, training_step: int = 0
     ) -> RolloutBatch:
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
+
+        Args:
+            asked_for: of each rollout, where and how its prompt is changed; the tokens are the rollout's.
 
         Raises:
             As `generate`.
@@ -211,10 +214,7 @@ class Engine:
         from vllm import SamplingParams
 
         self.runner.sampler.given_temperature = self.config.temperature or 1.0
-        requests = [
-            PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0)
-            for rollout, position in zip(recorded, positions, strict=True)
-        ]
+        requests = [request.again(rollout) for request, rollout in zip(asked_for, recorded, strict=True)]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
         chosen = shares(weights, self.replicas)[self.replica]

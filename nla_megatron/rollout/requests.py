@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from nla_megatron.rollout.accounting import Asked, salt_of
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
-    from nla_megatron.types import ModelShape
+    from nla_megatron.types import ModelShape, Rollout
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
@@ -55,14 +55,20 @@ class PromptRequest:
     def name(self) -> str:
         return f"group {self.group} (row {self.row})"
 
+    def again(self, rollout: Rollout) -> PromptRequest:
+        """The same asked for once more of a recorded rollout, which is scored and not sampled."""
+        return replace(
+            self, group=rollout.group, row=rollout.row, prompt_ids=rollout.prompt_ids, samples=None, greedy=False
+        )
+
 
 def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """What an engine is started with, as a list: the configuration's one, or any number."""
+    """What an engine is started with, as a list: those of the configuration's blocks, or any number."""
     if isinstance(wanted, Intervention):
         return (wanted,)
     if isinstance(wanted, Sequence):
         return tuple(wanted)
-    return (Intervention.recorded(wanted.method, wanted.layer, wanted.scale),)
+    return tuple(Intervention.recorded(wanted.method, block, wanted.scale) for block in wanted.blocks)
 
 
 def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron import geometry
-from nla_megatron.config.schema import InterventionConfig
+from nla_megatron.config.schema import CurriculumConfig, InterventionConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import PromptContract, extract_explanation
 from nla_megatron.contract.sidecar import (
@@ -30,20 +29,22 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
 )
 from nla_megatron.contract.tables import Table
+from nla_megatron.conversion.heads import is_reconstructor
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import MissingFile, SidecarError, WidthError
+from nla_megatron.errors import MissingFile, SidecarError
 from nla_megatron.interventions.checks import Marker
-from nla_megatron.interventions.spec import TOKEN_EMBEDDING, Intervention
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.rollout.engine import PromptRequest
+from nla_megatron.tasks.curriculum import Curriculum
+from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, scale_name
 from nla_megatron.types import Microbatch, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-MSE_SCALE = "sqrt_d_model"
 RowRunner = Callable[[Batch, Collect], Tensor]
 """Numbers per row of a batch: `TrainModule.rows`, or `models.pipeline.forward_rows` with a model in it."""
 
@@ -69,20 +70,25 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class NlaTask:
-    """A table with the prompts, tokenizer and intervention that go with it."""
+    """A table with the prompts, tokenizer and intervention that go with it.
+
+    A `training_step` is what a curriculum goes by; without one it is the injection that the sidecar records.
+    """
 
     table: Table
     sidecar: DatasetSidecar
     contract: PromptContract
     tokenizer: PreTrainedTokenizerFast
     intervention: InterventionConfig
+    curriculum: Curriculum
 
     @classmethod
-    def open(cls, data: str, stage: str, model: str) -> NlaTask:
+    def open(cls, data: str, stage: str, model: str, curriculum: CurriculumConfig | None = None) -> NlaTask:
         """Open a table for a model, after checking everything the sidecar promises against tokenizer and model.
 
         Raises:
             MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
+            ConfigError: a curriculum over blocks that the model lacks.
         """
         if not Path(data).is_file():
             raise MissingFile(
@@ -101,24 +107,20 @@ class NlaTask:
             tokenizer=tokenizer,
         )
         spec = sidecar.injection
-        _check_table(table, sidecar)
-        read_at = sidecar.extraction.layer_index
-        for key, block, least in (
-            ("injection.layer", spec.layer, TOKEN_EMBEDDING), ("extraction.layer_index", read_at, 0),
-        ):  # fmt: skip
-            if not least <= block < shape.num_layers:
-                raise SidecarError(
-                    f"{key} = {block} in the sidecar of {data}",
-                    f"a block of {model}, {least} to {shape.num_layers - 1}",
-                    "use the model the table was made with",
-                )
+        check_table(table, sidecar)
+        # An AR has the blocks that it reads and no others.
+        depth = None if is_reconstructor(model) else shape.num_layers
+        if depth is not None:
+            check_blocks(sidecar, spec, data, model, depth)
         scale = 1.0 if spec.scale is None else float(spec.scale)
+        layers = None if spec.layers is None else list(spec.layers)
         return cls(
             table=table,
             sidecar=sidecar,
             contract=prompt_contract(sidecar),
             tokenizer=tokenizer,
-            intervention=InterventionConfig(spec.method, spec.layer, scale),
+            intervention=InterventionConfig(spec.method, spec.layer, scale, layers),
+            curriculum=Curriculum.of(spec, curriculum or CurriculumConfig(), depth),
         )
 
     def check_model(self, directory: str, role: str) -> ModelSidecar:
@@ -134,7 +136,8 @@ class NlaTask:
             "prompt contract": (recorded.with_suffix_of(self.contract), self.contract),
             "extraction.layer_index": (model.extraction.layer_index, self.sidecar.extraction.layer_index),
         }
-        pairs["extraction.mse_scale"] = (_scale_name(model), MSE_SCALE)
+        pairs["extraction.mse_scale"] = (scale_name(model), MSE_SCALE)
+        pairs["pool"] = (model.pool, self.sidecar.pool)
         if role == "av":
             pairs["injection"] = (model.injection, self.sidecar.injection)
         for key, (found, expected) in pairs.items():
@@ -148,9 +151,8 @@ class NlaTask:
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
-        """What models that read the table's activations are started with."""
-        spec = self.intervention
-        return (Intervention.recorded(spec.method, spec.layer, spec.scale),)
+        """What models that read the table's activations are started with: one for each block, a curriculum's last."""
+        return self.curriculum.interventions
 
     @property
     def marker(self) -> Marker:
@@ -158,9 +160,9 @@ class NlaTask:
         return Marker(self.contract.marker_id, self.contract.left_id, self.contract.right_id)
 
     @cached_property
-    def _prompt(self) -> tuple[tuple[int, ...], int]:
+    def _prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ids = self.contract.av_prompt_ids(self.tokenizer)
-        return tuple(ids), self.contract.marker_position(ids)
+        return tuple(ids), self.contract.marker_positions(ids)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -174,24 +176,47 @@ class NlaTask:
 
     @property
     def marker_position(self) -> int:
+        """The first of `marker_positions`."""
+        return self._prompt[1][0]
+
+    @property
+    def marker_positions(self) -> tuple[int, ...]:
+        """Where the vector enters the prompt."""
         return self._prompt[1]
 
-    def requests(self, rows: Sequence[int], seed: int, step: int) -> list[PromptRequest]:
+    def requests(
+        self, rows: Sequence[int], seed: int, step: int, training_step: int | None = None
+    ) -> list[PromptRequest]:
         """One prompt per row; sampling seeds depend on (seed, step, row) alone, on no layout."""
+        first, *more = self.marker_positions
+        condition = self.curriculum.at(training_step)
         return [
-            PromptRequest(group, row, self.prompt_ids, self.marker_position, _sampling_seed(seed, step, row))
+            PromptRequest(
+                group, row, self.prompt_ids, first, _sampling_seed(seed, step, row), tuple(more),
+                only=condition.only, strengths=condition.strengths,
+            )
             for group, row in enumerate(rows)
-        ]
+        ]  # fmt: skip
 
-    def response_batch(self, rows: Sequence[int], responses: Sequence[Sequence[int]], **fields: Tensor) -> Batch:
+    def response_batch(
+        self,
+        rows: Sequence[int],
+        responses: Sequence[Sequence[int]],
+        training_step: int | None = None,
+        /,
+        **fields: Tensor,
+    ) -> Batch:
         """AV sequences (prompt + response) with their activations; `fields` are added to the mask and targets."""
+        condition = self.curriculum.at(training_step)
         ids = [[*self.prompt_ids, *response] for response in responses]
         lengths = [len(row) for row in ids]
         mask = response_mask([len(self.prompt_ids)] * len(ids), lengths, max(lengths))
         return Batch(
             ids=ids,
             fields={"mask": mask, **fields},
-            positions=[self.marker_position] * len(ids),
+            positions=[self.marker_positions] * len(ids),
+            only=None if condition.only is None else [condition.only] * len(ids),
+            strengths=None if condition.strengths is None else [condition.strengths] * len(ids),
             prompt_lengths=[len(self.prompt_ids)] * len(ids),
             vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]),
         )
@@ -242,30 +267,6 @@ class NlaTask:
         failed_N = torch.ones(len(explanations), dtype=torch.bool)
         failed_N[good] = False
         return mse_N, failed_N
-
-
-def _check_table(table: Table, sidecar: DatasetSidecar) -> None:
-    """Raises where a table is not the one its sidecar was written for."""
-    if table.d_model != sidecar.extraction.d_model:
-        raise WidthError(
-            f"vectors of width {table.d_model} in {table.path}",
-            f"{sidecar.extraction.d_model}, as its sidecar says",
-            "put table and sidecar of the same build together",
-        )
-    if table.n_rows != sidecar.row_count:
-        raise SidecarError(
-            f"{table.n_rows} rows in {table.path}",
-            f"{sidecar.row_count}, as its sidecar says",
-            "put table and sidecar of the same build together",
-        )
-
-
-def _scale_name(model: ModelSidecar) -> float | str | None:
-    """The scale of a model's errors; its number, the square root of the width, is the contract's name for it."""
-    scale = model.extraction.mse_scale
-    # Some write it with two decimals.
-    is_root = isinstance(scale, float | int) and math.isclose(scale, math.sqrt(model.d_model), rel_tol=1e-3)
-    return MSE_SCALE if is_root else scale
 
 
 def squared_error(predicted_BD: Tensor, part: Microbatch) -> Tensor:

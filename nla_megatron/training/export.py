@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from nla_megatron.contract.sidecar import ModelSidecar, write_model_sidecar
-from nla_megatron.conversion.hf import SHARD_BYTES, copy_companions, read_config, truncated_config, write_value_head
+from nla_megatron.conversion.heads import write_reconstructor_head
+from nla_megatron.conversion.hf import SHARD_BYTES, copy_companions, read_config, truncated_config
 from nla_megatron.conversion.live import Exporter
 from nla_megatron.conversion.live_shards import write_live_shards
 from nla_megatron.conversion.safetensors_file import TensorSpec
+from nla_megatron.models.heads import head_shapes
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World
@@ -37,7 +39,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier(world)
-    head = _value_head(model, world) if is_ar else None
+    head = _head(model, world) if is_ar else None
     dtype = model.config.params_dtype
     exporter = Exporter(model, model.shape, world, with_head=not is_ar)
     specs = [TensorSpec(part.hf, dtype, rule.hf_shape(part)) for rule in exporter.rules for part in rule.parts]
@@ -48,7 +50,8 @@ def export(
             Path(companions), partial, truncated_config(written, model.shape.num_layers) if is_ar else written, dtype
         )
         if head is not None:
-            write_value_head(partial, head)
+            layer_index = None if sidecar is None else sidecar.extraction.layer_index
+            write_reconstructor_head(partial, head, model.spec, layer_index)
         if sidecar is not None:
             write_model_sidecar(partial, sidecar)
         shutil.rmtree(out, ignore_errors=True)
@@ -56,17 +59,17 @@ def export(
     barrier(world)
 
 
-def _value_head(model: Reconstructor, world: World) -> torch.Tensor:
-    """The head on every rank, from the last pipeline stage."""
+def _head(model: Reconstructor, world: World) -> dict[str, torch.Tensor]:
+    """The head's tensors on every rank, from the last pipeline stage."""
     from megatron.core import parallel_state
 
-    if model.value_head is not None:
-        head = model.value_head.weight.detach().clone()
-    else:
-        head = torch.empty(model.shape.hidden_size, model.shape.hidden_size, device=world.device)
-    if world.pp > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(head, src=dist.get_global_rank(group, world.pp - 1), group=group)
+    own = {} if model.value_head is None else model.value_head.state_dict()
+    head = {}
+    for name, shape in head_shapes(model.shape, model.spec).items():
+        head[name] = own[name].clone() if name in own else torch.empty(shape, device=world.device)
+        if world.pp > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(head[name], src=dist.get_global_rank(group, world.pp - 1), group=group)
     return head
 
 

@@ -13,6 +13,8 @@ from nla_megatron.parallel.world import World
 from nla_megatron.training.checkpoint import Checkpoints, Memory, Stateful
 from nla_megatron.training.metrics import make_logger
 
+_SHOWN = ("loss", "reward", "av_loss", "ar_loss")
+"""What a progress bar says of a step."""
 Step = Callable[[int], Mapping[str, float]]
 """One training step, 0-based; returns the scalars to log."""
 
@@ -41,7 +43,7 @@ def train(
         for number in range(start, config.steps):
             scalars = step(number)
             logger.log(number, scalars)
-            bar.advance(1, **{key: scalars[key] for key in ("loss", "reward") if key in scalars})
+            bar.advance(1, **{key: scalars[key] for key in _SHOWN if key in scalars})
             if _is_saved(config, number + 1):
                 checkpoints.save(number + 1, modules, schedule, memory or {})
 

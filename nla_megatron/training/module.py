@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from nla_megatron.config.schema import OptimConfig
-from nla_megatron.models.batching import Batch
+from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import DTYPES, chunks_of
-from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_rows
+from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_each, forward_rows
 from nla_megatron.parallel.collectives import max_over_world, sum_statistics
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
@@ -22,6 +22,7 @@ from nla_megatron.training.optimizer import (
     materialise_state,
     separate_steps,
 )
+from nla_megatron.types import Microbatch
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class TrainModule:
     def rows(self, batch: Batch, collect: Collect, width: int | None = None) -> Tensor:
         """Per-row numbers without gradients; see `models.pipeline.forward_rows`."""
         return forward_rows(self.wrapped, batch, self.world, self.micro_batch_size, collect, width)
+
+    def visit(self, batch: Batch, seen: Callable[[Tensor, Microbatch], None]) -> None:
+        """A forward pass as `update` makes it, dropout included, without gradients; `seen` on the last stage."""
+        forward_each(self.wrapped, microbatches(batch, self.world, self.micro_batch_size), self.world, seen, True)
 
     def _reduce(self, seen: list[Mapping[str, Tensor]], names: tuple[str, ...]) -> dict[str, float]:
         speaks = self.world.speaks_for_its_rows

@@ -80,8 +80,7 @@ class Sampling:
     def _replayed(self, number: int, clock: PhaseClock, recorded: Sequence) -> Scored:
         with clock.phase("generate"):
             prompts = self.side.requests([rollout.row for rollout in recorded], number)
-            positions = [prompt.position for prompt in prompts]
-            batch = self.engine.score(recorded, positions, self.side.vectors, number)
+            batch = self.engine.score(recorded, prompts, self.side.vectors, number)
         return Scored(batch, *self._scored(batch, number, clock))
 
     def _scored(self, batch: RolloutBatch, number: int, clock: PhaseClock) -> tuple[Measured, Scores]:

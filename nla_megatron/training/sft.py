@@ -1,15 +1,19 @@
-"""`sft`: the supervised warm start of the AV (text from vectors) and of the AR (vectors from text)."""
+"""`sft`: the supervised warm start of the AV (text from vectors), of the AR (vectors from text), or of both at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nla_megatron.config.run_directory import check_run_directory, mark_done
-from nla_megatron.config.schema import SftConfig
-from nla_megatron.contract.sidecar import InjectionSpec, ModelSidecar
+from nla_megatron.config.schema import ArConfig, OptimConfig, SftConfig
+from nla_megatron.contract.blocks import ReconstructorSpec
+from nla_megatron.contract.sidecar import ModelSidecar
+from nla_megatron.conversion.heads import is_reconstructor, reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf, load_reconstructor
 from nla_megatron.errors import ColumnError
@@ -22,27 +26,68 @@ from nla_megatron.tasks.nla import MSE_SCALE, NlaTask
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.export import export
 from nla_megatron.training.loop import train
-from nla_megatron.training.losses import cross_entropy, reconstruction
+from nla_megatron.training.losses import cross_entropy, make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.types import ModelShape
 
 
-def table_stage(config: SftConfig) -> str:
-    return f"{config.role}_sft"
+@dataclass(frozen=True)
+class Part:
+    """One model of a run: what it starts from, what it learns from, and where it is written."""
+
+    role: str
+    model: str
+    data: str
+    optim: OptimConfig
+    out: str
+
+    def task(self, config: SftConfig) -> NlaTask:
+        """Its table, checked against its model."""
+        return NlaTask.open(self.data, f"{self.role}_sft", self.model, config.curriculum if self.role == "av" else None)
+
+
+def parts(config: SftConfig) -> list[Part]:
+    """The models of a run: one, or with role both the AV and the AR."""
+    if config.role != "both":
+        return [Part(config.role, config.model, config.data, config.optim, "hf")]
+    assert config.ar_data is not None, "checked by the schema"
+    return [
+        Part("av", config.model, config.data, config.optim, "av"),
+        Part("ar", config.ar_model or config.model, config.ar_data, config.ar_optim, "ar"),
+    ]
 
 
 def check(config: SftConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
-    task = NlaTask.open(config.data, table_stage(config), config.model)
-    check_layout(model_shape(config.role, config.model, task), config.parallel)
+    for part in parts(config):
+        task = part.task(config)
+        check_layout(model_shape(part.role, part.model, task, config.reconstructor), config.parallel)
     check_run_directory("sft", config)
 
 
-def model_shape(role: str, directory: str, task: NlaTask) -> ModelShape:
-    """The AV is the whole model, the AR its first K+1 blocks."""
-    shape = read_shape(directory)
-    return shape.truncated(task.sidecar.extraction.layer_index + 1) if role == "ar" else shape
+def spec_of(config: ArConfig) -> ReconstructorSpec:
+    """The configured AR as sidecars record it."""
+    return ReconstructorSpec(config.pooling, config.projection_layers, config.dropout, config.layer)
+
+
+def _resolved(directory: str, task: NlaTask, wanted: ArConfig | None) -> ReconstructorSpec:
+    """How the AR that starts from a directory reads; one that is trained on keeps its ways where none are asked for."""
+    unsaid = wanted is None or (is_reconstructor(directory) and wanted == ArConfig())
+    spec = None if unsaid or wanted is None else spec_of(wanted)
+    return resolved_spec(directory, spec, task.sidecar.extraction.layer_index)
+
+
+def model_shape(role: str, directory: str, task: NlaTask, wanted: ArConfig | None = None) -> ModelShape:
+    """The AV is the whole model, the AR its first blocks, up to the one that it reads.
+
+    Args:
+        wanted: how an AR is to read; None is what the directory's sidecar says.
+
+    Raises:
+        ConfigError, SidecarError, MissingFile, CheckpointError: an AR whose directory, sidecar and `wanted` disagree.
+    """
+    return read_shape(directory) if role == "av" else reconstructor_shape(directory, _resolved(directory, task, wanted))
 
 
 def load_av(directory: str, task: NlaTask, world: World, dtype: str) -> Verbalizer:
@@ -54,75 +99,114 @@ def load_av(directory: str, task: NlaTask, world: World, dtype: str) -> Verbaliz
     return model
 
 
-def load_ar(directory: str, task: NlaTask, world: World, dtype: str) -> Reconstructor:
-    """The AR, from a base model's or an AR's directory."""
-    return load_reconstructor(directory, model_shape("ar", directory, task), world, dtype)
+def load_ar(
+    directory: str, task: NlaTask, world: World, dtype: str, wanted: ArConfig | None = None, seed: int = 0
+) -> Reconstructor:
+    """The AR, from a base model's or an AR's directory; `wanted` as in `model_shape`, `seed` of its dropout."""
+    spec = _resolved(directory, task, wanted)
+    return load_reconstructor(directory, reconstructor_shape(directory, spec), world, dtype, spec, seed)
 
 
 def run(config: SftConfig, world: World) -> None:
     torch.manual_seed(config.seed)
-    task = NlaTask.open(config.data, table_stage(config), config.model)
-    model = (load_av if config.role == "av" else load_ar)(config.model, task, world, config.dtype)
-    module = TrainModule(model, world, config.optim, config.steps, config.micro_batch_size, config.dtype)
-    update = (_av_update if config.role == "av" else _ar_update)(config, task, module)
+    both = parts(config)
+    tasks = {part.role: part.task(config) for part in both}
+    modules = {part.role: _module(part, config, tasks[part.role], world) for part in both}
+    updates = {role: _UPDATES[role](config, tasks[role], module) for role, module in modules.items()}
 
     def step(number: int) -> dict[str, float]:
-        done = update(number)
-        return {
-            "loss": done.statistics["loss"],
-            "lr": done.learning_rate,
-            "grad_norm": done.grad_norm,
-            "skipped": float(done.skipped),
-        }
+        done = {role: update(number) for role, update in updates.items()}
+        if config.role != "both":
+            return _scalars(done[config.role])
+        return {f"{role}_{name}": value for role, each in done.items() for name, value in _scalars(each).items()}
 
-    train("sft", f"sft {config.role}", config, world, {config.role: module}, step)
+    train("sft", f"sft {config.role}", config, world, modules, step)
     if config.export:
-        export(model, config.model, Path(config.out) / "hf", world, _sidecar(config, task))
+        for part in both:
+            sidecar = _sidecar(part, config, tasks[part.role], modules[part.role].model)
+            export(modules[part.role].model, part.model, Path(config.out) / part.out, world, sidecar)
     if world.is_main:
         mark_done(config)
+
+
+def _module(part: Part, config: SftConfig, task: NlaTask, world: World) -> TrainModule:
+    if part.role == "av":
+        model: Any = load_av(part.model, task, world, config.dtype)
+    else:
+        model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed)
+    return TrainModule(model, world, part.optim, config.steps, config.micro_batch_size, config.dtype)
+
+
+def _scalars(done: Update) -> dict[str, float]:
+    return {
+        **done.statistics,
+        "lr": done.learning_rate,
+        "grad_norm": done.grad_norm,
+        "skipped": float(done.skipped),
+    }
 
 
 def _av_update(config: SftConfig, task: NlaTask, module: TrainModule) -> Callable[[int], Update]:
     def update(number: int) -> Update:
         rows = rows_of_step(task.table.n_rows, config.batch_size, number, config.seed)
-        batch = task.response_batch(rows, [task.gold_response_ids(row) for row in rows])
-        _check_length(batch.longest, config)
+        batch = task.response_batch(rows, [task.gold_response_ids(row) for row in rows], number)
+        _check_length(batch.longest, config, task)
         return module.update(batch, cross_entropy(float(batch.fields["mask"].sum())), ("loss",), number)
 
     return update
 
 
 def _ar_update(config: SftConfig, task: NlaTask, module: TrainModule) -> Callable[[int], Update]:
+    loss = make_reconstruction_loss(config.ar_loss)
+
     def update(number: int) -> Update:
         rows = rows_of_step(task.table.n_rows, config.batch_size, number, config.seed)
         batch = task.gold_text_batch(rows)
-        _check_length(batch.longest, config)
-        return module.update(batch, reconstruction(len(rows)), ("loss",), number)
+        _check_length(batch.longest, config, task)
+        return loss.update(module, batch, number)
 
     return update
 
 
-def _check_length(longest: int, config: SftConfig) -> None:
+_UPDATES: Mapping[str, Callable[[SftConfig, NlaTask, TrainModule], Callable[[int], Update]]] = {
+    "av": _av_update,
+    "ar": _ar_update,
+}
+
+
+def _check_length(longest: int, config: SftConfig, task: NlaTask) -> None:
     if longest > config.max_length:
         raise ColumnError(
-            f"a row of {longest} tokens in {config.data}",
+            f"a row of {longest} tokens in {task.table.path}",
             f"at most max_length={config.max_length}",
             "raise max_length, or shorten the explanations",
         )
 
 
-def _sidecar(config: SftConfig, task: NlaTask) -> ModelSidecar:
-    spec = task.intervention
+def _sidecar(part: Part, config: SftConfig, task: NlaTask, model: Any) -> ModelSidecar:
+    training: dict[str, Any] = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "lr": part.optim.lr,
+        "seed": config.seed,
+    }
+    layer_index = task.sidecar.extraction.layer_index
+    if part.role == "ar":
+        own: dict[str, Any] = {"reconstructor": model.spec}
+        training["ar_loss"] = dict(vars(config.ar_loss))
+    else:
+        own = {"injection": task.sidecar.injection}
     return ModelSidecar.from_contract(
         task.contract,
-        role=config.role,
+        role=part.role,
         stage="sl",
         base_checkpoint=task.sidecar.extraction.base_model,
         d_model=task.table.d_model,
-        layer_index=task.sidecar.extraction.layer_index,
-        injection=InjectionSpec(spec.method, spec.layer, spec.scale) if config.role == "av" else None,
+        layer_index=layer_index,
         mse_scale=MSE_SCALE,
+        pool=task.sidecar.pool,
         trained_on=(task.sidecar.dataset_id,),
-        parent_checkpoints=(config.model,),
-        training={"steps": config.steps, "batch_size": config.batch_size, "lr": config.optim.lr, "seed": config.seed},
+        parent_checkpoints=(part.model,),
+        training=training,
+        **own,
     )

@@ -212,9 +212,8 @@ def main(result: str, scratch: str, tp: str) -> None:
     again = bench.sample()
     out["repeatable"] = [r.response_ids for r in first] == [r.response_ids for r in again]
     out["distinct"] = len({r.response_ids for r in first if r.group == 1})
-    # Scoring takes every intervention, as group 0 does.
     short = [replace(r, response_ids=r.response_ids[:20], logprobs=r.logprobs[:20]) for r in first if r.group == 0]
-    scored = engine.score(short, [POSITION] * len(short), bench.read).rollouts
+    scored = engine.score(short, [bench.requests[0]] * len(short), bench.read).rollouts
     out["score_gap"] = max(
         abs(a - b) for r, s in zip(short, scored, strict=True) for a, b in zip(r.logprobs, s.logprobs, strict=True)
     )
@@ -225,7 +224,7 @@ def main(result: str, scratch: str, tp: str) -> None:
     out["tempered_gap"] = bench.gap([r for r in tempered if r.group != 3], 0.7)
     out["tempered_greedy_gap"] = bench.gap([r for r in tempered if r.group == 3])
     whole = [r for r in tempered if r.group == 0]
-    rescored = engine.score(whole, [POSITION] * len(whole), bench.read).rollouts
+    rescored = engine.score(whole, [bench.requests[0]] * len(whole), bench.read).rollouts
     out["tempered_score_gap"] = bench.gap(rescored, 0.7)
     engine.config = replace(engine.config, temperature=1.0)
     out |= cache(bench)

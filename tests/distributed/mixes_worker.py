@@ -188,7 +188,7 @@ def gaps_of_compiled(eager: Engine, compiled: Engine) -> dict[str, float]:
         for engine in (sampler, scorer):
             engine.config = replace(engine.config, temperature=temperature)
         sampled = sampler.generate(requests, read, 2).rollouts
-        scored = scorer.score(sampled, [3] * len(sampled), read).rollouts
+        scored = scorer.score(sampled, [requests[each.group] for each in sampled], read).rollouts
         gaps[f"gap_of_{name}"] = max(
             abs(a - b)
             for r, s in zip(sampled, scored, strict=True)

@@ -22,13 +22,15 @@ from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import NlaTask, explanations_of
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import descended, export
-from nla_megatron.training.losses import reconstruction
+from nla_megatron.training.losses import make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sft import load_ar, load_av, model_shape
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
 from nla_megatron.types import Measured, Rollout, RolloutBatch
+
+_AR_NAMES = {"loss": "ar_loss", "mse": "ar_mse"}
 
 
 @register("nla")
@@ -37,11 +39,16 @@ class NlaSide:
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world = config, world
-        self.task = task = NlaTask.open(config.data, "rl", config.av)
-        self.held_out = None if config.held_out is None else NlaTask.open(config.held_out, "rl", config.av)
+        self.task = task = NlaTask.open(config.data, "rl", config.av, config.curriculum)
+        # Both have the engine's interventions, whose numbers requests name.
+        self.held_out = None
+        if config.held_out is not None:
+            self.held_out = NlaTask.open(config.held_out, "rl", config.av, config.curriculum)
+        self.ar_loss = make_reconstruction_loss(config.ar_loss)
         self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.table.vectors
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
-        av, ar = load_av(config.av, task, world, config.dtype), load_ar(config.ar, task, world, config.dtype)
+        av = load_av(config.av, task, world, config.dtype)
+        ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
         self.kept = make_reference(av, config.algorithm, make_algorithm(config.algorithm).needs.reference)
         steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
         self.policy: Policy = TrainModule(av, world, config.optim, steps, micro, dtype)
@@ -60,7 +67,7 @@ class NlaSide:
         for key in ("av", "ar", "data"):
             if not getattr(config, key):
                 raise ConfigError(f"no {key}= for task nla", "an AV, an AR and their rl table", f"add {key}=...")
-        task = NlaTask.open(config.data, "rl", config.av)
+        task = NlaTask.open(config.data, "rl", config.av, config.curriculum)
         task.check_model(config.av, "av")
         task.check_model(config.ar, "ar")
         check_layout(model_shape("ar", config.ar, task), config.parallel)
@@ -77,11 +84,12 @@ class NlaSide:
         return self.kept.in_place()
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
-        return self.task.requests(rows, self.config.seed, step)
+        # Further rounds of a step draw as steps beyond the run's end, each `steps` later than the one before.
+        return self.task.requests(rows, self.config.seed, step, step % self.config.steps)
 
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         rows = [rollout.row for rollout in rollouts]
-        return self.task.response_batch(rows, [rollout.response_ids for rollout in rollouts], **fields)
+        return self.task.response_batch(rows, [rollout.response_ids for rollout in rollouts], step, **fields)
 
     def measure(self, batch: RolloutBatch, step: int) -> Measured:
         texts = explanations_of(batch.rollouts)
@@ -101,11 +109,15 @@ class NlaSide:
             if chosen:
                 texts = [str(measured.texts[index]) for index in chosen]
                 rows = self.task.text_batch([batch.rollouts[index].row for index in chosen], texts)
-                updates.append(self.ar.update(rows, reconstruction(len(chosen)), ("loss",), step))
+                updates.append(self.ar_loss.update(self.ar, rows, step))
+
+        def mean(name: str) -> float:
+            return sum(update.statistics[name] for update in updates) / max(1, len(updates))
+
         return {
             "batch_fve": self._batch_fve(batch, measured.values["mse"]),
             "extraction_failed": float(measured.failed.float().mean()),
-            "ar_loss": sum(update.statistics["loss"] for update in updates) / max(1, len(updates)),
+            **{_AR_NAMES.get(name, name): mean(name) for name in self.ar_loss.names},
             "ar_grad_norm": updates[-1].grad_norm if updates else 0.0,
             "ar_skipped": sum(update.skipped for update in updates),
         }

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import (
     AR_TEMPLATE,
     AV_TEMPLATE,
@@ -265,3 +266,25 @@ def test_a_tokenizer_without_chat_template_or_end_token_is_refused(make_tokenize
     endless.eos_token = None
     with pytest.raises(ConfigError, match="EOS"):
         contract.av_response_ids(endless, "a")
+
+
+def test_several_markers_have_the_same_neighbours_and_positions_of_their_own(tokenizer: Tok) -> None:
+    template = several_markers(AV_TEMPLATE, 3)
+    assert template.count(INJECT) == 3 and several_markers(AV_TEMPLATE, 1) == AV_TEMPLATE
+    contract = PromptContract.derive(tokenizer, template, positions=3)
+    contract.check(tokenizer)
+    ids = contract.av_prompt_ids(tokenizer)
+    positions = contract.marker_positions(ids)
+    assert list(positions) == [at for at, one in enumerate(ids) if one == contract.marker_id] and len(positions) == 3
+    with pytest.raises(MarkerError, match="3 positions"):
+        contract.marker_positions(ids[: positions[2]])
+
+
+def test_a_number_of_markers_that_nobody_asked_for_is_refused(tokenizer: Tok) -> None:
+    twice = several_markers(AV_TEMPLATE, 2)
+    with pytest.raises(ConfigError, match="2 times"):
+        PromptContract.derive(tokenizer, twice)
+    with pytest.raises(ConfigError, match="1 times"):
+        PromptContract.derive(tokenizer, AV_TEMPLATE, positions=2)
+    with pytest.raises(MarkerError, match="same neighbours"):
+        PromptContract.derive(tokenizer, f"a {INJECT} b, ({INJECT})", positions=2)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract
 from nla_megatron.contract.sidecar import (
     ApiSummaries,
@@ -18,6 +19,8 @@ from nla_megatron.contract.sidecar import (
     DatasetSidecar,
     InjectionSpec,
     ModelSidecar,
+    PoolSpec,
+    ReconstructorSpec,
     check_dataset,
     dataset_sidecar_path,
     model_sidecar_path,
@@ -307,3 +310,36 @@ def test_the_check_of_a_dataset_names_both_values(
         check_dataset(dataset, d_model=16, layer_index=3, tokenizer=split_marker_tokenizer)
     base = DatasetSidecar("base", 3, EXTRACTION)
     check_dataset(base, d_model=16, layer_index=3, tokenizer=split_marker_tokenizer)
+
+
+def test_extensions_come_back_and_stand_where_other_readers_pass_over_them(tmp_path: Path, tokenizer: Tok) -> None:
+    contract = PromptContract.derive(tokenizer, several_markers(AV_TEMPLATE, 2), positions=2)
+    extraction = DatasetExtraction("base", 64, 2, "corpus", CorpusSlice(0, 4), 3)
+    dataset = DatasetSidecar.from_contract(
+        contract, stage="rl", row_count=1, extraction=extraction, pool=PoolSpec("mean", 4),
+        injection=InjectionSpec("add", 1, 0.5, (1, 3)),
+    )  # fmt: skip
+    written = write_dataset_sidecar(tmp_path / "rl.parquet", dataset)
+    assert read_dataset_sidecar(tmp_path / "rl.parquet") == written
+    model = ModelSidecar.from_contract(
+        contract, role="ar", stage="sl", base_checkpoint="base", d_model=64, layer_index=2, pool=PoolSpec("mean", 4),
+        reconstructor=ReconstructorSpec("weighted", 2, 0.1, 1),
+    )  # fmt: skip
+    found = read_model_sidecar(write_model_sidecar(tmp_path, model) and tmp_path)
+    assert (found.pool, found.reconstructor) == (model.pool, model.reconstructor)
+    for path in (dataset_sidecar_path(tmp_path / "rl.parquet"), model_sidecar_path(tmp_path)):
+        raw = yaml.safe_load(path.read_text())
+        assert raw["pool"] == {"method": "mean", "window": 4}
+        assert not {"pool", "reconstructor", "layers"} & {*raw["extraction"], *raw["tokens"], *raw["prompt_templates"]}
+
+
+@pytest.mark.parametrize("injection", [InjectionSpec("add", 1, 0.5, (2, 1)), InjectionSpec("add", 1, 0.5, (1, 1))])
+def test_blocks_that_contradict_each_other_are_refused(
+    tmp_path: Path, tokenizer: Tok, injection: InjectionSpec
+) -> None:
+    extraction = DatasetExtraction("base", 64, 2, "corpus", CorpusSlice(0, 4), 3)
+    sidecar = DatasetSidecar.from_contract(
+        PromptContract.derive(tokenizer), stage="rl", row_count=1, extraction=extraction, injection=injection
+    )
+    with pytest.raises(SidecarError, match=r"injection.layers"):
+        write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)

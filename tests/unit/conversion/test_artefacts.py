@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from nla_megatron.cli import main
 from nla_megatron.config.schema import ParallelConfig
-from nla_megatron.contract.blocks import InjectionSpec
+from nla_megatron.contract.blocks import InjectionSpec, ReconstructorSpec
 from nla_megatron.contract.sidecar import prompt_contract, read_model_sidecar
-from nla_megatron.conversion.artefacts import Told, adopt, value_head_of
+from nla_megatron.conversion.artefacts import Told, adopt
+from nla_megatron.conversion.heads import head_of
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import (
@@ -388,7 +389,7 @@ def test_an_ar_without_its_head_is_no_identity(world: World, base: Path, tmp_pat
     (source / "value_head.safetensors").unlink()
     with pytest.raises(MissingFile, match="value_head.safetensors"):
         load_reconstructor(str(source), read_shape(source), world, "float32")
-    assert value_head_of(base, D) is None, "a base model starts an AR with the identity"
+    assert head_of(base, read_shape(base), ReconstructorSpec()) is None, "a base model starts an AR with the identity"
 
 
 @pytest.mark.parametrize("scale", ["raw", "none", "8.0"])

@@ -12,7 +12,7 @@ import pytest
 from nla_megatron.config.schema import BuildConfig, InterventionConfig, TemplateConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import INJECT
-from nla_megatron.contract.sidecar import prompt_contract, read_dataset_sidecar
+from nla_megatron.contract.sidecar import InjectionSpec, prompt_contract, read_dataset_sidecar
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import build
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, WidthError
@@ -163,3 +163,24 @@ def test_a_configuration_that_cannot_work_is_refused_before_anything_is_written(
 
 def test_a_missing_table_is_named(fresh: BuildConfig) -> None:
     assert "nowhere.parquet" in refusal(MissingFile, replace(fresh, input="nowhere.parquet"))
+
+
+def test_several_blocks_and_markers_are_recorded_and_checked(config: BuildConfig, tmp_path: Path) -> None:
+    several = replace(
+        config, out=str(tmp_path / "out"), templates=TemplateConfig(positions=2),
+        intervention=InterventionConfig("add", scale=0.5, layers=[3, -1]),
+    )  # fmt: skip
+    build.check(several, 1)
+    build.run(several)
+    task = NlaTask.open(f"{several.out}/rl.parquet", "rl", several.model)
+    assert task.sidecar.injection == InjectionSpec("add", 3, 0.5, (3, -1))
+    assert len(task.marker_positions) == 2 and [each.layer for each in task.interventions] == [3, "embedding"]
+    [messages, *_] = task.table.column(columns.PROMPT)
+    assert messages[0]["content"].count(INJECT) == 2
+    with pytest.raises(ConfigError, match="intervention.layers=4"):
+        build.check(replace(several, intervention=InterventionConfig("add", layers=[1, 4])), 1)
+    for layers in ([], [1, 1]):
+        with pytest.raises(ConfigError, match="intervention.layers"):
+            InterventionConfig("add", layers=layers)
+    with pytest.raises(ConfigError, match="2 times|1 times"):
+        build.check(replace(several, templates=TemplateConfig(AV_TEMPLATE, AR_TEMPLATE, positions=2)), 1)

@@ -6,13 +6,15 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import ExtractConfig
-from nla_megatron.datagen.extract import Passage, _passages, layer_of, sample_positions
+from nla_megatron.datagen.extract import Passage, _passages, layer_of, pooled_at, sample_positions
 from nla_megatron.errors import ConfigError
 from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.tiny import SHAPE
@@ -106,3 +108,25 @@ def test_the_default_layer_is_two_thirds_of_the_depth() -> None:
 def test_a_layer_outside_the_model_is_refused(layer: int) -> None:
     with pytest.raises(ConfigError, match=rf"layer={layer}[\s\S]*0 to 3"):
         layer_of(replace(CONFIG, layer=layer), SHAPE)
+
+
+def test_a_pooled_activation_is_the_mean_of_the_positions_up_to_its_own() -> None:
+    stream_TD = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    by_hand = [sum(stream_TD[at] for at in range(last - 3, last + 1)) / 4 for last in (3, 9, 19)]
+    torch.testing.assert_close(pooled_at(stream_TD, (3, 9, 19), 4), torch.stack(by_hand))
+    assert torch.equal(pooled_at(stream_TD, (3, 9), 1), stream_TD[[3, 9]])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"pool": "max"}, "pool='max'"),
+        ({"pool": "mean", "pool_window": 0}, "pool_window=0"),
+        ({"pool_window": 4}, "pool_window=4 with pool=last"),
+        ({"pool": "mean", "pool_window": 7, "min_position": 5}, "pool_window=7 with min_position=5"),
+    ],
+)
+def test_a_window_that_is_not_full_or_not_known_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ExtractConfig(**options)
+    assert caught.value.found == told

@@ -17,6 +17,7 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
 from nla_megatron.rollout.plugin import TESTED, check_version
 from nla_megatron.rollout.requests import PromptRequest, Terms, as_interventions, check_rollout_layout, encode, shares
+from nla_megatron.types import Rollout
 from tests.support.tiny import SHAPE
 
 
@@ -130,3 +131,11 @@ def test_builds_of_a_tested_vllm_are_taken() -> None:
 def test_replicas_that_do_not_tile_the_world_or_the_heads_are_refused(tp: int, world: int) -> None:
     with pytest.raises(LayoutError):
         check_rollout_layout(SHAPE, tp, world)
+
+
+def test_a_recorded_rollout_is_scored_as_it_was_asked_for() -> None:
+    asked = PromptRequest(3, 8, (1, 2, 3), 1, 77, (2,), (0,), ((0.5,), None), samples=4, greedy=True)
+    rollout = Rollout(5, 1, 9, (1, 2, 3, 4), (6,), (-0.1,), "six", True)
+    again = asked.again(rollout)
+    assert (again.group, again.row, again.prompt_ids, again.samples, again.greedy) == (5, 9, (1, 2, 3, 4), None, False)
+    assert (again.position, again.more_positions, again.only, again.strengths) == (1, (2,), (0,), ((0.5,), None))

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from nla_megatron.contract import columns
-from nla_megatron.contract.sidecar import InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.contract.sidecar import (
+    InjectionSpec,
+    PoolSpec,
+    read_dataset_sidecar,
+    read_model_sidecar,
+    write_dataset_sidecar,
+    write_model_sidecar,
+)
 from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, next_token_targets
@@ -161,7 +168,7 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
     for targets_T, mask_T, response, text in zip(next_token_targets(ids_BT), mask_BT, responses, texts, strict=True):
         assert targets_T[mask_T].tolist() == response
         assert task.tokenizer.decode(targets_T[mask_T], skip_special_tokens=True) == text
-    assert batch.positions == [task.marker_position] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
+    assert batch.positions == [(task.marker_position,)] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
     assert batch.vectors is not None
     np.testing.assert_array_equal(batch.vectors([1, 0]), task.table.vectors([9, 4]))
 
@@ -237,3 +244,37 @@ def test_a_tokenizer_that_needs_auto_is_loaded_alike(model_dir: Path, tmp_path: 
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     text = "<concept>㈎</concept> in a tuple"
     assert load_tokenizer(str(tmp_path))(text)["input_ids"] == plain(text)["input_ids"]
+
+
+def test_several_blocks_of_a_sidecar_are_several_interventions(model_dir: Path, tmp_path: Path) -> None:
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    sidecar = read_dataset_sidecar(data)
+    write_dataset_sidecar(data, replace(sidecar, injection=InjectionSpec("add", -1, 0.5, (-1, 2))))
+    assert NlaTask.open(str(data), "rl", str(model_dir)).interventions == (
+        Intervention("embedding", "add", strength=0.5),
+        Intervention(2, "add", strength=0.5),
+    )
+    write_dataset_sidecar(data, replace(sidecar, injection=InjectionSpec("add", 1, 0.5, (1, 4))))
+    assert "injection.layers = 4" in refusal(SidecarError, data, "rl", model_dir)
+
+
+def test_a_vector_enters_at_every_marker_of_its_prompt(model_dir: Path, tmp_path: Path) -> None:
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    sidecar, template = read_dataset_sidecar(data), "Explain <concept><INJECT></concept> or <concept><INJECT></concept>"
+    assert sidecar.prompt_templates is not None
+    write_dataset_sidecar(data, replace(sidecar, prompt_templates=replace(sidecar.prompt_templates, av=template)))
+    task = NlaTask.open(str(data), "rl", str(model_dir))
+    first, second = task.marker_positions
+    assert [task.prompt_ids[at - 1 : at + 2] for at in (first, second)] == [
+        (task.marker.left_id, task.marker.token_id, task.marker.right_id)
+    ] * 2
+    [request] = task.requests([3], 0, 0)
+    assert (request.position, request.more_positions) == (first, (second,))
+    assert task.response_batch([3], [[7, 8]]).positions == [(first, second)]
+
+
+def test_models_of_pooled_activations_are_not_used_for_others(task: NlaTask, model_dir: Path, tmp_path: Path) -> None:
+    directory = tiny_model_sidecar(tmp_path, model_dir, "ar")
+    write_model_sidecar(directory, replace(read_model_sidecar(directory), pool=PoolSpec("mean", 8)))
+    with pytest.raises(SidecarError, match="window=8"):
+        task.check_model(str(directory), "ar")

@@ -1,0 +1,49 @@
+"""Whether a table, its sidecar and the models trained on it belong together."""
+
+from __future__ import annotations
+
+import math
+
+from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar
+from nla_megatron.contract.tables import Table
+from nla_megatron.errors import SidecarError, WidthError
+from nla_megatron.interventions.spec import TOKEN_EMBEDDING
+
+MSE_SCALE = "sqrt_d_model"
+
+
+def check_table(table: Table, sidecar: DatasetSidecar) -> None:
+    """Raises WidthError or SidecarError where a table is not the one its sidecar was written for."""
+    if table.d_model != sidecar.extraction.d_model:
+        raise WidthError(
+            f"vectors of width {table.d_model} in {table.path}",
+            f"{sidecar.extraction.d_model}, as its sidecar says",
+            "put table and sidecar of the same build together",
+        )
+    if table.n_rows != sidecar.row_count:
+        raise SidecarError(
+            f"{table.n_rows} rows in {table.path}",
+            f"{sidecar.row_count}, as its sidecar says",
+            "put table and sidecar of the same build together",
+        )
+
+
+def check_blocks(sidecar: DatasetSidecar, injection: InjectionSpec, data: str, model: str, num_layers: int) -> None:
+    """Raises SidecarError where a table speaks of blocks that its model lacks."""
+    places = [("extraction.layer_index", sidecar.extraction.layer_index, 0)]
+    key = "injection.layer" if injection.layers is None else "injection.layers"
+    for name, block, least in (*((key, block, TOKEN_EMBEDDING) for block in injection.blocks), *places):
+        if not least <= block < num_layers:
+            raise SidecarError(
+                f"{name} = {block} in the sidecar of {data}",
+                f"a block of {model}, {least} to {num_layers - 1}",
+                "use the model the table was made with",
+            )
+
+
+def scale_name(model: ModelSidecar) -> float | str | None:
+    """The scale of a model's errors; its number, the square root of the width, is the contract's name for it."""
+    scale = model.extraction.mse_scale
+    # Some write it with two decimals.
+    is_root = isinstance(scale, float | int) and math.isclose(scale, math.sqrt(model.d_model), rel_tol=1e-3)
+    return MSE_SCALE if is_root else scale

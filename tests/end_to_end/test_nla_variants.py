@@ -1,0 +1,100 @@
+"""Several blocks, several markers, pooled activations and another head, from the table to RL and evaluation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nla_megatron.contract.sidecar import (
+    PoolSpec,
+    read_dataset_sidecar,
+    read_model_sidecar,
+    write_dataset_sidecar,
+)
+from nla_megatron.conversion.hf import HEAD_FILE
+from tests.support.ranks import command
+from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
+
+TEMPLATE = "Explain <concept><INJECT></concept> and <concept><INJECT></concept>"
+ROLLOUT = ("rollout.max_new_tokens=12", "rollout.max_model_len=128", "rollout.max_num_seqs=16")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, tables of pooled activations with two markers and two blocks, and both models' warm start."""
+    out = tmp_path_factory.mktemp("variants")
+    base = tiny_model(out / "base")
+    source = tiny_table(out / "explained.parquet", base, "explained", tiny_rows(64, 40, 3))
+    write_dataset_sidecar(source, replace(read_dataset_sidecar(source), pool=PoolSpec("mean", 8)))
+    done = command(
+        "build", f"input={source}", f"model={base}", f"out={out / 'build'}", "held_out=0.2",
+        f"templates.av='{TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'", "templates.positions=2",
+        "intervention.layers=[0,2]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = command(
+        "sft", "role=both", f"model={base}", f"data={out / 'build' / 'av_sft.parquet'}",
+        f"ar_data={out / 'build' / 'ar_sft.parquet'}", f"out={out / 'sft'}", "steps=3", "batch_size=4",
+        "reconstructor.pooling=weighted", "reconstructor.projection_layers=2", "reconstructor.layer=1",
+        "ar_loss.variance_reg=0.1", "parallel=tp2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_sampler_and_trainer_agree_and_the_head_is_carried_on(built: Path, tmp_path: Path) -> None:
+    models = (f"av={built / 'sft' / 'av'}", f"ar={built / 'sft' / 'ar'}")
+    done = command(
+        "rl", *models, f"data={built / 'build' / 'rl.parquet'}", f"out={tmp_path / 'rl'}", "steps=2", "batch_size=3",
+        "samples_per_prompt=2", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "parallel=tp2", *ROLLOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["injected"] for step in steps] == [6, 6]
+    assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
+    for role in ("av", "ar"):
+        before, after = read_model_sidecar(built / "sft" / role), read_model_sidecar(tmp_path / "rl" / role)
+        assert (after.pool, after.injection, after.reconstructor) == (
+            before.pool, before.injection, before.reconstructor,
+        )  # fmt: skip
+    assert read_model_sidecar(tmp_path / "rl" / "av").injection.layers == (0, 2)  # type: ignore[union-attr]
+    assert (tmp_path / "rl" / "ar" / HEAD_FILE).is_file()
+
+
+def test_evaluation_reads_with_the_head_of_the_sidecar(built: Path, tmp_path: Path) -> None:
+    models = (f"av={built / 'sft' / 'av'}", f"ar={built / 'sft' / 'ar'}")
+    data = f"data={built / 'build' / 'held_out.parquet'}"
+    done = command("eval", *models, data, f"out={tmp_path / 'eval'}", "rows=8", *ROLLOUT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+
+
+def test_sampler_and_trainer_follow_the_same_curriculum(built: Path, tmp_path: Path) -> None:
+    models = (f"av={built / 'sft' / 'av'}", f"ar={built / 'sft' / 'ar'}")
+    common = (
+        *models, f"data={built / 'build' / 'rl.parquet'}", "steps=4", "batch_size=3", "samples_per_prompt=2",
+        "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "parallel=tp2", "ar_loss.kind=cosine",
+        f"held_out={built / 'build' / 'held_out.parquet'}", "eval_every=1", "eval_rows=4", "export=false",
+        "algorithm.minibatches=3", *ROLLOUT,
+    )  # fmt: skip
+    harder = ("curriculum.kind=linear", "curriculum.start=4", "curriculum.layers=[1]", "curriculum.steps=2")
+    runs = {
+        "plain": (),
+        "harder": (*harder, "rollout.record=true"),
+        "replayed": (*harder, f"rollout.replay={tmp_path / 'harder'}"),
+    }
+    steps = {}
+    for name, options in runs.items():
+        done = command("rl", *common, f"out={tmp_path / name}", *options)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps[name] = [json.loads(line) for line in lines]
+        assert all(step["logprob_gap_max"] <= 2e-4 for step in steps[name])
+    assert steps["plain"][0]["entropy"] != steps["harder"][0]["entropy"]
+    for again, first in zip(steps["replayed"], steps["harder"], strict=True):
+        assert again["policy_loss"] == pytest.approx(first["policy_loss"], abs=1e-4)
+        assert again["entropy"] == pytest.approx(first["entropy"], abs=1e-4)

@@ -1,0 +1,182 @@
+"""`sft` from its command line, in one process: both models at once, resumption, curricula, heads, refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nla_megatron.cli import main
+from nla_megatron.contract.sidecar import (
+    InjectionSpec,
+    ReconstructorSpec,
+    read_dataset_sidecar,
+    read_model_sidecar,
+    write_dataset_sidecar,
+)
+from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape
+from nla_megatron.tasks.nla import NlaTask
+from tests.support.tiny import LAYER, tiny_model, tiny_tables
+
+STEPS = 4
+COMMON = (f"steps={STEPS}", "batch_size=6", "micro_batch_size=4", "optim.lr=1e-3", "ar_optim.lr=1e-3")
+QUIET = ("save_every=2", "logger.progress=false")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Path]:
+    return tiny_tables(tmp_path_factory.mktemp("data"), base)
+
+
+def sft(role: str, base: Path, data: dict[str, Path], out: Path, *overrides: str) -> list[str]:
+    tables = [f"data={data['ar_sft' if role == 'ar' else 'av_sft']}"]
+    tables += [f"ar_data={data['ar_sft']}"] if role == "both" else []
+    return ["sft", f"role={role}", f"model={base}", *tables, f"out={out}", *COMMON, *QUIET, *overrides]
+
+
+def ran(*arguments: Any) -> Path:
+    command = sft(*arguments)
+    assert main(command) == 0
+    [out] = [word for word in command if word.startswith("out=")]
+    return Path(out.removeprefix("out="))
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert names == sorted(path.name for path in other.glob("*.safetensors"))
+    pairs = [(load_file(one / name), load_file(other / name)) for name in names]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def both(base: Path, data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran("both", base, data, tmp_path_factory.mktemp("both") / "run", "reconstructor.pooling=mean")
+
+
+def test_both_at_once_are_the_two_that_are_trained_alone(
+    base: Path, data: dict[str, Path], both: Path, tmp_path: Path
+) -> None:
+    av = ran("av", base, data, tmp_path / "av")
+    ar = ran("ar", base, data, tmp_path / "ar", "reconstructor.pooling=mean")
+    assert same_weights(both / "av", av / "hf") and same_weights(both / "ar", ar / "hf")
+    for together, one, other in zip(metrics(both), metrics(av), metrics(ar), strict=True):
+        assert (together["av_loss"], together["ar_loss"]) == (one["loss"], other["loss"])
+    assert not (both / "hf").exists()
+    for role in ("av", "ar"):
+        assert read_model_sidecar(both / role).role == role
+
+
+def test_a_run_of_both_goes_on_from_its_checkpoint_to_the_bit(
+    base: Path, data: dict[str, Path], both: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(both, tmp_path / "run"))
+    assert {path.name for path in run.glob("checkpoints/step_00000002/a*")} == {"av", "ar"}
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    for role in ("av", "ar"):
+        shutil.rmtree(run / role)
+    (run / "done").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    ran("both", base, data, run, "reconstructor.pooling=mean")
+    assert metrics(run) == metrics(both)
+    assert same_weights(run / "av", both / "av") and same_weights(run / "ar", both / "ar")
+
+
+def test_a_curriculum_trains_with_the_strength_of_its_step(base: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    """Its first step is that of a table with three times the strength, a step after its end that of the table's own."""
+    options = ("curriculum.kind=linear", "curriculum.start=3", "curriculum.steps=2", "optim.lr=0", "export=false")
+    run = ran("av", base, data, tmp_path / "run", *options)
+    plain = ran("av", base, data, tmp_path / "plain", "optim.lr=0", "export=false")
+    stronger = dict(data, av_sft=Path(shutil.copy(data["av_sft"], tmp_path / "av_sft.parquet")))
+    sidecar = read_dataset_sidecar(data["av_sft"])
+    write_dataset_sidecar(stronger["av_sft"], replace(sidecar, injection=InjectionSpec("norm_add", 1, 3.0)))
+    strong = ran("av", base, stronger, tmp_path / "strong", "optim.lr=0", "export=false")
+    losses = {path.name: [line["loss"] for line in metrics(path)] for path in (run, plain, strong)}
+    assert losses["run"][0] == losses["strong"][0] != losses["plain"][0]
+    assert losses["run"][2:] == losses["plain"][2:]
+    assert losses["run"][1] not in (losses["strong"][1], losses["plain"][1])
+
+
+def test_an_ar_that_is_trained_on_keeps_its_head(base: Path, data: dict[str, Path], tmp_path: Path) -> None:
+    ways = ("reconstructor.pooling=weighted", "reconstructor.projection_layers=2", "reconstructor.layer=1")
+    first = ran("ar", base, data, tmp_path / "first", *ways, "reconstructor.dropout=0.2", "ar_loss.kind=cosine")
+    second = ran("ar", first / "hf", data, tmp_path / "second", "ar_loss.variance_reg=0.1")
+    for run in (first, second):
+        found = read_model_sidecar(run / "hf")
+        assert found.reconstructor == ReconstructorSpec("weighted", 2, 0.2, 1)
+        assert found.extraction.layer_index == LAYER and read_shape(run / "hf").num_layers == 2
+        assert (run / "hf" / HEAD_FILE).is_file() and not (run / "hf" / VALUE_HEAD).exists()
+    assert metrics(second)[0]["mse"] < metrics(first)[0]["mse"]
+    assert "ar_variance" in metrics(second)[0] and "ar_variance" not in metrics(first)[0]
+
+
+def test_the_example_reads_any_head(base: Path, data: dict[str, Path], both: Path, tmp_path: Path) -> None:
+    """examples/verbalize.py, by transformers, against the mean of the stream times the exported matrix."""
+    path = Path(__file__).parents[3] / "examples" / "verbalize.py"
+    spec = importlib.util.spec_from_file_location("verbalize", path)
+    assert spec is not None and spec.loader is not None
+    verbalize = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(verbalize)
+    reader = verbalize.Reader(both / "ar")
+    ids = reader.contract.ar_ids(reader.tokenizer, "about birds")
+    stream_TD = reader.backbone(torch.tensor([ids])).last_hidden_state[0].detach()
+    expected = load_file(both / "ar" / HEAD_FILE)["weight"] @ stream_TD.mean(0)
+    torch.testing.assert_close(reader.reconstruct("about birds"), expected)
+    plain = verbalize.Reader(ran("ar", base, data, tmp_path / "plain") / "hf")
+    stream_TD = plain.backbone(torch.tensor([ids])).last_hidden_state[0].detach()
+    expected = load_file(tmp_path / "plain" / "hf" / VALUE_HEAD)["weight"] @ stream_TD[-1]
+    torch.testing.assert_close(plain.reconstruct("about birds"), expected)
+    vector_D = torch.from_numpy(NlaTask.open(str(data["rl"]), "rl", str(base)).table.vectors([0]))[0]
+    assert isinstance(verbalize.write(both / "av", vector_D, 4), str)
+
+
+@pytest.mark.parametrize(
+    ("role", "overrides", "kind", "told"),
+    [
+        ("both", ["ar_data=null"], "ConfigError", "ar_data=None"),
+        ("av", ["ar_data=x.parquet"], "ConfigError", "ar_data=x.parquet"),
+        ("ar", ["ar_model=x"], "ConfigError", "ar_model=x"),
+        ("av", ["ar_loss.kind=cosine"], "ConfigError", "ar_loss"),
+        ("av", ["reconstructor.pooling=mean"], "ConfigError", "reconstructor"),
+        ("ar", ["reconstructor.pooling=median"], "ConfigError", "reconstructor.pooling='median'"),
+        ("ar", ["reconstructor.projection_layers=0"], "ConfigError", "reconstructor.projection_layers=0"),
+        ("ar", ["reconstructor.layer=4"], "ConfigError", "reconstructor.layer=4"),
+        ("ar", ["ar_loss.kind=huber"], "ConfigError", "ar_loss.kind='huber'"),
+        ("ar", ["curriculum.layers=[0]", "curriculum.steps=2"], "ConfigError", "role=ar"),
+        ("av", ["curriculum.layers=[4]", "curriculum.steps=2"], "ConfigError", "curriculum.layers=[4]"),
+        ("both", ["ar_model=/nowhere"], "MissingFile", "/nowhere"),
+        ("both", ["ar_data=/nowhere.parquet"], "MissingFile", "/nowhere.parquet"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(
+    role: str, overrides: list[str], kind: str, told: str, base: Path, data: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(sft(role, base, data, tmp_path / "run", *overrides)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{kind}: ") and told in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_ar_is_not_started_from_another_kind_of_ar(
+    base: Path, data: dict[str, Path], both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(sft("ar", both / "ar", data, tmp_path / "run", "reconstructor.pooling=max")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("SidecarError: ") and "'max'" in message and "'mean'" in message

@@ -127,18 +127,19 @@ def _cached(repository: str, split: str, subset: str, revision: str | None) -> l
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    held: str | None
     try:
-        found = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+        held = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as error:
         # A snapshot of which only some files were asked for may well hold all of this split's.
-        found = getattr(error, "snapshot_path", None) or ""
-        if not found:
-            return []
-    root = Path(found)
+        held = getattr(error, "snapshot_path", None)
+    if held is None:
+        return []
+    root = Path(held)
     names = [str(path.relative_to(root)) for path in root.rglob("*.parquet")]
     chosen = [root / name for name in sorted(_of_split(names, split, subset))]
     # A download that was cut short left some shards only.
-    counts = {int(match[1]) for path in chosen if (match := re.search(r"-of-(\d+)\.parquet$", path.name))}
+    counts = {int(found[1]) for path in chosen if (found := re.search(r"-of-(\d+)\.parquet$", path.name))}
     return chosen if not counts or counts == {len(chosen)} else []
 
 

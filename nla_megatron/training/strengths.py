@@ -211,7 +211,7 @@ class StrengthPolicy:
     @torch.no_grad()
     def reference(self) -> Iterator[None]:
         """Inside, the predictor is the one that training began with, or its moving average."""
-        parameters = list(self.predictor.parameters())
+        parameters: list[Tensor] = list(self.predictor.parameters())
         own = [parameter.detach().clone() for parameter in parameters]
         torch._foreach_copy_(parameters, self._reference)
         try:

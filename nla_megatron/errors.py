@@ -112,7 +112,7 @@ class RolloutError(RunError):
 
 
 class NotFinite(RunError):
-    """A weight is NaN or infinite; nothing of it was handed over."""
+    """A weight or a reward is NaN or infinite; nothing of it was handed over."""
 
 
 class ReshardMismatch(RunError):

@@ -207,10 +207,26 @@ class RolloutBatch:
     rollouts: tuple[Rollout, ...]
     injections: InjectionCount
 
+    @property
+    def rows(self) -> list[int]:
+        """The data row of each rollout."""
+        return [rollout.row for rollout in self.rollouts]
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64: the prompt of each rollout within the step."""
+        return _groups(self.rollouts)
+
+
+def _groups(rollouts: tuple[Rollout, ...]) -> Tensor:
+    import torch
+
+    return torch.tensor([rollout.group for rollout in rollouts])
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What a task says of a step's rollouts, in their order.
+    """What a task says of rollouts, in their order.
 
     Args:
         texts: each one's answer in the form that was asked for; None where there is none.
@@ -235,9 +251,7 @@ class Measured:
     @property
     def groups(self) -> Tensor:
         """(N,) int64: the prompt of each within the step."""
-        import torch
-
-        return torch.tensor([rollout.group for rollout in self.rollouts])
+        return _groups(self.rollouts)
 
 
 @dataclass(frozen=True)

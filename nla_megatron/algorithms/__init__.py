@@ -20,6 +20,8 @@ class Algorithm(Protocol):
     """
 
     needs: Needs
+    least_samples: int
+    """Samples of a prompt below which there is nothing to compare; see `check_algorithm`."""
 
     def credit(self, sampled: Sampled) -> Credit:
         """Advantages per token from a step's rewards."""
@@ -58,11 +60,31 @@ def register(name: str) -> Callable[[Callable[[AlgorithmConfig], Algorithm]], Ca
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """Raises ConfigError for an unknown name."""
-    from nla_megatron.algorithms import grpo  # noqa: F401 - registers itself
+    """Raises ConfigError for an unknown name, or options that this algorithm does not have."""
+    # Each registers itself.
+    from nla_megatron.algorithms import cispo, grpo, gspo, ppo, reinforce, reinforce_pp, rloo  # noqa: F401
 
     if config.name not in _ALGORITHMS:
         raise ConfigError(
             f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}", "set algorithm.name="
         )
     return _ALGORITHMS[config.name](config)
+
+
+def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:
+    """Whether the algorithm can work on groups of this size; before a run.
+
+    Raises:
+        ConfigError: as `make_algorithm`; a group too small for what is compared within it.
+    """
+    least = make_algorithm(config).least_samples
+    if samples_per_prompt < least:
+        raise ConfigError(
+            f"samples_per_prompt={samples_per_prompt} with algorithm.name={config.name}", f"at least {least}",
+            "raise samples_per_prompt: a group of one has no relative advantage; or choose algorithm=reinforce_mean",
+        )  # fmt: skip
+    if config.dynamic_sampling and samples_per_prompt < 2:
+        raise ConfigError(
+            f"algorithm.dynamic_sampling={config.dynamic_sampling} with samples_per_prompt={samples_per_prompt}",
+            "samples_per_prompt of at least 2", "drop dynamic sampling: a group of one always has equal rewards",
+        )  # fmt: skip

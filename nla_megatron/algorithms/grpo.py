@@ -1,60 +1,40 @@
-"""GRPO: a sample is as good as it is better than the other samples of its prompt.
+"""GRPO: a response is as good as it is better than the other responses to its prompt.
 
-Shao et al., DeepSeekMath (2024), equations 3 and 4, with token-mean loss; k3 is Schulman's KL estimator.
-Legend: N rollouts, B rows of a microbatch, T tokens.
+    A_i = (r_i - mean of its group) / (std of its group + advantage_epsilon)      the same for each of its tokens
+    loss_t = -min(ratio_t A, clip(ratio_t, 1 - clip_low, 1 + clip_high) A) + kl_coef * KL_t
+
+Shao et al., DeepSeekMath (2024), equations 3 and 4. Its options are other papers' algorithms:
+
+- Dr. GRPO (Liu et al., Understanding R1-Zero-like training, 2025): `normalise_std: false`, `loss_mean: constant`.
+- Leave-one-out: `baseline: leave_one_out`, the mean of the other responses of the group.
+- DAPO (Yu et al. 2025): `clip_high` above `clip_low`, `loss_mean: token`, `dynamic_sampling`, no KL.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from nla_megatron.algorithms import register
-from nla_megatron.config.schema import AlgorithmConfig
-from nla_megatron.types import Credit
-
-
-def group_advantages(rewards_N: Tensor, groups_N: Tensor, normalise_std: bool) -> Tensor:
-    """(r - mean of its group) / (std of its group + 1e-6), fp32; groups by their explicit ids."""
-    rewards = rewards_N.double()
-    count = int(groups_N.max()) + 1
-    size = torch.zeros(count, dtype=torch.float64).index_add_(0, groups_N, torch.ones_like(rewards))
-    mean = torch.zeros(count, dtype=torch.float64).index_add_(0, groups_N, rewards) / size
-    centred = rewards - mean[groups_N]
-    if normalise_std:
-        square = torch.zeros(count, dtype=torch.float64).index_add_(0, groups_N, centred**2)
-        centred = centred / ((square / (size - 1).clamp(min=1)).sqrt()[groups_N] + 1e-6)
-    return centred.float()
-
-
-def k3(logprobs: Tensor, reference: Tensor, clamp: float) -> Tensor:
-    """exp(d) - d - 1, d = reference - policy, clamped: unbiased for KL(policy || reference), never below 0."""
-    difference = (reference - logprobs).clamp(-clamp, clamp)
-    return difference.exp() - difference - 1
+from nla_megatron.algorithms.advantages import check_finite, flat, group_advantages, to_tokens
+from nla_megatron.algorithms.policy_gradient import PolicyGradient
+from nla_megatron.algorithms.returns import token_rewards
+from nla_megatron.types import Credit, Sampled
 
 
 @register("grpo")
-class Grpo:
-    """Group-relative advantages, clipped ratio, k3 in the loss."""
+class Grpo(PolicyGradient):
+    """Group-relative advantages, clipped ratio per token."""
 
-    def __init__(self, config: AlgorithmConfig):
-        self.config = config
+    baselines = ("group", "leave_one_out")
+    least_samples = 2
 
-    def credit(self, rewards_N: Tensor, groups_N: Tensor) -> Credit:
-        return Credit(group_advantages(rewards_N, groups_N, self.config.normalise_std))
-
-    def token_loss(
-        self, logprobs_BT: Tensor, old_BT: Tensor, reference_BT: Tensor | None, advantages_B: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per token (B, T), to be summed under the response mask, and per-token statistics."""
-        config = self.config
-        ratio = (logprobs_BT - old_BT).exp()
-        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        advantages = advantages_B[:, None]
-        loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        statistics = {"clipped": (ratio != clipped).float().detach()}
-        if reference_BT is not None:
-            kl = k3(logprobs_BT, reference_BT, config.kl_clamp)
-            loss = loss + config.kl_coef * kl
-            statistics["kl"] = kl.detach()
-        return loss, statistics
+    def credit(self, sampled: Sampled) -> Credit:
+        check_finite(sampled.rewards)
+        rewards_NT, statistics = token_rewards(sampled, self.config)
+        advantages_N = group_advantages(
+            rewards_NT.sum(1),
+            sampled.groups,
+            self.config.normalise_std,
+            self.config.advantage_epsilon,
+            leave_one_out=self.baseline == "leave_one_out",
+        )
+        statistics["flat_groups"] = float(flat(sampled.rewards, sampled.groups).double().mean())
+        return Credit(to_tokens(advantages_N, sampled.mask), statistics=statistics)

@@ -29,6 +29,11 @@ def _at_least(key: str, value: float, least: float) -> None:
         raise ConfigError(f"{key}={value}", f"at least {least:g}", f"raise {key}=")
 
 
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{key}={value}", "between 0 and 1", f"correct {key}=")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Training layout: world = tp x pp x dp; the experts of a mixture lie on etp x ep of each stage's tp x dp ranks."""
@@ -121,21 +126,103 @@ class TemplateConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Group-relative policy optimisation and its regularisers."""
+    """From rewards to advantages and losses. Formulas and sources are in the files of `nla_megatron/algorithms/`."""
 
     name: str = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.01
-    kl_clamp: float = 12.0
-    """Bound on the log-ratio inside k3: one outlier token cannot dominate a step."""
+    baseline: str | None = None
+    """What a reward is compared with. None: the algorithm's own. grpo, gspo, cispo: group or leave_one_out; reinforce:
+    mean, none, ema or scst; reinforce_pp: none or group."""
     normalise_std: bool = True
+    """Divide group-relative advantages by the deviation of their group."""
+    advantage_epsilon: float = 1e-6
+    """Added to every deviation that advantages are divided by."""
+    ema_decay: float = 0.9
+    """What `baseline: ema` keeps of its average in each step."""
+    clip_low: float = 0.2
+    """The ratio of new and old policy is bounded from below by 1 - clip_low,"""
+    clip_high: float = 0.2
+    """and from above by 1 + clip_high."""
+    loss_mean: str = "token"
+    """token: all tokens of a step count alike. sequence: all responses do. constant: a response's sum divided by
+    `loss_length`."""
+    loss_length: int | None = None
+    """Tokens that `loss_mean: constant` divides by, usually the longest that a response may be."""
+    kl: str = "k3"
+    """Which estimate of the KL to the reference: k1, k2 or k3."""
+    kl_in: str = "loss"
+    """loss, or reward: there each token's KL is taken off its reward before anything is compared."""
+    kl_coef: float = 0.01
+    """0 needs no reference."""
+    kl_clamp: float = 12.0
+    """Bound on the log-ratio inside the estimate: one outlier token cannot dominate a step."""
+    reference: str = "initial"
+    """The policy that the KL is measured to: the one this stage starts from, or `ema`, a moving average of its
+    weights."""
+    reference_decay: float = 0.99
+    """What `reference: ema` keeps of its weights in each step."""
+    entropy_coef: float = 0.0
+    """Weight of the bonus for the entropy of each token's distribution."""
+    correction: str = "none"
+    """Importance correction of the sampler's numerical difference from the trainer: none, tis, icepop or
+    sequence_mask."""
+    correction_low: float = 0.5
+    """icepop and sequence_mask drop what the trainer finds less likely than the sampler by this factor;"""
+    correction_high: float = 2.0
+    """what it finds likelier by this factor is dropped too; tis bounds its weight so."""
+    epochs: int = 1
+    """Passes over a step's rollouts."""
     minibatches: int = 1
-    """Optimizer steps per rollout batch; above 1 the clipped ratio starts to matter."""
+    """Optimizer steps per pass; above 1 in all, the clipped ratio starts to matter."""
+    dynamic_sampling: int = 0
+    """How often in a step prompts whose samples all have one reward are replaced by others; 0 keeps them."""
+    gamma: float = 1.0
+    """Discount per token, where rewards are followed along a response (ppo, reinforce_pp)."""
+    gae_lambda: float = 1.0
+    """1: advantages from whole returns; 0: from one token and the critic's next value (ppo)."""
+    value_clip: float | None = 0.2
+    """How far a critic's value may move from its old one before its loss stops falling (ppo); None is no bound."""
+    whiten: bool = True
+    """Standardise advantages over all tokens of a step (ppo)."""
 
     def __post_init__(self) -> None:
-        _at_least("algorithm.minibatches", self.minibatches, 1)
-        _at_least("algorithm.kl_coef", self.kl_coef, 0.0)
+        _one_of("algorithm.loss_mean", self.loss_mean, ("token", "sequence", "constant"))
+        _one_of("algorithm.kl", self.kl, ("k1", "k2", "k3"))
+        _one_of("algorithm.kl_in", self.kl_in, ("loss", "reward"))
+        _one_of("algorithm.reference", self.reference, ("initial", "ema"))
+        _one_of("algorithm.correction", self.correction, ("none", "tis", "icepop", "sequence_mask"))
+        for key in ("epochs", "minibatches"):
+            _at_least(f"algorithm.{key}", getattr(self, key), 1)
+        positive = ("kl_coef", "kl_clamp", "entropy_coef", "clip_low", "clip_high", "correction_low", "correction_high")
+        for key in (*positive, "advantage_epsilon", "dynamic_sampling"):
+            _at_least(f"algorithm.{key}", getattr(self, key), 0.0)
+        for key in ("ema_decay", "reference_decay", "gamma", "gae_lambda"):
+            _share(f"algorithm.{key}", getattr(self, key))
+        for key in ("loss_length", "value_clip"):
+            if getattr(self, key) is not None:
+                _at_least(f"algorithm.{key}", getattr(self, key), 1 if key == "loss_length" else 0.0)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.loss_mean == "constant" and self.loss_length is None:
+            raise ConfigError(
+                "algorithm.loss_mean=constant without algorithm.loss_length", "tokens to divide by",
+                "set algorithm.loss_length=, for example to rollout.max_new_tokens",
+            )  # fmt: skip
+        if self.kl == "k1" and self.kl_in == "loss" and self.kl_coef > 0:
+            raise ConfigError(
+                "algorithm.kl=k1 in the loss", "k2 or k3 in the loss, or k1 in the reward",
+                "set algorithm.kl_in=reward or algorithm.kl=k3: the expected gradient of k1 is zero",
+            )  # fmt: skip
+        if self.correction_low > self.correction_high:
+            raise ConfigError(
+                f"algorithm.correction_low={self.correction_low} above correction_high={self.correction_high}",
+                "a lower bound below the upper one", "exchange them",
+            )  # fmt: skip
+        if self.reference == "ema" and self.kl_coef == 0:
+            raise ConfigError(
+                "algorithm.reference=ema with algorithm.kl_coef=0", "a KL that is measured to the reference",
+                "set algorithm.kl_coef=, or drop algorithm.reference=",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -359,6 +446,8 @@ class RlConfig(TrainingStageConfig):
     ar_optim: OptimConfig = field(default_factory=OptimConfig)
     ar_updates: int = 1
     """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
+    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Of the value model, where the algorithm has one."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

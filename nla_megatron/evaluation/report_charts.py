@@ -9,7 +9,9 @@ from html import escape
 from nla_megatron.evaluation.charts import Points, line_chart, stacked_bars
 from nla_megatron.evaluation.report_files import Row, RunFiles
 
-PHASES = {"generate": "generate", "score": "score", "av": "AV", "ar": "AR", "reload": "reload"}
+PHASES = {
+    "generate": "generate", "score": "score", "look": "log-probs", "policy": "AV", "learn": "AR", "reload": "reload",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ RL_PLOTS = (
     Plot(
         "Gradient norms",
         "before clipping, logarithmic",
-        {"av_grad_norm": "AV", "ar_grad_norm": "AR"},
+        {"policy_grad_norm": "AV", "ar_grad_norm": "AR"},
         "Steady is healthy; a jump names the step to look at.",
         log=True,
     ),
@@ -85,7 +87,7 @@ def rl_charts(run: RunFiles) -> str:
         figures.insert(0, _figure(chart, "1 is a perfect reconstruction."))
     seconds = {name: points for key, name in PHASES.items() if (points := _points(run.rl, f"seconds_{key}"))}
     if seconds:
-        note = "Generating, scoring with the AR, the two updates, and reloading the sampler."
+        note = "Sampling, scoring with the AR, log-probs before the update, the two updates, and the hand-over."
         figures.append(_figure(stacked_bars(seconds, "Time per step", "seconds"), note))
     return _section("Reinforcement learning", "Point at a line to read its values.", figures)
 

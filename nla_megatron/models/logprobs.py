@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -19,15 +21,37 @@ def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 
     return -losses_BT
 
 
-@torch.no_grad()
 def token_entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of the next-token distribution in nats, (B, T) fp32; for the logs, so without gradient."""
-    # Rows that only pad the vocabulary hold the least finite number: below it, 0 times it would be no number.
-    logits = (logits_BTV.float() / temperature).clamp(min=torch.finfo(torch.float32).min)
-    group = parallel_state.get_tensor_model_parallel_group()
-    top = logits.amax(dim=-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    weights = (logits - top[..., None]).exp()
-    sums = torch.stack([weights.sum(-1), (weights * logits).sum(-1)])
-    dist.all_reduce(sums, group=group)
-    return sums[0].log() + top - sums[1] / sums[0]
+    """Entropy of the next-token distribution in nats, (B, T) fp32, differentiable, the same on every TP rank.
+
+    With gradients enabled it keeps a copy of the logits; where it is only logged, call it without.
+    """
+    return _Entropy.apply(logits_BTV, temperature)
+
+
+class _Entropy(torch.autograd.Function):
+    """H = -sum p log p over the vocabulary rows of all TP ranks, and dH / dlogit = -p (log p + H) / temperature."""
+
+    @staticmethod
+    def forward(context: Any, logits_BTV: Tensor, temperature: float) -> Tensor:
+        # Rows that only pad the vocabulary hold the least finite number: below it, 0 times it would be no number.
+        logits = (logits_BTV.float() / temperature).clamp(min=torch.finfo(torch.float32).min)
+        group = parallel_state.get_tensor_model_parallel_group()
+        top = logits.amax(dim=-1)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        logits = logits - top[..., None]
+        weights = logits.exp()
+        # A padding row may be infinitely far below the top by now.
+        sums = torch.stack([weights.sum(-1), (weights * logits.clamp(min=torch.finfo(torch.float32).min)).sum(-1)])
+        dist.all_reduce(sums, group=group)
+        entropy_BT = sums[0].log() - sums[1] / sums[0]
+        context.save_for_backward(logits - sums[0].log()[..., None], entropy_BT)
+        context.temperature, context.dtype = temperature, logits_BTV.dtype
+        return entropy_BT
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logprobs, entropy_BT = context.saved_tensors
+        logprobs = logprobs.clamp(min=torch.finfo(torch.float32).min)
+        slope = logprobs.exp() * (logprobs + entropy_BT[..., None])
+        return (-slope * (gradients[0] / context.temperature)[..., None]).to(context.dtype), None

@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,22 @@ from nla_megatron.errors import CheckpointError
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
-from nla_megatron.training.module import TrainModule
+
+
+class Stateful(Protocol):
+    """Something with a sharded state: `TrainModule`, or what has its two methods."""
+
+    def state(self, loading: bool) -> dict[str, Any]: ...
+
+    def load_state(self, loaded: dict[str, Any]) -> None: ...
+
+
+class Memory(Protocol):
+    """Something that carries numbers from step to step, the same on every rank."""
+
+    def state(self) -> dict[str, float]: ...
+
+    def load_state(self, state: dict[str, float]) -> None: ...
 
 
 class Checkpoints:
@@ -39,7 +54,9 @@ class Checkpoints:
         return sorted(int(path.parent.name.removeprefix("step_")) for path in self.directory.glob("step_*/state.json")
                       if not path.parent.name.endswith(".partial"))  # fmt: skip
 
-    def save(self, step: int, modules: Mapping[str, TrainModule], extra: dict[str, Any]) -> None:
+    def save(
+        self, step: int, modules: Mapping[str, Stateful], extra: dict[str, Any], memory: Mapping[str, Memory]
+    ) -> None:
         """Write the state after `step` steps; collective."""
         from megatron.core import dist_checkpointing
 
@@ -60,6 +77,7 @@ class Checkpoints:
                 "step": step,
                 "layout": self.world.layout(),
                 "modules": sorted(modules),
+                "memory": {name: kept.state() for name, kept in memory.items()},
                 **extra,
             }
             torch.save(torch.get_rng_state(), partial / "rng.pt")
@@ -69,7 +87,7 @@ class Checkpoints:
                 shutil.rmtree(self.directory / f"step_{old:08d}")
         barrier(self.world)
 
-    def resume(self, modules: Mapping[str, TrainModule], expected: dict[str, Any]) -> int:
+    def resume(self, modules: Mapping[str, Stateful], expected: dict[str, Any], memory: Mapping[str, Memory]) -> int:
         """Load the newest complete checkpoint; returns the steps it holds, 0 where there is none. Collective.
 
         Raises:
@@ -92,5 +110,7 @@ class Checkpoints:
         for name, module in modules.items():
             with megatron_device():
                 module.load_state(dist_checkpointing.load(module.state(loading=True), str(directory / name)))
+        for name, kept in memory.items():
+            kept.load_state(state["memory"][name])
         torch.set_rng_state(torch.load(directory / "rng.pt", weights_only=True))
         return step

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nla_megatron.config.schema import OptimConfig
@@ -123,44 +121,28 @@ class TrainModule:
         materialise_state(self.optimizer)
         # Megatron adds the process group of the layout to the metadata it is given.
         metadata = dict(RESHARDABLE)
-        weights = {
-            name: chunk.sharded_state_dict(metadata=metadata)
-            for name, chunk in zip(self._names(), self.chunks, strict=True)
-        }
+        weights = sharded_weights(self.chunks, metadata)
         optimizer = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
         return {**weights, "optimizer": optimizer}
 
-    def _names(self) -> list[str]:
-        """Of the chunks in the state, as megatron-core's own trainer names them."""
-        several = len(self.chunks) > 1
-        return [f"model{number}" if several else "model" for number in range(len(self.chunks))]
-
     def load_state(self, loaded: dict[str, Any]) -> None:
-        for name, chunk in zip(self._names(), self.chunks, strict=True):
-            chunk.load_state_dict(loaded[name])
+        take_weights(self.chunks, loaded)
         self.optimizer.load_state_dict(loaded["optimizer"])
         separate_steps(self.optimizer)
 
 
-class FrozenCopy:
-    """A module's weights as they were, kept on the CPU: the KL reference costs no device memory."""
+def sharded_weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The weights of a rank's chunks, for `dist_checkpointing`; tensors in it are the parameters themselves."""
+    named = zip(_names(chunks), chunks, strict=True)
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in named}
 
-    def __init__(self, model: Any):
-        self.parameters = [parameter for chunk in chunks_of(model) for parameter in chunk.parameters()]
-        self.kept = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
-    @contextmanager
-    @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
-        """Inside, the model computes with the kept weights; afterwards with its own, to the bit."""
-        own = [parameter.detach().clone() for parameter in self.parameters]
-        self._fill(self.kept)
-        try:
-            yield
-        finally:
-            self._fill(own)
+def take_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    """What `sharded_weights` described, once it is loaded."""
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
 
-    @torch.no_grad()
-    def _fill(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+
+def _names(chunks: Sequence[Any]) -> list[str]:
+    """Of the chunks in the state, as megatron-core's own trainer names them."""
+    return [f"model{number}" if len(chunks) > 1 else "model" for number in range(len(chunks))]

@@ -23,10 +23,12 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
 from nla_megatron.tasks.nla import response_logprobs, squared_error
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
+from nla_megatron.training.reference import MovingCopy
 from tests.support.tiny import tiny_model
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -164,6 +166,43 @@ def in_bf16(directory: Path, world: World) -> dict[str, Any]:
     }
 
 
+def moving_reference(directory: Path, world: World, kept: Path, resumes: bool) -> dict[str, float]:
+    """How far the moving average of a policy is from one of exported tensors, here or loaded from `kept`."""
+    from megatron.core import dist_checkpointing
+
+    shape = read_shape(directory)
+    av = build_verbalizer(shape, world, "float32")
+    load_from_hf(av, str(directory), shape, world, with_head=True)
+    copy, exporter = MovingCopy(av, decay=0.75), Exporter(av, shape, world, with_head=True)
+    average = {name: tensor.clone() for name, tensor in exporter.tensors()}
+    if resumes:
+        with megatron_device():
+            copy.load_state(dist_checkpointing.load(copy.state(loading=True), str(kept)))
+        own = {name: tensor.clone() for name, tensor in exporter.tensors()}
+        moved = max(float((own[name] - average[name]).abs().max()) for name in own)
+        average = torch.load(f"{kept}.pt")
+    else:
+        batch = av_batch(rows(shape))
+        intervene(av, [Intervention(LAYER, "norm_add")])
+        module, total = TrainModule(av, world, OPTIM, STEPS, 2, "float32"), float(batch.fields["mask"].sum())
+        for step in range(STEPS):
+            module.update(batch, cross_entropy(total), ("loss",), step)
+            copy.follow()
+            for name, tensor in exporter.tensors():
+                average[name] = 0.75 * average[name] + 0.25 * tensor
+        if world.is_main:
+            kept.mkdir()
+            torch.save(average, f"{kept}.pt")
+        barrier(world)
+        with megatron_device():
+            dist_checkpointing.save(copy.state(loading=False), str(kept))
+        trained = dict(exporter.tensors())
+        moved = min(float((trained[name] - average[name]).abs().max()) for name in trained)
+    with copy.in_place():
+        found = {name: tensor.clone() for name, tensor in exporter.tensors()}
+    return {"off": max(float((found[name] - average[name]).abs().max()) for name in average), "moved": moved}
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
     rows_of = [found["logprobs"][row, PROMPT - 1 : LENGTHS[row] - 1] for row in range(len(LENGTHS))]
     return {
@@ -197,6 +236,9 @@ def main(result: str, scratch: str) -> None:
             barrier(world)
             found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
         bf16[f"tp{tp} pp{pp}"] = in_bf16(directory, world)
+        if (tp, pp) in (LAYOUTS[0], LAYOUTS[-1]):
+            kept = Path(scratch) / "moving"
+            out[f"moving tp{tp} pp{pp}"] = moving_reference(directory, world, kept, resumes=kept.exists())
         parallel_state.destroy_model_parallel()
     if world.is_main:
         for key, numbers in found.items():

@@ -54,3 +54,10 @@ def test_bf16_has_bf16_parameters_and_fp32_masters_and_learns(found: Any, layout
     assert numbers["gap"] <= 0.1
     assert numbers["losses"][-1] < numbers["losses"][0]
     assert numbers["losses"] == pytest.approx(found["bf16 tp1 pp1"]["losses"], rel=5e-3)
+
+
+def test_a_moving_reference_is_the_average_of_the_policies_and_resumes_on_another_layout(found: Any) -> None:
+    made, resumed = found["moving tp1 pp1"], found["moving tp2 pp2"]
+    assert made["off"] <= 1e-6 and resumed["off"] <= 1e-6
+    assert made["moved"] > 1e-5, "the policy is not its average"
+    assert resumed["moved"] == 0, "loading the average leaves the policy alone"

@@ -57,7 +57,7 @@ def test_every_step_injected_what_it_should_and_sampler_and_trainer_agree(toy: P
     for step in steps:
         assert step["injected"] == step["expected_injections"] == 4
         assert step["logprob_gap_max"] <= 1e-3
-        assert {"seconds_generate", "seconds_score", "seconds_av", "seconds_ar", "seconds_reload"} <= set(step)
+        assert {f"seconds_{phase}" for phase in ("generate", "score", "look", "policy", "learn", "reload")} <= set(step)
     # 2 steps of 4 samples, and two evaluations of 16 texts with their own and with shuffled vectors.
     assert summary["injected"] == summary["expected_injections"] == len(steps) * 4 + 2 * 2 * 16
 

@@ -26,12 +26,12 @@ LAYOUTS = {
 COMPARED = (
     "reward",
     "batch_fve",
-    "av_loss",
+    "policy_loss",
     "kl",
     "entropy",
     "clipped",
     "ar_loss",
-    "av_grad_norm",
+    "policy_grad_norm",
     "ar_grad_norm",
     "extraction_failed",
 )
@@ -122,5 +122,5 @@ def test_layout_exports_the_weights_of_a_single_process(runs: dict[str, Path], l
 def test_the_run_is_not_trivial(runs: dict[str, Path]) -> None:
     first, second = metrics(runs["single"])
     assert first["extraction_failed"] == pytest.approx(1 / (PROMPTS * SAMPLES))
-    assert first["reward_std"] > 0 and first["av_grad_norm"] > 0 and first["ar_grad_norm"] > 0
+    assert first["reward_std"] > 0 and first["policy_grad_norm"] > 0 and first["ar_grad_norm"] > 0
     assert second["kl"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,8 @@ def test_every_option_composes_where_its_group_is_used(group: str, option: str) 
     config = compose(users[0], [*required(users[0]), f"{group}={option}"])
     block = config if hasattr(config, next(iter(text))) else getattr(config, group)
     for key, value in text.items():
+        if isinstance(value, str) and (named := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+            value = operator.attrgetter(named[1])(config)
         assert getattr(block, key) == value, f"{group}={option} loses {key} in {users[0]}"
 
 

@@ -72,10 +72,11 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def rl_row(step: int) -> dict[str, Any]:
-    names = "reward kl entropy response_length truncated extraction_failed logprob_gap av_loss av_grad_norm ar_loss"
+    names = "reward kl entropy response_length truncated extraction_failed logprob_gap"
+    names += " policy_loss policy_grad_norm ar_loss"
     row: dict[str, Any] = {name: 0.1 * step for name in names.split()}
     row |= {"step": step, "ar_grad_norm": 1.0, "batch_fve": 0.5}
-    row |= {f"seconds_{phase}": 1.5 for phase in ("generate", "score", "av", "ar", "reload")}
+    row |= {f"seconds_{phase}": 1.5 for phase in ("generate", "score", "look", "policy", "learn", "reload")}
     return row | ({"eval_fve": 0.6} if step % 5 == 0 else {})
 
 
@@ -164,7 +165,7 @@ def test_charts_hold_every_value_of_the_metrics(run_dir: Path) -> None:
     page = report(run_dir)
     # held out 4, one series per chart 20 each, two series in the two charts of shares and norms, three losses of 10
     assert page.tags.count("circle") == 4 + 20 * (1 + 4 + 2 + 1 + 1 + 2) + 30
-    assert page.tags.count("rect") == 5 * 20
+    assert page.tags.count("rect") == 6 * 20
 
 
 def test_missing_optional_files_leave_out_their_sections(run_dir: Path) -> None:

@@ -1,0 +1,131 @@
+"""The policy's part of a step: what it said of its rollouts before the update, and the update over them.
+
+Legend: N rollouts of a step, T tokens of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_megatron.algorithms import Algorithm
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.errors import RolloutError
+from nla_megatron.models.batching import Batch
+from nla_megatron.tasks.nla import response_logprobs
+from nla_megatron.training.module import TrainModule, Update
+from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
+from nla_megatron.training.sampling import Scored
+from nla_megatron.training.sides.base import Side
+from nla_megatron.types import Credit, Rollout, RolloutBatch, Sampled
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The updates of a step, in their order."""
+
+    policy: tuple[Update, ...]
+    critic: tuple[Update, ...] = ()
+
+
+class PolicyLearning:
+    """Updates of the policy, and of the critic where the algorithm has one."""
+
+    def __init__(self, config: RlConfig, side: Side, algorithm: Algorithm, critic: TrainModule | None):
+        self.config, self.side, self.algorithm, self.critic = config, side, algorithm, critic
+
+    def look(self, scored: Scored, number: int) -> Sampled:
+        """Log-probs and values of all rollouts before anything is updated."""
+        rollouts = scored.batch.rollouts
+        batch = self.side.batch(rollouts, number, {})
+        mask_NT, needs = batch.fields["mask"], self.algorithm.needs
+        collect = response_logprobs(self.config.rollout.temperature)
+        reference = values = None
+        if needs.reference:
+            with self.side.reference():
+                reference = self.side.policy.rows(batch, collect, batch.longest)
+        if self.critic is not None:
+            values = self.critic.rows(batch, token_values, batch.longest)
+        return Sampled(
+            rewards=scored.scores.rewards,
+            groups=scored.batch.groups,
+            mask=mask_NT,
+            sampler=_sampler_logprobs(rollouts, mask_NT),
+            old=self.side.policy.rows(batch, collect, batch.longest) if needs.old else None,
+            reference=reference,
+            values=values,
+            greedy=scored.greedy,
+        )
+
+    def update(self, batch: RolloutBatch, sampled: Sampled, credit: Credit, number: int) -> Learned:
+        """One optimizer step per minibatch of whole groups, `algorithm.epochs` times over all of them."""
+        fields = {"advantages": credit.advantages, "sampler": sampled.sampler}
+        optional = {"old": sampled.old, "reference": sampled.reference}
+        fields |= {name: values for name, values in optional.items() if values is not None}
+        policy, critic = [], []
+        for chosen in self._minibatches(sampled.groups, number):
+            rollouts = [batch.rollouts[index] for index in chosen]
+            weights = self.algorithm.token_weights(sampled.mask[chosen])
+            mine = {name: values[chosen] for name, values in fields.items()} | {"token_weights": weights}
+            policy.append(self._update_policy(self.side.batch(rollouts, number, mine), number))
+            if self.critic is not None:
+                critic.append(self._update_critic(rollouts, sampled, credit, weights, chosen, number))
+        return Learned(tuple(policy), tuple(critic))
+
+    def _update_policy(self, batch: Batch, number: int) -> Update:
+        total = float(batch.fields["mask"].sum())
+        loss = policy_loss(self.algorithm, self.config.rollout.temperature, total)
+        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=self._check_gap)
+
+    def _update_critic(
+        self, rollouts: list[Rollout], sampled: Sampled, credit: Credit, weights: Tensor, chosen: list[int], number: int
+    ) -> Update:
+        assert self.critic is not None and sampled.values is not None and credit.returns is not None
+        fields = {"old_values": sampled.values[chosen], "returns": credit.returns[chosen], "token_weights": weights}
+        batch = self.side.batch(rollouts, number, fields)
+        loss = value_loss(self.algorithm, float(batch.fields["mask"].sum()))
+        return self.critic.update(batch, loss, value_statistics(self.algorithm), number)
+
+    def _minibatches(self, groups_N: Tensor, number: int) -> list[list[int]]:
+        """Rollouts of each optimizer step; later epochs go through the groups in an order of their own."""
+        algorithm, found = self.config.algorithm, []
+        count = int(groups_N.max()) + 1
+        for epoch in range(algorithm.epochs):
+            order = np.arange(count)
+            if epoch:
+                order = np.random.default_rng([self.config.seed, 6, number, epoch]).permutation(count)
+            for part in torch.from_numpy(order).chunk(algorithm.minibatches):
+                found.append(torch.isin(groups_N, part).nonzero()[:, 0].tolist())
+        return found
+
+    def _check_gap(self, statistics: dict[str, float]) -> None:
+        limit, gap = self.config.rollout.max_logprob_gap, statistics["logprob_gap_max"]
+        if limit is not None and not gap <= limit:
+            raise RolloutError(
+                f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
+                f"at most rollout.max_logprob_gap={limit:g}",
+                "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
+            )
+
+
+def _sampler_logprobs(rollouts: tuple[Rollout, ...], mask_NT: Tensor) -> Tensor:
+    """The sampler's log-probs (N, T) at the positions that predict their tokens."""
+    out = torch.zeros_like(mask_NT)
+    for index, rollout in enumerate(rollouts):
+        first = len(rollout.prompt_ids) - 1
+        out[index, first : first + len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    return out
+
+
+def means(updates: tuple[Update, ...]) -> dict[str, Any]:
+    """Statistics of several updates as one: averages, and the largest of the maxima."""
+    names = updates[0].statistics if updates else {}
+    found = {}
+    for name in names:
+        values = [update.statistics[name] for update in updates]
+        found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return found

@@ -1,0 +1,143 @@
+"""The NLA side: the AV is the policy, the AR reads what it writes, gives its error, and learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nla_megatron import geometry
+from nla_megatron.algorithms import make_algorithm
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.errors import ConfigError
+from nla_megatron.models.batching import Batch
+from nla_megatron.models.builder import check_layout
+from nla_megatron.parallel.world import World
+from nla_megatron.rollout.engine import Engine
+from nla_megatron.rollout.requests import PromptRequest
+from nla_megatron.tasks.nla import NlaTask, explanations_of
+from nla_megatron.training.checkpoint import Stateful
+from nla_megatron.training.export import descended, export
+from nla_megatron.training.losses import reconstruction
+from nla_megatron.training.module import TrainModule, Update
+from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.sft import load_ar, load_av, model_shape
+from nla_megatron.training.sides import register
+from nla_megatron.training.sides.base import Policy
+from nla_megatron.types import Measured, Rollout, RolloutBatch
+
+
+@register("nla")
+class NlaSide:
+    """Activations to prompts, explanations to errors; `measure` gives "mse", 2 where there is no explanation."""
+
+    def __init__(self, config: RlConfig, world: World):
+        self.config, self.world = config, world
+        self.task = task = NlaTask.open(config.data, "rl", config.av)
+        self.held_out = None if config.held_out is None else NlaTask.open(config.held_out, "rl", config.av)
+        self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.table.vectors
+        self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
+        av, ar = load_av(config.av, task, world, config.dtype), load_ar(config.ar, task, world, config.dtype)
+        self.kept = make_reference(av, config.algorithm, make_algorithm(config.algorithm).needs.reference)
+        steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
+        self.policy: Policy = TrainModule(av, world, config.optim, steps, micro, dtype)
+        self.ar = TrainModule(ar, world, config.ar_optim, steps, micro, dtype)
+        self.model, self.shape = av, av.shape
+        self.learners: dict[str, Stateful] = {"av": self.policy, "ar": self.ar}
+        if isinstance(self.kept, MovingCopy):
+            self.learners["reference"] = self.kept
+
+    @staticmethod
+    def directory_of(config: RlConfig) -> str:
+        return config.av
+
+    @staticmethod
+    def check(config: RlConfig, world_size: int) -> int:
+        for key in ("av", "ar", "data"):
+            if not getattr(config, key):
+                raise ConfigError(f"no {key}= for task nla", "an AV, an AR and their rl table", f"add {key}=...")
+        task = NlaTask.open(config.data, "rl", config.av)
+        task.check_model(config.av, "av")
+        task.check_model(config.ar, "ar")
+        check_layout(model_shape("ar", config.ar, task), config.parallel)
+        if config.eval_every and config.held_out is None:
+            raise ConfigError(
+                f"eval_every={config.eval_every} without held_out", "a table of held-out rows", "add held_out="
+            )
+        if config.held_out is not None:
+            NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
+        return len(task.prompt_ids)
+
+    def reference(self) -> AbstractContextManager[None]:
+        assert self.kept is not None
+        return self.kept.in_place()
+
+    def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
+        return self.task.requests(rows, self.config.seed, step)
+
+    def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
+        rows = [rollout.row for rollout in rollouts]
+        return self.task.response_batch(rows, [rollout.response_ids for rollout in rollouts], **fields)
+
+    def measure(self, batch: RolloutBatch, step: int) -> Measured:
+        texts = explanations_of(batch.rollouts)
+        mse_N, _ = self.task.score(self.ar.rows, batch.rows, texts)
+        return Measured(batch.rollouts, tuple(texts), {"mse": mse_N})
+
+    def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
+        """The AR's optimizer steps, over the explanations in as many minibatches."""
+        if isinstance(self.kept, MovingCopy):
+            self.kept.follow()
+        good = [index for index, text in enumerate(measured.texts) if text is not None]
+        order = np.random.default_rng([self.config.seed, 3, step]).permutation(len(good))
+        updates: list[Update] = []
+        for part in np.array_split(order, self.config.ar_updates):
+            chosen = [good[index] for index in part]
+            if chosen:
+                texts = [str(measured.texts[index]) for index in chosen]
+                rows = self.task.text_batch([batch.rollouts[index].row for index in chosen], texts)
+                updates.append(self.ar.update(rows, reconstruction(len(chosen)), ("loss",), step))
+        return {
+            "batch_fve": self._batch_fve(batch, measured.values["mse"]),
+            "extraction_failed": float(measured.failed.float().mean()),
+            "ar_loss": sum(update.statistics["loss"] for update in updates) / max(1, len(updates)),
+            "ar_grad_norm": updates[-1].grad_norm if updates else 0.0,
+            "ar_skipped": sum(update.skipped for update in updates),
+        }
+
+    def _batch_fve(self, batch: RolloutBatch, mse_N: Tensor) -> float:
+        vectors_ND = torch.from_numpy(self.vectors(list(dict.fromkeys(batch.rows))))
+        spread = geometry.variance(vectors_ND, self.task.mse_scale)
+        return 1 - float(mse_N.mean()) / spread if spread else float("nan")
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """FVE of fresh samples on the first `eval_rows` held-out rows."""
+        if self.held_out is None:
+            return {}
+        rows = list(range(min(self.config.eval_rows, self.held_out.table.n_rows)))
+        requests = self.held_out.requests(rows, self.config.seed, step)
+        rollouts = engine.generate(requests, self.held_out.table.vectors, 1, step)
+        mse_N, _ = self.held_out.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
+        targets_ND = torch.from_numpy(self.held_out.table.vectors(rows))
+        return {"eval_fve": geometry.fve(mse_N, targets_ND, self.held_out.mse_scale)}
+
+    def export(self) -> None:
+        """The AV and the AR as Hugging Face directories with their sidecars."""
+        config = self.config
+        training = {
+            "steps": config.steps,
+            "prompts_per_step": config.batch_size,
+            "samples_per_prompt": config.samples_per_prompt,
+            "lr": config.optim.lr,
+            "ar_lr": config.ar_optim.lr,
+            "algorithm": config.algorithm.name,
+            "kl_coef": config.algorithm.kl_coef,
+        }
+        for role, source, model in (("av", config.av, self.model), ("ar", config.ar, self.ar.model)):
+            parent = self.task.check_model(source, role)
+            sidecar = descended(parent, "rl", source, self.task.sidecar.dataset_id, training)
+            export(model, source, Path(config.out) / role, self.world, sidecar)

@@ -201,7 +201,7 @@ class Engine:
         )
 
     def score(
-        self, recorded: Sequence[Rollout], positions: Sequence[int], vectors: Vectors, training_step: int = 0
+        self, recorded: Sequence[Rollout], positions: Sequence[int | None], vectors: Vectors, training_step: int = 0
     ) -> RolloutBatch:
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
 

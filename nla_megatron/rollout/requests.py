@@ -31,6 +31,9 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 class PromptRequest:
     """One prompt to sample: `position` is the marker's index in `prompt_ids`, `row` the activation's.
 
+    A `position` of None is for requests that take no intervention at positions: the engine has none, or `only` leaves
+    them out.
+
     `more_positions`: further places of the same vector. `only`: numbers of the engine's interventions that this request
     takes; None is all, () leaves it as the model is. `strengths`: for each intervention of the engine one number, or F
     for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response;
@@ -40,7 +43,7 @@ class PromptRequest:
     group: int
     row: int
     prompt_ids: tuple[int, ...]
-    position: int
+    position: int | None
     seed: int
     more_positions: tuple[int, ...] = ()
     only: tuple[int, ...] | None = None
@@ -182,7 +185,9 @@ class Terms:
 
 
 def _positions(request: PromptRequest, intervention: Intervention) -> tuple[int, ...]:
-    return (request.position, *request.more_positions) if intervention.where == "positions" else ()
+    if intervention.where != "positions" or request.position is None:
+        return ()
+    return (request.position, *request.more_positions)
 
 
 def shares(weights: Sequence[int], replicas: int) -> list[list[int]]:

@@ -1,0 +1,170 @@
+"""The task `lexical`: go on from the beginning of a sentence, in as many different words as possible.
+
+Words are runs of letters and digits in lower case, with apostrophes and hyphens inside; richness is the share of
+different ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla_megatron.config.options import bind
+from nla_megatron.contract.splits import held_out as is_held_out
+from nla_megatron.errors import ColumnError, ConfigError
+from nla_megatron.tasks.nla import load_tokenizer
+from nla_megatron.tasks.rows import read_rows
+from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, spread
+from nla_megatron.types import Measured, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_OPTIONS = "task.options"
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_SENTENCE = re.compile(r"[A-Z][^.!?\n]{20,}?[.!?](?=\s|$)")
+
+
+@dataclass(frozen=True)
+class LexicalOptions:
+    """Options of the task `lexical`.
+
+    `prompt_column`: of a file of prompts. A corpus (`doc_id`, `text`) gives the first sentence of each document, cut to
+    `prompt_words` words; without `data` the documents are the reference of the Python language, which every Python has.
+    `held_out_fraction`: of the prompts, by a hash of each, to evaluate on and not to train on, where the command names
+    no file of held-out ones.
+    """
+
+    prompt_column: str = "prompt"
+    prompt_words: int = 8
+    held_out_fraction: float = 0.1
+    prompt: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prompt_words < 1:
+            raise ConfigError(f"{_OPTIONS}.prompt_words={self.prompt_words}", "1 or more", "raise it")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ConfigError(
+                f"{_OPTIONS}.held_out_fraction={self.held_out_fraction}", "0 to below 1", "set it to, say, 0.1"
+            )
+
+
+@register("lexical")
+class LexicalTask(TextTask):
+    """Prompts of a file, or beginnings of a corpus' first sentences.
+
+    Measured: `texts` are the responses, None for blank ones; `values` are `words` and `unique_words`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: LexicalOptions, prompts: Sequence[str]):
+        super().__init__(tokenizer, bind(PromptStyle, options.prompt, f"{_OPTIONS}.prompt"))
+        self.prompts = tuple(prompts)
+
+    @classmethod
+    def open(cls, options: Mapping[str, Any], data: Data, model: str, seed: int) -> LexicalTask | None:
+        bound = bind(LexicalOptions, options, _OPTIONS)
+        prompts = _prompts_of(bound, data)
+        return cls(load_tokenizer(model), bound, prompts) if prompts else None
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompts)
+
+    def text(self, row: int) -> str:
+        return self.prompts[row]
+
+    def measure(self, rollouts: Sequence[Rollout]) -> Measured:
+        texts = [self.response_text(rollout).strip() for rollout in rollouts]
+        counted = [words(text) for text in texts]
+        return Measured(
+            rollouts=tuple(rollouts),
+            texts=tuple(text or None for text in texts),
+            values={
+                "words": torch.tensor([float(len(each)) for each in counted]),
+                "unique_words": torch.tensor([float(len(set(each))) for each in counted]),
+            },
+        )
+
+    def figures(self, measured: Measured) -> dict[str, Any]:
+        """`richness` (mean over responses; one without words has 0), words and tokens of a response, `truncated`."""
+        total, unique = measured.values["words"], measured.values["unique_words"]
+        return {
+            "richness": float((unique / total.clamp_min(1)).mean()),
+            **spread(total.tolist(), "words"),
+            **spread([len(each.response_ids) for each in measured.rollouts], "response_tokens"),
+            "truncated": sum(not each.finished for each in measured.rollouts) / len(measured.rollouts),
+        }
+
+    def example(self, measured: Measured, index: int) -> dict[str, Any]:
+        rollout = measured.rollouts[index]
+        return {
+            "row": rollout.row,
+            "prompt": self.text(rollout.row),
+            "response": self.response_text(rollout),
+            "finished": rollout.finished,
+            **{name: float(values[index]) for name, values in measured.values.items()},
+        }
+
+
+def _prompts_of(options: LexicalOptions, data: Data) -> list[str]:
+    """The prompts of one part: of the held-out file, or a share of the others by a hash of each prompt."""
+    if not data.training and data.held_out:
+        return _read_prompts(data.held_out, options, "held_out")
+    prompts = _read_prompts(data.data, options, "data") if data.data else _beginnings(_documents(), options)
+    if data.held_out:
+        return prompts
+    chosen = [prompt for prompt in prompts if is_held_out(prompt, options.held_out_fraction) != data.training]
+    if data.training and not chosen:
+        raise ColumnError(
+            f"none of {len(prompts)} prompts to train on", "one or more",
+            f"lower {_OPTIONS}.held_out_fraction, or add prompts",
+        )  # fmt: skip
+    return chosen
+
+
+def _read_prompts(path: str, options: LexicalOptions, key: str) -> list[str]:
+    """The prompts of a file: its own column, or the beginnings of a corpus' documents.
+
+    Raises:
+        MissingFile, ColumnError.
+    """
+    try:
+        prompts = [row[options.prompt_column] for row in read_rows(path, [options.prompt_column], key)]
+    except ColumnError as error:
+        try:
+            texts = [row["text"] for row in read_rows(path, ["text"], key)]
+        except ColumnError:
+            raise error from None
+        prompts = _beginnings(texts, options)
+    wrong = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
+    if wrong or not prompts:
+        found = f"row {wrong[0]} of {path} is {prompts[wrong[0]]!r}" if wrong else f"no prompts in {path}"
+        raise ColumnError(found, "a text in every row", "correct the file")
+    return prompts
+
+
+def _documents() -> list[str]:
+    import pydoc_data.topics
+
+    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def _beginnings(texts: Sequence[str], options: LexicalOptions) -> list[str]:
+    """The first words of each text's first sentence, each once, in the texts' order."""
+    found = (_SENTENCE.search(text) for text in texts)
+    sentences = (each[0].split()[: options.prompt_words] for each in found if each is not None)
+    return list(dict.fromkeys(" ".join(sentence) for sentence in sentences))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, in order.
+
+    Example:
+        >>> words("Don't stop, don't!")
+        ["don't", 'stop', "don't"]
+    """
+    return _WORD.findall(text.lower())

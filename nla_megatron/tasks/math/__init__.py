@@ -1,0 +1,1 @@
+"""Mathematics with short answers: problems, a format that is checked, answers that are compared."""

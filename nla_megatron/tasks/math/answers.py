@@ -1,0 +1,167 @@
+r"""Short answers made comparable: numbers as exact fractions, everything else as LaTeX in one spelling.
+
+Numbers: `1,234`, `1{,}234`, `$5`, `50\%`, `3/4`, `\frac{3}{4}`, `1\frac{1}{2}`, `.5`, `1.5e3`, `1.5\times10^{3}`, with
+units or words behind them, and with `x=` in front. A percent sign and a unit say nothing of the value: 50\% is 50. Two
+numbers are equal within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has
+to be the same text after normalisation. Nothing is simplified: `\sqrt{4}` is not 2.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+TOLERANCE = Fraction(1, 10**6)
+LONGEST = 200
+"""Characters of an answer that may be a number: a policy that writes a million digits must cost nothing."""
+_LARGEST_EXPONENT, _LONGEST_TEXT = 300, 2000
+
+_DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+_POWER = re.compile(rf"({_DECIMAL})(?:[eE]|(?:\\times|\\cdot|\*|×)10\^)\{{?([+-]?\d+)\}}?")
+_BARE_POWER = re.compile(r"([+-]?)10\^\{?([+-]?\d+)\}?")
+_QUOTIENT = re.compile(rf"({_DECIMAL})/({_DECIMAL})")
+_FRACTION = re.compile(rf"([+-]?)(?:(\d+)\+?)?\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}")
+_GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
+_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+)/(\d+)")
+_SPACES = re.compile(r"\s+")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
+# Words of a formula are no unit: 5 pi is not 5.
+_UNIT_WORDS = re.compile(
+    r"(?<=[\d.}])\s+(?!(?:pi|sqrt|sin|cos|tan|log|ln|exp|mod|or|and|i|e)\b)"
+    r"[A-Za-z]{2,}\.?(?:[ /-]+[A-Za-z]+\.?)*(?:\^\{?[23]\}?)?$"
+)
+# Without a space only what cannot be a variable.
+_ATTACHED = re.compile(
+    r"(?<=\d)(?:[cmk]m|[mk]g|ml|kW|kWh|hours?|hrs?|mins?|secs?|mph|km/h|m/s|cents?)(?:\^\{?[23]\}?)?$"
+)
+_TEXT_UNIT = re.compile(r"(.*?[^\s\\])[\s\\]*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?")
+_GROUPED_BY_SPACE = re.compile(r"([+-]?\d{1,3})((?: \d{3})+)(?![\d/])")
+_ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*=\s*([^=]+)")
+_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_BRACKETS = {"(": ")]", "[": ")]", "\\{": ("\\}",)}
+
+
+def equal(answer: str, reference: str) -> bool:
+    """Whether two answers are the same, by the rules above."""
+    first, second = number(answer), number(reference)
+    if first is not None and second is not None:
+        return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
+    if first is not None or second is not None:
+        return False
+    one, other = normalised(answer), normalised(reference)
+    if one == other:
+        return bool(one)
+    ours, theirs = _parts(one), _parts(other)
+    if ours is None or theirs is None or ours[0] != theirs[0] or len(ours[1]) != len(theirs[1]):
+        return False
+    return all(equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def number(answer: str) -> Fraction | None:
+    """The value of an answer that is a number; None for any other, and for one too long or too large to be meant."""
+    if len(answer) > LONGEST:
+        return None
+    text = _without_unit(_spelled(answer))
+    mixed = _MIXED.fullmatch(text)
+    if mixed is not None:
+        return _mixed(mixed[1], mixed[2], mixed[3], mixed[4])
+    text = _GROUPED_BY_SPACE.sub(lambda found: found[1] + found[2].replace(" ", ""), text)
+    # A space between two digits separates two numbers.
+    return None if re.search(r"[\d.] +[\d.]", text) else _value(_SPACES.sub("", text))
+
+
+def normalised(answer: str) -> str:
+    """One spelling of an answer: no space, no sizes of brackets, plain fractions and roots, no wrapping dollars."""
+    if len(answer) > _LONGEST_TEXT:
+        return _SPACES.sub("", answer)
+    text = _spelled(answer)
+    unit = _TEXT_UNIT.fullmatch(text)
+    return _SPACES.sub("", _TEXT.sub(r"\1", unit[1] if unit else text)).rstrip(".")
+
+
+def readable(reference: str | None) -> bool:
+    """Whether a reference can be compared with at all: there is something left of it, and its braces balance."""
+    if reference is None or not normalised(reference):
+        return False
+    bare = re.sub(r"\\[{}]", "", reference)
+    return bare.count("{") == bare.count("}")
+
+
+def _spelled(answer: str) -> str:
+    """The answer without what only sets or decorates it; spaces stay, because units begin behind one."""
+    text = answer.strip()
+    for left, right in _WRAPPERS:
+        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
+            text = text[len(left) : -len(right)].strip()
+    text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\[;: ]|\\q?quad(?![a-zA-Z])|~", " ", text).replace("\\,", "")
+    text = text.replace("{,}", ",").replace("−", "-").replace("–", "-").replace("\\!", "").replace("\u00a0", " ")
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\(frac|sqrt)\s+", r"\\\1", text)
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac(\{[^{}]*\})(\w)", r"\\frac\1{\2}", text)
+    text = re.sub(r"\\frac(\w)(\{[^{}]*\})", r"\\frac{\1}\2", text)
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\?[$£€%]", "", text)
+    assigned = _ASSIGNED.fullmatch(text)
+    return (assigned[1] if assigned else text).strip()
+
+
+def _without_unit(text: str) -> str:
+    """The number before a unit or words; the text itself where it does not begin with one."""
+    text = text.rstrip(". ")
+    unit = _TEXT_UNIT.fullmatch(text)
+    text = _TEXT.sub(r"\1", unit[1] if unit else text)
+    return _ATTACHED.sub("", _UNIT_WORDS.sub("", text)).strip()
+
+
+def _value(text: str) -> Fraction | None:
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    if re.fullmatch(_DECIMAL, text):
+        return Fraction(text.rstrip("."))
+    if power := _POWER.fullmatch(text):
+        return _scaled(Fraction(power[1].rstrip(".")), power[2])
+    if power := _BARE_POWER.fullmatch(text):
+        return _scaled(Fraction(f"{power[1]}1"), power[2])
+    if quotient := _QUOTIENT.fullmatch(text):
+        return _quotient(quotient[1], quotient[2])
+    if found := _FRACTION.fullmatch(text):
+        return _mixed(found[1], found[2] or "0", found[3], found[4])
+    return None
+
+
+def _scaled(value: Fraction, exponent: str) -> Fraction | None:
+    power = int(exponent)
+    return value * Fraction(10) ** power if abs(power) <= _LARGEST_EXPONENT else None
+
+
+def _quotient(above: str, below: str) -> Fraction | None:
+    divisor = Fraction(below.rstrip("."))
+    return Fraction(above.rstrip(".")) / divisor if divisor else None
+
+
+def _mixed(sign: str, whole: str, above: str, below: str) -> Fraction | None:
+    part = _quotient(above, below)
+    return None if part is None else (Fraction(whole) + part) * (-1 if sign == "-" else 1)
+
+
+def _parts(text: str) -> tuple[str, list[str]] | None:
+    """(brackets, parts) of a tuple, an interval or a set; None for anything else, and for a single part."""
+    opening = next((each for each in _BRACKETS if text.startswith(each)), None)
+    if opening is None:
+        return None
+    closing = next((each for each in _BRACKETS[opening] if text.endswith(each)), None)
+    if closing is None:
+        return None
+    parts, depth, current = [], 0, ""
+    for character in text[len(opening) : -len(closing)]:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and not depth:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    parts.append(current)
+    return (opening + closing, parts) if len(parts) > 1 and all(parts) else None

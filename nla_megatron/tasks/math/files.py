@@ -1,0 +1,161 @@
+r"""Problems in files: GSM8K (`#### answer`), Hendrycks' MATH (`\boxed{answer}`), and tables with an answer of its own.
+
+Each reads `path` (parquet, JSON lines, JSON, or a directory of them), or `hub` with `subset` and `split`. Problems
+whose reference cannot be read are left out and counted; a file in which none can be read is refused.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from nla_megatron.errors import ColumnError, ConfigError
+from nla_megatron.tasks.math.answers import readable
+from nla_megatron.tasks.math.problems import Problem, register
+from nla_megatron.tasks.math.responses import after_hashes, last_box
+from nla_megatron.tasks.rows import Row, hub_files, read_rows
+
+
+@dataclass
+class FileProvider:
+    """What providers of files share.
+
+    `path`: a file or a directory. `hub`: a data set of the hub in its place, as owner/name. `limit`: at most so many
+    rows, the first ones.
+    """
+
+    path: str = ""
+    hub: str = ""
+    subset: str = ""
+    split: str = "train"
+    limit: int | None = None
+    _problems: list[Problem] = field(init=False, repr=False)
+    unreadable: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.hub):
+            raise ConfigError(
+                f"path={self.path!r} and hub={self.hub!r} of a provider of problems", "exactly one of them",
+                "set data= (or the provider's path), or hub=",
+            )  # fmt: skip
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit} of a provider of problems", "1 or more", "raise limit")
+        paths = hub_files(self.hub, self.split, self.subset) if self.hub else [self.path]
+        rows = [row for path in paths for row in read_rows(path, self._columns)][: self.limit]
+        made = [self._problem(row) for row in rows if self._wanted(row)]
+        self._problems = [each for each in made if readable(each.reference)]
+        self.unreadable = len(made) - len(self._problems)
+        if not self._problems:
+            found = f"no reference answer can be read in {len(made)} problems" if made else f"none of {len(rows)} rows"
+            raise ColumnError(f"{found} of {self.path or self.hub}", self._expected, "correct the file or the options")
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def problem(self, index: int) -> Problem:
+        return self._problems[index]
+
+    @property
+    @abstractmethod
+    def _columns(self) -> tuple[str, ...]: ...
+
+    @property
+    @abstractmethod
+    def _expected(self) -> str: ...
+
+    @abstractmethod
+    def _problem(self, row: Row) -> Problem: ...
+
+    def _wanted(self, row: Row) -> bool:
+        return True
+
+
+@register("gsm8k")
+@dataclass
+class Gsm8k(FileProvider):
+    """Columns `question` and `answer`; the reference follows the answer's last `####`."""
+
+    question_column: str = "question"
+    answer_column: str = "answer"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.question_column, self.answer_column)
+
+    @property
+    def _expected(self) -> str:
+        return f"'#### number' at the end of {self.answer_column!r}"
+
+    def _problem(self, row: Row) -> Problem:
+        return Problem(str(row[self.question_column]), after_hashes(str(row[self.answer_column] or "")))
+
+
+@register("hendrycks_math")
+@dataclass
+class HendrycksMath(FileProvider):
+    r"""Columns `problem`, `solution`, `level` ("Level 3") and `type` (the subject); the reference is the last box.
+
+    `levels`, `subjects`: keep those only; none keep all. Subjects are compared without case, spaces and underscores.
+    """
+
+    levels: tuple[int, ...] = ()
+    subjects: tuple[str, ...] = ()
+    subject_column: str = "type"
+    question_column: str = "problem"
+    answer_column: str = "solution"
+
+    def __post_init__(self) -> None:
+        wrong = [level for level in self.levels if not 1 <= level <= 5]
+        if wrong:
+            raise ConfigError(f"levels={list(self.levels)}", "levels of 1 to 5", "correct levels")
+        super().__post_init__()
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.question_column, self.answer_column, "level", self.subject_column)
+
+    @property
+    def _expected(self) -> str:
+        chosen = f" of levels {list(self.levels)} and subjects {list(self.subjects)}"
+        return f"\\boxed{{answer}} in {self.answer_column!r}" + (chosen if self.levels or self.subjects else "")
+
+    @cached_property
+    def _subjects(self) -> set[str]:
+        return {_plain(subject) for subject in self.subjects}
+
+    def _wanted(self, row: Row) -> bool:
+        level = "".join(character for character in str(row["level"]) if character.isdigit())
+        fits = not self.levels or (level.isdigit() and int(level) in self.levels)
+        return fits and (not self._subjects or _plain(str(row[self.subject_column])) in self._subjects)
+
+    def _problem(self, row: Row) -> Problem:
+        return Problem(
+            str(row[self.question_column]), last_box(str(row[self.answer_column] or "")), str(row["level"]),
+            str(row[self.subject_column]),
+        )  # fmt: skip
+
+
+@register("table")
+@dataclass
+class AnswerTable(FileProvider):
+    """A column of questions and one of bare answers."""
+
+    question_column: str = "question"
+    answer_column: str = "answer"
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return (self.question_column, self.answer_column)
+
+    @property
+    def _expected(self) -> str:
+        return f"an answer in {self.answer_column!r}"
+
+    def _problem(self, row: Row) -> Problem:
+        answer = row[self.answer_column]
+        return Problem(str(row[self.question_column]), None if answer is None else str(answer))
+
+
+def _plain(subject: str) -> str:
+    return "".join(character for character in subject.casefold() if character.isalnum())

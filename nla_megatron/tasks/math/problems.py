@@ -1,0 +1,91 @@
+"""Where problems come from: one interface, one registry.
+
+A provider is a class with `@register(name)`, or any class by its import path; its keyword arguments are its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from nla_megatron.config.options import bind, is_import_path, resolve
+from nla_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `reference`: the answer that responses are compared with; None where the source's is unreadable.
+
+    `level`, `subject`: as the source has them, for the statistics and for choosing.
+
+    Example:
+        >>> Problem("What is 3 + 4?", "7", "1", "arithmetic")
+    """
+
+    question: str
+    reference: str | None
+    level: str = ""
+    subject: str = ""
+
+
+class Provider(Protocol):
+    """Problems by number, the same on every rank and at every start."""
+
+    def __len__(self) -> int: ...
+
+    def problem(self, index: int) -> Problem:
+        """Number `index` of `len(self)`."""
+
+    unreadable: int
+    """How many problems were left out because no reference answer could be read."""
+
+
+P = TypeVar("P")
+_PROVIDERS: dict[str, type[Any]] = {}
+
+
+def register(name: str) -> Callable[[type[P]], type[P]]:
+    """Class decorator: makes a dataclass known to `make_provider` as `name`; a name is taken once.
+
+    Raises:
+        ConfigError: another provider has that name.
+    """
+
+    def add(cls: type[P]) -> type[P]:
+        if name in _PROVIDERS:
+            holder = _PROVIDERS[name].__qualname__
+            raise ConfigError(
+                f"a second provider of problems {name!r} ({cls.__qualname__})", f"one; {holder} has it",
+                "choose another name",
+            )  # fmt: skip
+        _PROVIDERS[name] = cls
+        return cls
+
+    return add
+
+
+def make_provider(name: str, options: Mapping[str, Any], where: str = "task.options.provider") -> Provider:
+    """The provider of a registered name or of an import path (`package.module:Class`) with its options.
+
+    Raises:
+        ConfigError: an unknown name, path or option, a value of another type, or a class that is no provider.
+        MissingFile, ColumnError: of what it reads.
+    """
+    # Registers ours; inside, because the modules import the names above.
+    from nla_megatron.tasks.math import files, generator  # noqa: F401
+
+    if is_import_path(name):
+        cls = resolve(name, where)
+        if not (hasattr(cls, "problem") and hasattr(cls, "__len__") and hasattr(cls, "__dataclass_fields__")):
+            raise ConfigError(
+                f"{where}={name!r}, which is {cls!r}", "a dataclass with `problem(index)` and `__len__`",
+                "see nla_megatron.tasks.math.problems.Provider",
+            )  # fmt: skip
+    elif name in _PROVIDERS:
+        cls = _PROVIDERS[name]
+    else:
+        known = ", ".join(sorted(_PROVIDERS))
+        raise ConfigError(f"{where}={name!r}", f"one of {known}, or an import path", f"correct {where}")
+    provider: Provider = bind(cls, options, f"{where}[{name}]")
+    return provider

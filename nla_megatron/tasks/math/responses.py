@@ -1,0 +1,126 @@
+r"""What a response to a mathematical problem says: its thinking, its format, its answer in `\boxed{}`.
+
+The strict format, of a response without the space around it:
+
+1. it begins with the opening tag (unless the prompt ends with that tag: then it begins inside the block, without one);
+2. each tag stands in it exactly once, the closing one after the opening one, so that there is exactly one block;
+3. after the block comes an answer with exactly one `\boxed{…}`, whose braces are balanced and whose content is not
+   blank; text may stand before the box, after it only space, a full stop and closing marks of mathematics
+   (`$`, `\)`, `\]`);
+4. the policy ended it itself: a truncated response has no format.
+
+The lenient answer is the last balanced, non-blank box behind the last closing tag, or anywhere where there is none; if
+there is no box at all, what follows the last `####`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_BOXES = ("\\boxed", "\\fbox")
+_TAIL = re.compile(r"(?:\s|\.|\$|\\\)|\\\])*")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Around the thinking block. `opened`: the prompt ends with the opening tag, so responses have none."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+    opened: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`thinking`: text of the thinking block, also of one that never closes; "" without one.
+
+    `strict`, `lenient`: the answer under either parse, None where there is none.
+    """
+
+    thinking: str
+    strict: str | None
+    lenient: str | None
+
+
+def read_response(text: str, tags: Tags, finished: bool = True) -> Reading:
+    """A response as the strict and the lenient parse see it; see the module's docstring."""
+    return Reading(_thinking(text, tags), strict_answer(text, tags) if finished else None, lenient_answer(text, tags))
+
+
+def strict_answer(text: str, tags: Tags) -> str | None:
+    """The content of the box of a response in exactly the format that was asked for, stripped; else None."""
+    body = text.strip()
+    if body.count(tags.close) != 1 or body.count(tags.open) != (0 if tags.opened else 1):
+        return None
+    if not tags.opened and not body.startswith(tags.open):
+        return None
+    start = 0 if tags.opened else len(tags.open)
+    end = body.find(tags.close, start)
+    if end < 0:
+        return None
+    answer = body[end + len(tags.close) :]
+    found = list(boxes(answer))
+    if len(found) != 1 or sum(answer.count(name) for name in _BOXES) != 1:
+        return None
+    content, stop = found[0]
+    return content.strip() or None if _TAIL.fullmatch(answer, stop) else None
+
+
+def lenient_answer(text: str, tags: Tags) -> str | None:
+    """The last box of the answer, or what follows the last `####`."""
+    answer = text.rpartition(tags.close)[2]
+    return last_box(answer) or after_hashes(answer)
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last box that is balanced and not blank, stripped."""
+    contents = [content.strip() for content, _ in boxes(text)]
+    return next((content for content in reversed(contents) if content), None)
+
+
+def after_hashes(text: str) -> str | None:
+    """What follows the last `####` on its line, stripped; None where nothing does."""
+    _, mark, rest = text.rpartition("####")
+    return (rest.strip().splitlines() or [""])[0].strip() or None if mark else None
+
+
+def boxes(text: str) -> Iterator[tuple[str, int]]:
+    r"""(content, index after the closing brace) of every outermost `\boxed{…}` whose braces balance.
+
+    `\{` and `\}` are characters, not braces. A box that never closes is passed over.
+    """
+    at = 0
+    while (start := _next_box(text, at)) is not None:
+        end = _closing(text, start)
+        if end is None:
+            at = start
+            continue
+        yield text[start:end], end + 1
+        at = end + 1
+
+
+def _next_box(text: str, at: int) -> int | None:
+    """Index after the next box's opening brace."""
+    found = re.compile(r"\\(?:boxed|fbox)\s*\{").search(text, at)
+    return None if found is None else found.end()
+
+
+def _closing(text: str, start: int) -> int | None:
+    depth, at = 1, start
+    while at < len(text):
+        if text[at] == "\\":
+            at += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if not depth:
+            return at
+        at += 1
+    return None
+
+
+def _thinking(text: str, tags: Tags) -> str:
+    if tags.opened:
+        return text.partition(tags.close)[0]
+    return text.partition(tags.open)[2].partition(tags.close)[0]

@@ -1,0 +1,246 @@
+"""Tasks whose policy is a plain language model: prompts are text, and so is what is measured.
+
+A task is a class with `@register(name)`; the command `rl` and the command `eval` find it by that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from nla_megatron.config.schema import TaskConfig
+from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.rollout.requests import PromptRequest, encode
+from nla_megatron.types import Measured, Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT = "{prompt}"
+_CHECKED_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a text becomes what the model reads.
+
+    `chat`: with the tokenizer's chat template; None is where it has one. `system`: a system message; "" is none.
+    `template`: the user's message, with `{prompt}` once. `plain`: the same for models without a chat template, the
+    whole text before the response. `chat_options`: variables of the chat template, such as `enable_thinking`.
+    `prefill`: what the response begins with, given to the model as part of the prompt.
+    """
+
+    chat: bool | None = None
+    system: str = ""
+    template: str = PROMPT
+    plain: str = PROMPT
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    prefill: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("template", "plain"):
+            if getattr(self, key).count(PROMPT) != 1:
+                raise ConfigError(
+                    f"task.options.prompt.{key}={getattr(self, key)!r}", f"a text with {PROMPT} once",
+                    f"write {PROMPT} where the prompt goes",
+                )  # fmt: skip
+
+    def ids(self, tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+        """The prompt's token ids. Special tokens are the chat template's, or the tokenizer's own where there is none;
+        a beginning is never written twice, and an end never.
+
+        Raises:
+            ConfigError: `chat` with a tokenizer that has no chat template.
+        """
+        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        if not chat:
+            ids = encode(tokenizer, self.plain.replace(PROMPT, text) + self.prefill)
+            return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"task.options.prompt.chat=true with {tokenizer.name_or_path}, which has no chat template",
+                "a model with one", "set task.options.prompt.chat=false",
+            )  # fmt: skip
+        messages = [{"role": "user", "content": self.template.replace(PROMPT, text)}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        templated: Any = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_options
+        )
+        written: list[int] = tokenizer(templated + self.prefill, add_special_tokens=False)["input_ids"]
+        doubled = len(written) > 1 and written[0] == written[1] == tokenizer.bos_token_id is not None
+        return tuple(written[1:] if doubled else written)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a command says of rows: its keys `data` and `held_out` ("" where not given), and which of the two parts is
+    wanted. An evaluation's `data` is a `held_out` here.
+    """
+
+    data: str = ""
+    held_out: str = ""
+    training: bool = True
+
+
+class TextTask(ABC):
+    """Prompts by row, and what responses to them are worth.
+
+    Subclasses are made by `open`, which raises named errors for whatever is wrong with options and files.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, style: PromptStyle):
+        self.tokenizer, self.style = tokenizer, style
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"tokenizer {tokenizer.name_or_path} has no end token", "an eos_token, which ends responses",
+                "name one in tokenizer_config.json",
+            )  # fmt: skip
+        self._prompt_ids: dict[int, tuple[int, ...]] = {}
+
+    @classmethod
+    @abstractmethod
+    def open(cls, options: Mapping[str, Any], data: Data, model: str, seed: int) -> TextTask | None:
+        """The task of a model's directory on one part of the rows; None where held-out ones are wanted and there are
+        none.
+        """
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many prompts there are."""
+
+    @abstractmethod
+    def text(self, row: int) -> str:
+        """The text of a row that the prompt is made of."""
+
+    @abstractmethod
+    def measure(self, rollouts: Sequence[Rollout]) -> Measured:
+        """What each response is, in the rollouts' order."""
+
+    @abstractmethod
+    def figures(self, measured: Measured) -> dict[str, Any]:
+        """What an evaluation reports: numbers, and tables of them."""
+
+    @abstractmethod
+    def example(self, measured: Measured, index: int) -> dict[str, Any]:
+        """One response with its prompt and everything measured of it, as JSON has it."""
+
+    def chosen(self, rows: Sequence[int], step: int) -> list[int]:
+        """The rows that a step asks for in place of those drawn; the same ones unless there is a curriculum."""
+        return list(rows)
+
+    def prompt_ids(self, row: int) -> tuple[int, ...]:
+        """Token ids of a row's prompt."""
+        if row not in self._prompt_ids:
+            self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row))
+        return self._prompt_ids[row]
+
+    def requests(self, rows: Sequence[int], seed: int, step: int) -> list[PromptRequest]:
+        """One prompt per row, no vector in any; sampling seeds depend on (seed, step, place, row) alone."""
+        return [
+            PromptRequest(group, row, self.prompt_ids(row), None, _sampling_seed(seed, step, group, row))
+            for group, row in enumerate(self.chosen(rows, step))
+        ]
+
+    def batch(self, rollouts: Sequence[Rollout], fields: Mapping[str, Tensor]) -> Batch:
+        """Prompt and response of each rollout. The mask takes every token of the response, its end token too."""
+        ids = [[*rollout.prompt_ids, *rollout.response_ids] for rollout in rollouts]
+        lengths = [len(row) for row in ids]
+        mask = response_mask([len(rollout.prompt_ids) for rollout in rollouts], lengths, max(lengths))
+        return Batch(ids=ids, fields={"mask": mask, **fields})
+
+    def response_text(self, rollout: Rollout) -> str:
+        """A response without the special token that ended it, whichever of the model's that was."""
+        ids = rollout.response_ids
+        if ids and ids[-1] in self._special_ids:
+            return str(self.tokenizer.decode(list(ids[:-1])))
+        return rollout.text
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def check_length(self, max_new_tokens: int, limit: int) -> None:
+        """Every prompt leaves room for its response; of a very large source evenly spaced ones are looked at.
+
+        Raises:
+            LayoutError: a prompt that does not.
+        """
+        stride = -(-self.rows // _CHECKED_ROWS)
+        lengths = {row: len(self.style.ids(self.tokenizer, self.text(row))) for row in range(0, self.rows, stride)}
+        longest = max(lengths, key=lambda row: lengths[row])
+        if lengths[longest] + max_new_tokens > limit:
+            raise LayoutError(
+                f"a prompt of {lengths[longest]} tokens (row {longest}) and rollout.max_new_tokens={max_new_tokens}",
+                f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
+            )  # fmt: skip
+
+
+T = TypeVar("T", bound=TextTask)
+_TASKS: dict[str, type[TextTask]] = {}
+
+
+def register(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: makes a task known by name; a name is taken once.
+
+    Raises:
+        ConfigError: another task has that name.
+    """
+
+    def add(cls: type[T]) -> type[T]:
+        if name in _TASKS:
+            holder = _TASKS[name].__qualname__
+            raise ConfigError(f"a second task {name!r} ({cls.__qualname__})", f"one; {holder} has it", "rename it")
+        cls.name = name
+        _TASKS[name] = cls
+        return cls
+
+    return add
+
+
+def text_tasks() -> tuple[str, ...]:
+    """The names of all text tasks."""
+    # Registers ours; inside, because the modules import the names above.
+    from nla_megatron.tasks import lexical  # noqa: F401
+    from nla_megatron.tasks.math import task  # noqa: F401
+
+    return tuple(sorted(_TASKS))
+
+
+def open_task(config: TaskConfig, data: Data, model: str, seed: int) -> TextTask | None:
+    """The task that a configuration names; None where `data` asks for held-out rows and there are none.
+
+    Raises:
+        ConfigError: an unknown task, an unknown option, or one of a wrong value.
+        MissingFile, ColumnError: of the data or the tokenizer.
+    """
+    known = text_tasks()
+    if config.name not in known:
+        raise ConfigError(f"task {config.name!r}", f"one of {', '.join(known)}", "correct task=")
+    return _TASKS[config.name].open(config.options, data, model, seed)
+
+
+def _sampling_seed(seed: int, step: int, place: int, row: int) -> int:
+    digest = hashlib.sha256(f"text:{seed}:{step}:{place}:{row}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def spread(values: Sequence[float], name: str) -> dict[str, float]:
+    """Mean, median and 90th percentile (linear between neighbours), as `{name}_mean` and so on."""
+    import numpy as np
+
+    array = np.asarray(values, dtype=np.float64)
+    return {
+        f"{name}_mean": float(array.mean()),
+        f"{name}_median": float(np.median(array)),
+        f"{name}_p90": float(np.percentile(array, 90)),
+    }

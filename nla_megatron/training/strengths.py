@@ -68,7 +68,7 @@ class PromptFeatures:
 
 
 class StrengthPolicy:
-    """What `rl` updates in place of a `TrainModule`: its numbers are those of the steered model.
+    """What `rl` updates in place of a `TrainModule`: its numbers are the steered model's, whatever `only` a batch has.
 
     Args:
         model: a language model with `interventions`; its parameters are frozen here.
@@ -97,6 +97,11 @@ class StrengthPolicy:
         self.reference_decay = reference_decay
         self._reference = [parameter.detach().clone() for parameter in self.predictor.parameters()]
         self._unsteered = False
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take an exported predictor's weights, before training: they are the reference too."""
+        self.predictor.load_state_dict(weights)
+        self._reference = [parameter.detach().clone() for parameter in self.predictor.parameters()]
 
     @torch.no_grad()
     def strengths(self, prompts: Sequence[Ids], step: int | None) -> Tensor:
@@ -131,7 +136,7 @@ class StrengthPolicy:
         leaf_NS = chosen_NS.detach().requires_grad_()
         for chunk in self.chunks:
             chunk.train()
-        steered = replace(batch, steering=Steering(leaf_NS, self.columns))
+        steered = replace(batch, only=None, steering=Steering(leaf_NS, self.columns))
         seen = forward_backward(self.chunks, steered, self.world, self.micro_batch_size, loss)
         statistics = self._reduced(seen, names)
         if check is not None:
@@ -191,11 +196,11 @@ class StrengthPolicy:
     def rows(self, batch: Batch, collect: Collect, width: int | None = None) -> Tensor:
         """Per-row numbers of the steered model without gradients; see `models.pipeline.forward_rows`."""
         if self._unsteered:
-            batch = replace(batch, only=[()] * len(batch))
+            batch = replace(batch, only=[()] * len(batch), steering=None)
         else:
             with torch.no_grad():
                 values_NS = self._predict(_prompts(batch), batch.training_step)
-            batch = replace(batch, steering=Steering(values_NS, self.columns))
+            batch = replace(batch, only=None, steering=Steering(values_NS, self.columns))
         return forward_rows(self.chunks, batch, self.world, self.micro_batch_size, collect, width)
 
     @contextmanager

@@ -157,7 +157,8 @@ class SaeOptions:
         if options.release is not None and options.sae_id is not None:
             path = str(find_sae(options.release, options.sae_id, self.sae_roots))
         return Intervention(
-            options.layer, options.mode, options.where, options.strength, bind(Schedule, options.schedule, f"{where}.schedule"),
+            options.layer, options.mode, options.where, options.strength,
+            bind(Schedule, options.schedule, f"{where}.schedule"),
             sae=path, features=options.features, max_acts=options.max_acts,
         )  # fmt: skip
 

@@ -32,7 +32,7 @@ from nla_megatron.rollout.requests import (
 )
 from nla_megatron.rollout.start import start
 from nla_megatron.rollout.worker import runner_of
-from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
+from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch, Strengths
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
@@ -201,9 +201,13 @@ class Engine:
         )
 
     def score(
-        self, recorded: Sequence[Rollout], positions: Sequence[int | None], vectors: Vectors, training_step: int = 0
-    ) -> RolloutBatch:
+        self, recorded: Sequence[Rollout], positions: Sequence[int | None], vectors: Vectors, training_step: int = 0,
+        strengths: Sequence[Strengths | None] | None = None,
+    ) -> RolloutBatch:  # fmt: skip
         """The same rollouts with log-probs under the engine's present weights: nothing is sampled.
+
+        Args:
+            positions, strengths: of each rollout's request, as `PromptRequest` has them.
 
         Raises:
             As `generate`.
@@ -212,8 +216,8 @@ class Engine:
 
         self.runner.sampler.given_temperature = self.config.temperature or 1.0
         requests = [
-            PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0)
-            for rollout, position in zip(recorded, positions, strict=True)
+            PromptRequest(rollout.group, rollout.row, rollout.prompt_ids, position, 0, strengths=own)
+            for rollout, position, own in zip(recorded, positions, strengths or [None] * len(recorded), strict=True)
         ]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]

@@ -82,7 +82,8 @@ class Sampling:
         with clock.phase("generate"):
             prompts = self.side.requests([rollout.row for rollout in recorded], number)
             positions = [prompt.position for prompt in prompts]
-            batch = self.engine.score(recorded, positions, self.side.vectors, number)
+            strengths = [prompt.strengths for prompt in prompts]
+            batch = self.engine.score(recorded, positions, self.side.vectors, number, strengths)
         return Scored(batch, *self._scored(batch, number, clock))
 
     def _scored(self, batch: RolloutBatch, number: int, clock: PhaseClock) -> tuple[Measured, Scores]:

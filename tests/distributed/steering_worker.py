@@ -32,7 +32,7 @@ from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.policy import PolicyLearning, means
 from nla_megatron.training.sampling import Sampling
 from nla_megatron.training.sides.sae import SaeSide
-from nla_megatron.types import Measured, Scores
+from nla_megatron.types import Measured, Rollout, Scores
 from tests.support.strengths import checksum
 from tests.support.tiny import tiny_model
 
@@ -103,6 +103,12 @@ def config_of(scratch: Path) -> RlConfig:
     )  # fmt: skip
 
 
+def gap_of(one: tuple[Rollout, ...], other: tuple[Rollout, ...]) -> float:
+    """Largest difference of the sampler's log-probs."""
+    pairs = [(a, b) for r, s in zip(one, other, strict=True) for a, b in zip(r.logprobs, s.logprobs, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
 def main(result: str, folder: str) -> None:
     world, scratch = initialise(ParallelConfig()), Path(folder)
     if world.is_main:
@@ -129,6 +135,11 @@ def main(result: str, folder: str) -> None:
         learned = learning.update(scored.batch, sampled, algorithm.credit(sampled), number)
         beside = side.learn(scored.batch, scored.measured, number)
         steps.append({"reward": float(scored.scores.rewards.mean()), **means(learned.policy), **beside})
+    # A replay scores what was sampled with the strengths that it was sampled with.
+    fresh = engine.generate(side.requests(list(range(4)), number), side.vectors, 2, number).rollouts
+    kept = [request.strengths for request in side.requests([rollout.row for rollout in fresh], number)]
+    replayed = engine.score(fresh, [None] * len(fresh), side.vectors, number, kept).rollouts
+    unsteered = engine.score(fresh, [None] * len(fresh), side.vectors, number).rollouts
     end = side.evaluate(engine, STEPS - 1)
     side.export()
     if world.is_main:
@@ -137,7 +148,8 @@ def main(result: str, folder: str) -> None:
         gap = (exported(side.policy.features(prompts)) - side.policy.strengths(prompts, None)).abs().max()
         out = {
             "steps": steps, "start": start, "end": end, "unchanged": checksum(side.policy) == before,
-            "longest": longest, "exported gap": float(gap.detach()), "steers": described.interventions[0].to_dict(),
+            "replay gap": gap_of(fresh, replayed), "other strengths": gap_of(fresh, unsteered), "longest": longest,
+            "exported gap": float(gap.detach()), "steers": described.interventions[0].to_dict(),
         }  # fmt: skip
         Path(result).write_text(json.dumps(out, indent=1))
     barrier(world)

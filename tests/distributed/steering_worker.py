@@ -64,15 +64,18 @@ class Planted:
 
 
 def plant(directory: Path, sae: Path) -> None:
-    """An SAE of the last block in which one feature's direction is the class's in the output layer, another's its
-    opposite; the others' are at random.
+    """A direction that the class's tokens have in common in the output layer, and an SAE of the last block in which one
+    feature has that direction, another its opposite, and the others any.
     """
     from safetensors.torch import load_file, save_file
 
     generator = torch.Generator().manual_seed(1)
-    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"].float()
-    towards = head[list(CLASS)].mean(0) - head.mean(0)
+    weights = load_file(directory / "model.safetensors")
+    head = weights["model.embed_tokens.weight"]
+    towards = torch.randn(head.shape[1], generator=generator)
     towards = towards / towards.norm()
+    head[list(CLASS)] += 0.4 * towards
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     decoder = torch.randn(16, head.shape[1], generator=generator) / head.shape[1] ** 0.5
     decoder[RAISES], decoder[LOWERS] = towards, -towards
     sae.mkdir()

@@ -48,6 +48,7 @@ setup(
             "tensorboard",
             "types-PyYAML",
             "peft",
+            "trl",
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },

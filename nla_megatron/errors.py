@@ -74,7 +74,7 @@ class DiskFull(NlaError):
 
 
 class ProviderError(NlaError):
-    """An explanation provider refused the request or failed for too many rows."""
+    """Who was asked for explanations or judgements refused, or failed too often."""
 
 
 class ReshardError(NlaError):
@@ -109,6 +109,10 @@ class ConversionMismatch(RunError):
 
 class RolloutError(RunError):
     """Ranks disagree about the rollouts, or the sampler and the trainer disagree about their log-probs."""
+
+
+class RewardError(RunError):
+    """A reward that is not one finite number per rollout, or that reads what the task does not measure."""
 
 
 class NotFinite(RunError):

@@ -21,8 +21,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from nla_megatron.config.compose import conf_dir, describe
-from nla_megatron.config.schema import SCHEMAS
+from nla_megatron.config.schema import SCHEMAS, RewardTermConfig
 from nla_megatron.launch.commands import COMMANDS
+from nla_megatron.rewards.terms import options_type, registered
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 REQUIRED = "???"
@@ -170,6 +171,21 @@ def blocks() -> list[type]:
     return list(dict.fromkeys(hint for hint in hints if is_dataclass(hint)))
 
 
+def reward_terms() -> Iterator[str]:
+    """One section per registered term of a reward: what it computes, and its options."""
+    yield from ("### RewardTermConfig\n", f"{inspect.getdoc(RewardTermConfig)}\n", option_table(RewardTermConfig))
+    yield "\n## Reward terms\n\nOptions stand under `reward.terms.LABEL.options`. docs/rewards.md has the formulas."
+    for name, term in sorted(registered().items()):
+        about = " ".join((inspect.getdoc(term) or "").partition("\n\n")[0].split())
+        yield from (f"\n### {name}\n", f"{about}\n", option_table(options_type(term)))
+
+
+def option_table(cls: type) -> str:
+    """The table of a dataclass by its own defaults, or a line that there is nothing to set."""
+    defaults = {item.name: schema_default(item) for item in fields(cls)}
+    return table(rows(cls, defaults)) if defaults else "No options."
+
+
 def page() -> str:
     """The whole page."""
     parts = [INTRO, "## Groups\n", *groups(), "\n## Commands\n"]
@@ -183,6 +199,7 @@ def page() -> str:
         defaults = {item.name: schema_default(item) for item in fields(cls)}
         about = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         parts += [f"### {cls.__name__}\n", f"{about}\n", table(rows(cls, defaults)), ""]
+    parts += reward_terms()
     return "\n".join(parts).rstrip() + "\n"
 
 

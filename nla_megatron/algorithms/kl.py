@@ -6,8 +6,10 @@ With d = log reference - log policy of a token that the policy drew:
     k2 = d^2 / 2             biased; its gradient is that of the KL
     k3 = exp(d) - d - 1      unbiased, never below 0
 
-As a *loss* k1 teaches nothing: its gradient is the score of the policy, whose expectation under the policy is 0. It
-belongs into the reward, where the score multiplies it; a configuration with k1 in the loss is refused.
+As a *loss* k1 teaches nothing: its gradient is the score of the policy, whose expectation under the policy is 0, and
+k3's is that of KL(reference || policy). Multiplied by the differentiable ratio of policy and old policy (`kl_weighted`;
+DeepSeek-V3.2, 2025, section 3.1) k1 and k3 have the gradient of KL(policy || reference). In the reward, where the score
+multiplies it, so has k1. A configuration with a bare k1 in the loss is refused.
 """
 
 from __future__ import annotations

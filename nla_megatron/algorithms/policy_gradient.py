@@ -75,9 +75,10 @@ class PolicyGradient:
             statistics["correction_zero"] = (corrected_BT == 0).float()
         if tokens.reference is not None:
             kl_BT = kl(tokens.logprobs, tokens.reference, config.kl, config.kl_clamp)
-            if config.kl_in == "loss":
-                loss_BT = loss_BT + config.kl_coef * kl_BT
             statistics["kl"] = kl_BT.detach()
+            if config.kl_in == "loss":
+                weight_BT = token_log_ratio(tokens).exp() if config.kl_weighted else 1.0
+                loss_BT = loss_BT + config.kl_coef * weight_BT * kl_BT
         if config.entropy_coef > 0:
             assert tokens.entropy is not None
             loss_BT = loss_BT - config.entropy_coef * tokens.entropy

@@ -6,13 +6,17 @@ configuration after it is composed.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from omegaconf import MISSING
 
 from nla_megatron.config.logger import LoggerOptions
+from nla_megatron.config.options import bind
 from nla_megatron.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16")
@@ -151,6 +155,9 @@ class AlgorithmConfig:
     """Which estimate of the KL to the reference: k1, k2 or k3."""
     kl_in: str = "loss"
     """loss, or reward: there each token's KL is taken off its reward before anything is compared."""
+    kl_weighted: bool = False
+    """Multiply the KL in the loss by the token's ratio to the old policy: then its gradient is the KL's own, whatever
+    the estimate."""
     kl_coef: float = 0.01
     """0 needs no reference."""
     kl_clamp: float = 12.0
@@ -208,10 +215,16 @@ class AlgorithmConfig:
                 "algorithm.loss_mean=constant without algorithm.loss_length", "tokens to divide by",
                 "set algorithm.loss_length=, for example to rollout.max_new_tokens",
             )  # fmt: skip
-        if self.kl == "k1" and self.kl_in == "loss" and self.kl_coef > 0:
+        if self.kl_weighted and self.kl_in == "reward":
+            raise ConfigError(
+                "algorithm.kl_weighted=true with algorithm.kl_in=reward", "a weight for the KL in the loss only",
+                "drop algorithm.kl_weighted=, or set algorithm.kl_in=loss",
+            )  # fmt: skip
+        if self.kl == "k1" and self.kl_in == "loss" and self.kl_coef > 0 and not self.kl_weighted:
             raise ConfigError(
                 "algorithm.kl=k1 in the loss", "k2 or k3 in the loss, or k1 in the reward",
-                "set algorithm.kl_in=reward or algorithm.kl=k3: the expected gradient of k1 is zero",
+                "set algorithm.kl_in=reward, algorithm.kl=k3 or algorithm.kl_weighted=true: the expected gradient of k1"
+                " is zero",
             )  # fmt: skip
         if self.correction_low > self.correction_high:
             raise ConfigError(
@@ -226,15 +239,67 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """How the AR's error becomes the AV's reward (docs/method.md)."""
+class RewardTermConfig:
+    """One term of a reward: what it is, and what it counts for. Its weight may change once, at a step or an epoch."""
 
-    name: str = "reconstruction"
-    transform: str = "negative"
-    temperature: float = 1.0
+    term: str = ""
+    """A registered term, or the import path `package.module:Name` of a class or a function. Empty: as its label."""
+    weight: float = 1.0
+    """Of the term in the reward."""
+    later_weight: float | None = None
+    """The weight from `change_at` on. None: it stays."""
+    change_at: int | None = None
+    """The first step or epoch, 0-based, that has `later_weight`."""
+    change_by: str = "step"
+    """Whether `change_at` counts steps or passes over the table."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The term's own."""
 
     def __post_init__(self) -> None:
-        _one_of("reward.transform", self.transform, ("negative", "log", "exp", "bounded"))
+        _one_of("change_by", self.change_by, ("step", "epoch"))
+        if (self.later_weight is None) != (self.change_at is None):
+            raise ConfigError(
+                f"later_weight={self.later_weight} with change_at={self.change_at}", "both or neither", "add the other"
+            )
+        if self.change_at is not None:
+            _at_least("change_at", self.change_at, 0)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the weight does."""
+        return self.change_at is not None
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Which terms a reward has, and how they become one number (docs/rewards.md)."""
+
+    terms: dict[str, Any] = field(default_factory=dict)
+    """By label, each a RewardTermConfig; the labels `correctness`, `length` and `format` have a role below."""
+    composition: str = "additive"
+    """`additive`: the weighted sum. `weighted_length_penalty`: the length counts only where the answer is right."""
+    product: str = "correctness_length"
+    """What the length is multiplied by in `weighted_length_penalty`: correctness, or correctness and format."""
+    strict_format_gate: bool = False
+    """A response whose term `format` is 0 gets `non_strict_penalty` in the place of everything else."""
+    non_strict_penalty: float = -1.0
+
+    def __post_init__(self) -> None:
+        _one_of("reward.composition", self.composition, ("additive", "weighted_length_penalty"))
+        _one_of("reward.product", self.product, ("correctness_length", "correctness_length_format"))
+        if not math.isfinite(self.non_strict_penalty):
+            raise ConfigError(f"reward.non_strict_penalty={self.non_strict_penalty}", "a finite number", "correct it")
+        _ = self.parts  # so that a term's mistakes are named when the configuration is composed
+
+    @cached_property
+    def parts(self) -> dict[str, RewardTermConfig]:
+        """The terms by label. Raises ConfigError for an unknown key or a wrong type."""
+        for label, one in self.terms.items():
+            if not isinstance(one, Mapping):
+                raise ConfigError(
+                    f"reward.terms.{label}={one!r}", "the keys of a term", f"set reward.terms.{label}.weight or .term"
+                )
+        return {label: bind(RewardTermConfig, one, f"reward.terms.{label}") for label, one in self.terms.items()}
 
 
 @dataclass(frozen=True)
@@ -473,24 +538,31 @@ class RlConfig(TrainingStageConfig):
 
 @dataclass(frozen=True)
 class EvalConfig(StageConfig):
-    """Held-out FVE with its controls."""
+    """How well a model does its task on rows that nobody trained on: for `nla`, FVE with its controls."""
 
-    av: str = MISSING
-    ar: str = MISSING
-    data: str = MISSING
+    task: TaskConfig = field(default_factory=TaskConfig)
+    av: str = ""
+    ar: str = ""
+    model: str = ""
+    """Who answers, in every task but `nla`: a Hugging Face directory."""
+    data: str = ""
     rows: int = 400
+    samples: int = 1
+    """Responses per row; more need a temperature. Of several, `math` reports pass@k. `nla` takes one."""
     micro_batch_size: int = 32
     dtype: str = "float32"
     examples: int = 20
     bootstrap: int = 1000
     compare: str | None = None
-    """Another evaluation's directory: the paired difference in FVE is reported too."""
+    """Another evaluation's directory: the paired difference in FVE (or in the task's own figure) is reported too."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, _DTYPES)
         _at_least("micro_batch_size", self.micro_batch_size, 1)
         _at_least("bootstrap", self.bootstrap, 1)
+        _at_least("samples", self.samples, 1)
+        _at_least("examples", self.examples, 0)
 
 
 @dataclass(frozen=True)

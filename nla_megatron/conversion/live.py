@@ -20,13 +20,15 @@ from nla_megatron.conversion.hf import SafetensorsReader, check_tied
 from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
 from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.critic import Critic, build_critic
 from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora import LORA
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
-VALUE_HEAD = "value_head.weight"
+VALUE_HEAD = "value_head."
+"""What the names of an AR's or a critic's head start with; no base model has them."""
 
 
 def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -68,7 +70,7 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     if with_head and shape.tied_embeddings:
         check_tied(reader)
     for name, parameter in global_parameters(model).items():
-        if name != VALUE_HEAD and f".{LORA}." not in name and not name.startswith(f"{PROJECTIONS}."):
+        if f".{LORA}." not in name and not name.startswith((VALUE_HEAD, f"{PROJECTIONS}.")):
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 
@@ -86,6 +88,17 @@ def load_reconstructor(directory: str, shape: ModelShape, world: World, dtype: s
     head = value_head_of(directory, shape.hidden_size)
     if head is not None and model.value_head is not None:
         model.value_head.load_state_dict({"weight": head})
+    return model
+
+
+def load_critic(directory: str, shape: ModelShape, world: World, dtype: str) -> Critic:
+    """A critic on this layout: the blocks of a policy's directory, and a head that starts at zero.
+
+    Raises:
+        MissingFile, CheckpointError: weights are missing, or of another shape.
+    """
+    model = build_critic(shape, world, dtype)
+    load_from_hf(model, directory, shape, world, with_head=False)
     return model
 
 

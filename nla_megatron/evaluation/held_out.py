@@ -1,4 +1,6 @@
-"""`eval`: how much the words carry on documents nobody trained on, with the controls that make the number mean it."""
+"""`eval` of the task `nla`: how much the words carry on documents nobody trained on, with controls that make it mean
+something.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,13 @@ RESULTS, ROWS, EXAMPLES = "eval.json", "rows.json", "examples.jsonl"
 def check(config: EvalConfig, world_size: int) -> None:
     """Everything that can be known before the first sample; raises a named error."""
     data_parallel_size(config.parallel, world_size)
+    missing = [key for key in ("av", "ar", "data") if not getattr(config, key)]
+    if missing or config.samples != 1:
+        raise ConfigError(
+            f"no value for {', '.join(missing)}" if missing else f"samples={config.samples} in the task nla",
+            "av, ar and data, and one sample of each row", f"add {' '.join(f'{key}=...' for key in missing)}"
+            if missing else "leave samples out",
+        )  # fmt: skip
     task = NlaTask.open(config.data, "rl", config.av)
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")

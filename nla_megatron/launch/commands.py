@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         "nla_megatron.training.rl", True, "on-policy training of AV and AR, vLLM in the same processes", True
     ),
     "eval": Command(
-        "nla_megatron.evaluation.held_out", True, "held-out FVE, with gold text and shuffled vectors beside it", True
+        "nla_megatron.evaluation.command", True, "held-out figures of a task: FVE and its controls, accuracy, ...", True
     ),
     "convert": Command(
         "nla_megatron.conversion.command",

@@ -10,5 +10,5 @@ torch = import_module("torch")
 if not torch.cuda.is_available():
     # A fork of a process with worker threads would wait for them for ever.
     torch.set_num_threads(1)
-    for room in ("evaluation.held_out", "training.rl", "rollout.preload"):
+    for room in ("evaluation.command", "training.rl", "rollout.preload"):
         import_module(f"nla_megatron.{room}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
+
+from nla_megatron.models.batching import next_token_targets
+from nla_megatron.types import Microbatch
 
 
 def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> Tensor:
@@ -55,3 +59,12 @@ class _Entropy(torch.autograd.Function):
         logprobs = logprobs.clamp(min=torch.finfo(torch.float32).min)
         slope = logprobs.exp() * (logprobs + entropy_BT[..., None])
         return (-slope * (gradients[0] / context.temperature)[..., None]).to(context.dtype), None
+
+
+def response_logprobs(temperature: float) -> Callable[[Tensor, Microbatch], Tensor]:
+    """A collector of log p(token) at the positions that predict a response token, 0 elsewhere: (B, T)."""
+
+    def collect(logits_BTV: Tensor, part: Microbatch) -> Tensor:
+        return token_logprobs(logits_BTV, next_token_targets(part.ids), temperature) * part.fields["mask"]
+
+    return collect

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from nla_megatron.config.schema import RewardConfig
-from nla_megatron.errors import ConfigError
+from nla_megatron.rewards.composition import Composed, here
+from nla_megatron.rewards.terms import Term, make_term, register
 from nla_megatron.types import Measured, Scores
+
+__all__ = ["Reward", "Term", "make_reward", "register"]
 
 
 class Reward(Protocol):
@@ -23,25 +26,28 @@ class Reward(Protocol):
     def load_state(self, state: dict[str, float]) -> None: ...
 
 
-_REWARDS: dict[str, Callable[[RewardConfig], Reward]] = {}
+def make_reward(
+    config: RewardConfig,
+    steps_per_epoch: float | None = None,
+    rows: int | None = None,
+    once: Callable[[Callable[[], Scores]], Scores] = here,
+) -> Composed:
+    """The reward that a configuration describes.
 
+    Args:
+        config: its terms and how they are put together.
+        steps_per_epoch: rows of the table over rows of a step, for weights that change by epoch.
+        rows: of the task's table, for terms that know something of each row.
+        once: runs a computation on one rank and gives its result to all; terms that ask a server go through it.
 
-def register(name: str) -> Callable[[Callable[[RewardConfig], Reward]], Callable[[RewardConfig], Reward]]:
-    """A decorator that makes a reward known by name; a name is taken once."""
-
-    def add(factory: Callable[[RewardConfig], Reward]) -> Callable[[RewardConfig], Reward]:
-        if name in _REWARDS:
-            raise ValueError(f"reward {name!r} is registered already")
-        _REWARDS[name] = factory
-        return factory
-
-    return add
-
-
-def make_reward(config: RewardConfig) -> Reward:
-    """Raises ConfigError for an unknown name."""
-    from nla_megatron.rewards import reconstruction  # noqa: F401 - registers itself
-
-    if config.name not in _REWARDS:
-        raise ConfigError(f"reward.name={config.name!r}", f"one of {', '.join(sorted(_REWARDS))}", "set reward.name=")
-    return _REWARDS[config.name](config)
+    Raises:
+        ConfigError: an unknown term or option, an import path that does not resolve, or parts that do not fit.
+        MissingFile: a file that a term reads.
+    """
+    terms = {
+        label: make_term(one.term or label, one.options, f"reward.terms.{label}") for label, one in config.parts.items()
+    }
+    if rows is not None:
+        for term in terms.values():
+            term.check_rows(rows)
+    return Composed(config, terms, steps_per_epoch, once)

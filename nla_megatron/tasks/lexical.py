@@ -22,6 +22,7 @@ from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, sprea
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 _OPTIONS = "task.options"
@@ -91,13 +92,16 @@ class LexicalTask(TextTask):
 
     def figures(self, measured: Measured) -> dict[str, Any]:
         """`richness` (mean over responses; one without words has 0), words and tokens of a response, `truncated`."""
-        total, unique = measured.values["words"], measured.values["unique_words"]
+        name, richness = self.main(measured)
         return {
-            "richness": float((unique / total.clamp_min(1)).mean()),
-            **spread(total.tolist(), "words"),
+            name: float(richness.mean()),
+            **spread(measured.values["words"].tolist(), "words"),
             **spread([len(each.response_ids) for each in measured.rollouts], "response_tokens"),
             "truncated": sum(not each.finished for each in measured.rollouts) / len(measured.rollouts),
         }
+
+    def main(self, measured: Measured) -> tuple[str, Tensor]:
+        return "richness", measured.values["unique_words"] / measured.values["words"].clamp_min(1)
 
     def example(self, measured: Measured, index: int) -> dict[str, Any]:
         rollout = measured.rollouts[index]

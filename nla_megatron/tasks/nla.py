@@ -34,8 +34,7 @@ from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import MissingFile, SidecarError, WidthError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING, Intervention
-from nla_megatron.models.batching import Batch, next_token_targets, response_mask
-from nla_megatron.models.logprobs import token_logprobs
+from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.rollout.engine import PromptRequest
 from nla_megatron.types import Microbatch, Rollout
@@ -273,15 +272,6 @@ def squared_error(predicted_BD: Tensor, part: Microbatch) -> Tensor:
     """Mean squared error per row (B,) at the scale of the loss: 2 (1 - cosine)."""
     assert part.vectors is not None
     return geometry.row_mse(predicted_BD, part.vectors, MSE_SCALE)
-
-
-def response_logprobs(temperature: float) -> Collect:
-    """A collector of log p(token) at the positions that predict a response token, 0 elsewhere: (B, T)."""
-
-    def collect(logits_BTV: Tensor, part: Microbatch) -> Tensor:
-        return token_logprobs(logits_BTV, next_token_targets(part.ids), temperature) * part.fields["mask"]
-
-    return collect
 
 
 def explanations_of(rollouts: Sequence[Rollout]) -> list[str | None]:

@@ -131,6 +131,10 @@ class TextTask(ABC):
         """What an evaluation reports: numbers, and tables of them."""
 
     @abstractmethod
+    def main(self, measured: Measured) -> tuple[str, Tensor]:
+        """The figure that stands for the task, by its name in `figures`, and its value for each response (N,)."""
+
+    @abstractmethod
     def example(self, measured: Measured, index: int) -> dict[str, Any]:
         """One response with its prompt and everything measured of it, as JSON has it."""
 
@@ -169,8 +173,10 @@ class TextTask(ABC):
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.all_special_ids)
 
-    def check_length(self, max_new_tokens: int, limit: int) -> None:
-        """Every prompt leaves room for its response; of a very large source evenly spaced ones are looked at.
+    def check_length(self, max_new_tokens: int, limit: int) -> int:
+        """The longest prompt in tokens, which leaves room for its response.
+
+        Of a very large source evenly spaced ones are looked at.
 
         Raises:
             LayoutError: a prompt that does not.
@@ -183,6 +189,7 @@ class TextTask(ABC):
                 f"a prompt of {lengths[longest]} tokens (row {longest}) and rollout.max_new_tokens={max_new_tokens}",
                 f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
             )  # fmt: skip
+        return lengths[longest]
 
 
 T = TypeVar("T", bound=TextTask)

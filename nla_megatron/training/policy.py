@@ -16,7 +16,8 @@ from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
-from nla_megatron.tasks.nla import response_logprobs
+from nla_megatron.models.critic import response_values
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.training.sampling import Scored
@@ -49,7 +50,7 @@ class PolicyLearning:
             with self.side.reference():
                 reference = self.side.policy.rows(batch, collect, batch.longest)
         if self.critic is not None:
-            values = self.critic.rows(batch, token_values, batch.longest)
+            values = self.critic.rows(batch, response_values, batch.longest)
         return Sampled(
             rewards=scored.scores.rewards,
             groups=scored.batch.groups,

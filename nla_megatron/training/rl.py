@@ -5,15 +5,19 @@ With the task `nla` the policy is the AV, and the judge is the AR, which learns 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from nla_megatron.algorithms import check_algorithm, make_algorithm
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import LayoutError
 from nla_megatron.models.builder import check_layout
-from nla_megatron.models.critic import load_critic
+from nla_megatron.models.interventions import intervene
+from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
 from nla_megatron.rollout.engine import Engine, check_rollout_layout
@@ -23,14 +27,15 @@ from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
-from nla_megatron.types import Credit
+from nla_megatron.types import Credit, Scores
 
 
 def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     side = side_of(config)
-    longest = side.check(config, world_size) + config.rollout.max_new_tokens
+    prompts = side.check(config, world_size)
+    longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
     check_layout(shape, config.parallel)
     check_rollout_layout(shape, config.rollout.tp, world_size)
@@ -41,7 +46,7 @@ def check(config: RlConfig, world_size: int) -> None:
             f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
         )  # fmt: skip
     check_algorithm(config.algorithm, config.samples_per_prompt)
-    make_reward(config.reward)
+    make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
     check_run_directory("rl", config)
 
 
@@ -64,14 +69,10 @@ class RlTrainer:
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world = config, world
-        self.algorithm, self.reward = make_algorithm(config.algorithm), make_reward(config.reward)
         self.side = side = make_side(config, world)
-        self.critic: TrainModule | None = None
-        if self.algorithm.needs.values:
-            critic = load_critic(side.directory, side.shape, side.interventions, world, config.dtype)
-            self.critic = TrainModule(
-                critic, world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype
-            )
+        self.algorithm = make_algorithm(config.algorithm)
+        self.reward = make_reward(config.reward, side.n_rows / config.batch_size, side.n_rows, self._once)
+        self.critic = self._critic() if self.algorithm.needs.values else None
         self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
         self.engine = Engine(
             side.directory, side.shape, config.rollout, side.interventions, world,
@@ -106,6 +107,17 @@ class RlTrainer:
             with clock.phase("eval"):
                 scalars |= self.side.evaluate(self.engine, number)
         return {**scalars, **clock.seconds}
+
+    def _critic(self) -> TrainModule:
+        """It starts from the policy's blocks, and reads what the policy reads."""
+        config, side = self.config, self.side
+        model = load_critic(side.directory, side.shape, self.world, config.dtype)
+        intervene(model, side.interventions)
+        return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
+
+    def _once(self, scores: Callable[[], Scores]) -> Scores:
+        """Another program is asked by one rank alone: it may answer each differently."""
+        return broadcast_object(scores() if self.world.is_main else None, self.world)
 
     def load_engine(self) -> None:
         """Hand the policy's present weights to the sampler."""

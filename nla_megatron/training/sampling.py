@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
 from nla_megatron.rewards import Reward
 from nla_megatron.rollout.engine import Engine
@@ -43,7 +42,7 @@ class Sampling:
     def __init__(
         self, config: RlConfig, side: Side, engine: Engine, algorithm: Algorithm, reward: Reward, world: World
     ):
-        self.config, self.side, self.engine, self.world = config, side, engine, world
+        self.config, self.side, self.engine = config, side, engine
         self.algorithm, self.reward = algorithm, reward
         self.recorder = RolloutRecorder(config, world)
 
@@ -89,11 +88,7 @@ class Sampling:
     def _scored(self, batch: RolloutBatch, number: int, clock: PhaseClock) -> tuple[Measured, Scores]:
         with clock.phase("score"):
             measured = self.side.measure(batch, number)
-            if not self.reward.once:
-                return measured, self.reward(measured, number)
-            # Another program is asked, which may answer each rank differently.
-            mine = self.reward(measured, number) if self.world.is_main else None
-            return measured, broadcast_object(mine, self.world)
+            return measured, self.reward(measured, number)
 
 
 def refilled(found: Scored, more: Scored, algorithm: Algorithm) -> Scored:

@@ -24,12 +24,12 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.decoder import build_chunks
 from nla_megatron.models.interventions import intervene, projections_of
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.pipeline import forward_backward
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
-from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from tests.support import hooked

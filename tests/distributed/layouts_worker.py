@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,26 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.algorithms import make_algorithm
+from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
-from nla_megatron.conversion.live import Exporter, load_from_hf
+from nla_megatron.conversion.live import Exporter, load_critic, load_from_hf
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.critic import response_values
 from nla_megatron.models.interventions import intervene
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.reconstructor import build_reconstructor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
-from nla_megatron.tasks.nla import response_logprobs, squared_error
+from nla_megatron.tasks.nla import squared_error
 from nla_megatron.training.losses import cross_entropy, reconstruction
-from nla_megatron.training.module import TrainModule
+from nla_megatron.training.module import TrainModule, Update
+from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.training.reference import MovingCopy
 from tests.support.tiny import tiny_model
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 LAYER, POSITION, PROMPT, STEPS = 1, 3, 6, 3
 LENGTHS = (9, 14, 7, 11, 12, 8, 10)
+ENTROPY, TEMPERATURE = 0.3, 0.8
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant", clip_grad=0.5)
 
 
@@ -94,8 +102,136 @@ def on_layout(directory: Path, world: World) -> dict[str, Any]:
     }
 
 
+def reinforced(directory: Path, world: World) -> dict[str, Any]:
+    """A policy and its critic learn from made-up advantages and returns, with an entropy bonus."""
+    shape = read_shape(directory)
+    data, algorithm = (
+        rows(shape),
+        make_algorithm(AlgorithmConfig(name="ppo", kl_coef=0.0, entropy_coef=ENTROPY, value_clip=None)),
+    )
+    plain, targets = av_batch(data), credit()
+    mask, total = plain.fields["mask"], float(plain.fields["mask"].sum())
+    fields = {"token_weights": algorithm.token_weights(mask), "sampler": mask * 0, "old_values": mask * 0}
+    batch = replace(plain, fields={"mask": mask, "advantages": targets * mask, "returns": targets * mask, **fields})
+
+    def learned(model: Any, loss: Any, names: tuple[str, ...]) -> tuple[TrainModule, list[Update]]:
+        intervene(model, [Intervention(LAYER, "norm_add")])
+        module = TrainModule(model, world, OPTIM, STEPS, 2, "float32")
+        return module, [module.update(batch, loss, names, step) for step in range(STEPS)]
+
+    av = build_verbalizer(shape, world, "float32")
+    load_from_hf(av, str(directory), shape, world, with_head=True)
+    _, policy = learned(av, policy_loss(algorithm, TEMPERATURE, total), policy_statistics(algorithm))
+    critic = load_critic(str(directory), shape, world, "float32")
+    module, values = learned(critic, value_loss(algorithm, total), value_statistics(algorithm))
+    return {
+        "policy": [(each.statistics["loss"], each.grad_norm) for each in policy],
+        "entropy": [each.statistics["entropy"] for each in policy],
+        "critic": [(each.statistics["loss"], each.grad_norm) for each in values],
+        "values": module.rows(batch, response_values, max(LENGTHS)),
+    }
+
+
+def credit() -> torch.Tensor:
+    """A number for each position of the rows, (N, T)."""
+    return torch.randn(len(LENGTHS), max(LENGTHS), generator=torch.Generator().manual_seed(5))
+
+
+def reinforced_reference(directory: Path) -> dict[str, Any]:
+    """The same by transformers, forward hooks and torch's AdamW, one row at a time."""
+    from transformers import AutoModelForCausalLM
+
+    data, targets = rows(read_shape(directory)), credit()
+    wanted = torch.cat([targets[row, PROMPT - 1 : length - 1] for row, length in enumerate(LENGTHS)])
+
+    def trained(parameters: list[torch.nn.Parameter], loss_of: Any) -> list[tuple[float, float]]:
+        optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), weight_decay=0.0)
+        seen = []
+        for _ in range(STEPS):
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, OPTIM.clip_grad))
+            optimizer.step()
+            seen.append((float(loss), norm))
+        return seen
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    entropies = []
+
+    def policy() -> torch.Tensor:
+        logprobs, entropy = [], []
+        for row, ids in enumerate(data.ids):
+            with injected(model, torch.from_numpy(data.vectors[row])):
+                spread = torch.log_softmax(model(torch.tensor([ids])).logits[0, PROMPT - 1 : -1] / TEMPERATURE, -1)
+            logprobs.append(spread.gather(-1, torch.tensor(ids)[PROMPT:, None])[:, 0])
+            entropy.append(-(spread.exp() * spread).sum(-1))
+        entropies.append(float(torch.cat(entropy).mean()))
+        # A ratio to itself is 1, and its gradient that of the log-prob.
+        ratio = (torch.cat(logprobs) - torch.cat(logprobs).detach()).exp()
+        return (-wanted * ratio - ENTROPY * torch.cat(entropy)).mean()
+
+    policy_seen = trained(list(model.parameters()), policy)
+    body = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    head = torch.nn.Linear(body.config.hidden_size, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+
+    def values() -> torch.Tensor:
+        found = []
+        for row, ids in enumerate(data.ids):
+            with injected(body, torch.from_numpy(data.vectors[row])), captured(body, -1) as stream:
+                body.model(torch.tensor([ids]))
+            here = stream[0][PROMPT - 1 : -1]
+            scaled = here / (here.square().mean(-1, keepdim=True) + body.config.rms_norm_eps).sqrt()
+            found.append(head(scaled)[:, 0])
+        return torch.cat(found)
+
+    parameters = [*body.model.embed_tokens.parameters(), *body.model.layers.parameters(), *head.parameters()]
+    critic_seen = trained(parameters, lambda: (values() - wanted).square().mean() / 2)
+    return {"policy": policy_seen, "entropy": entropies, "critic": critic_seen, "values": values().detach()}
+
+
+def compare_reinforced(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    values = torch.cat([found["values"][row, PROMPT - 1 : length - 1] for row, length in enumerate(LENGTHS)])
+    out = {"value": float((values - expected["values"]).abs().max()), "value_size": float(values.abs().max())}
+    for name in ("policy", "critic"):
+        pairs = list(zip(found[name], expected[name], strict=True))
+        out[f"{name}_loss"] = max(abs(a[0] - b[0]) for a, b in pairs)
+        out[f"{name}_norm"] = max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+    out["entropy"] = max(abs(a - b) for a, b in zip(found["entropy"], expected["entropy"], strict=True))
+    return out
+
+
+@contextmanager
+def injected(model: Any, vector: torch.Tensor) -> Iterator[None]:
+    """Inside, a transformers model adds the vector to its residual stream, at the stream's own norm."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        here = (torch.arange(stream.shape[1]) == POSITION)[None, :, None]
+        size = stream.norm(dim=-1, keepdim=True)
+        stream = torch.where(here, stream + size * vector / vector.norm(), stream)
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    handle = model.model.layers[LAYER].register_forward_hook(hook)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def captured(model: Any, layer: int) -> Iterator[list[torch.Tensor]]:
+    """Inside, what a layer puts out for each row that the model reads, (T, D)."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(
+        lambda module, inputs, output: seen.append((output[0] if isinstance(output, tuple) else output).flatten(0, -2))
+    )
+    yield seen
+    handle.remove()
+
+
 def reference(directory: Path) -> dict[str, Any]:
-    """The same by transformers, a forward hook and torch's AdamW."""
+    """The same as `on_layout` by transformers, a forward hook and torch's AdamW."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -103,27 +239,15 @@ def reference(directory: Path) -> dict[str, Any]:
     vectors = torch.from_numpy(data.vectors)
 
     def run(row: int) -> torch.Tensor:
-        def hook(module: Any, inputs: Any, output: Any) -> Any:
-            stream = output[0] if isinstance(output, tuple) else output
-            here = (torch.arange(stream.shape[1]) == POSITION)[None, :, None]
-            size = stream.norm(dim=-1, keepdim=True)
-            stream = torch.where(here, stream + size * vectors[row] / vectors[row].norm(), stream)
-            return (stream, *output[1:]) if isinstance(output, tuple) else stream
-
-        handle = model.model.layers[LAYER].register_forward_hook(hook)
         ids = torch.tensor(data.ids[row])
-        logits = model(ids[None]).logits[0]
-        handle.remove()
+        with injected(model, vectors[row]):
+            logits = model(ids[None]).logits[0]
         return torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None])[PROMPT - 1 :, 0]
 
     def vector(row: int) -> torch.Tensor:
-        captured: list[torch.Tensor] = []
-        handle = model.model.layers[2].register_forward_hook(
-            lambda m, i, o: captured.append(o[0] if isinstance(o, tuple) else o)
-        )
-        model(torch.tensor(data.ids[row])[None])
-        handle.remove()
-        return captured[0].reshape(-1, captured[0].shape[-1])[-1]
+        with captured(model, 2) as stream:
+            model(torch.tensor(data.ids[row])[None])
+        return stream[0][-1]
 
     with torch.no_grad():
         logprobs = [run(row) for row in range(len(LENGTHS))]
@@ -225,6 +349,7 @@ def main(result: str, scratch: str) -> None:
     out: dict[str, Any] = {}
     found: dict[str, Any] = {}
     bf16: dict[str, Any] = {}
+    rl: dict[str, Any] = {}
     # One more block than stages divide, a vocabulary that needs padding, tied and untied embeddings.
     models = {"tied": {"tied_embeddings": True}, "untied": {"tied_embeddings": False}}
     for tp, pp in LAYOUTS:
@@ -235,6 +360,7 @@ def main(result: str, scratch: str) -> None:
                 tiny_model(directory, num_layers=5, vocab_size=1000, **options)
             barrier(world)
             found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
+            rl[f"{name} tp{tp} pp{pp}"] = reinforced(directory, world)
         bf16[f"tp{tp} pp{pp}"] = in_bf16(directory, world)
         if (tp, pp) in (LAYOUTS[0], LAYOUTS[-1]):
             kept = Path(scratch) / "moving"
@@ -242,7 +368,9 @@ def main(result: str, scratch: str) -> None:
         parallel_state.destroy_model_parallel()
     if world.is_main:
         for key, numbers in found.items():
-            out[key] = compare(numbers, reference(Path(scratch) / key.split()[0]))
+            directory = Path(scratch) / key.split()[0]
+            out[key] = compare(numbers, reference(directory))
+            out[f"rl {key}"] = compare_reinforced(rl[key], reinforced_reference(directory))
         exact = found["untied tp1 pp1"]["logprobs"]
         for key, numbers in bf16.items():
             gap = float((numbers.pop("logprobs") - exact).abs().max())

@@ -61,3 +61,20 @@ def test_a_moving_reference_is_the_average_of_the_policies_and_resumes_on_anothe
     assert made["off"] <= 1e-6 and resumed["off"] <= 1e-6
     assert made["moved"] > 1e-5, "the policy is not its average"
     assert resumed["moved"] == 0, "loading the average leaves the policy alone"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_policy_with_an_entropy_bonus_learns_what_adamw_on_transformers_does(found: Any, layout: str) -> None:
+    """The entropy's gradient crosses the ranks that share the vocabulary; losses and norms of three updates."""
+    numbers = found[f"rl {layout}"]
+    assert numbers["entropy"] <= 2e-5
+    assert numbers["policy_loss"] <= 2e-5
+    assert numbers["policy_norm"] <= 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_critic_learns_what_a_head_on_transformers_does(found: Any, layout: str) -> None:
+    numbers = found[f"rl {layout}"]
+    assert numbers["value_size"] > 10 * numbers["value"] and numbers["value"] <= 2e-5
+    assert numbers["critic_loss"] <= 2e-5
+    assert numbers["critic_norm"] <= 1e-4

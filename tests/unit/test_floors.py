@@ -15,6 +15,7 @@ PACKAGE = ROOT / "nla_megatron"
 FLOORS = (
     ("types", "errors"),
     ("config", "contract", "geometry"),
+    ("messages",),
     ("interventions", "rewards", "algorithms"),
     ("parallel",),
     ("models",),

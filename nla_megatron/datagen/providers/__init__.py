@@ -133,9 +133,3 @@ def make_provider(name: str, **options: object) -> Provider:
             "remove or correct the option",
         )
     return cls(**options)
-
-
-def check_option(name: str, value: object, kinds: tuple[type, ...], fits: Callable[..., bool], expected: str) -> None:
-    """Raises `ConfigError` unless `value` is of one of `kinds` (a bool is no number) and `fits(value)`."""
-    if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
-        raise ConfigError(f"{name} = {value!r}", expected, f"set {name} to {expected}")

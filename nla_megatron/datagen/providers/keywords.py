@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nla_megatron.config.options import check_option
 from nla_megatron.contract.prompts import extract_explanation, wrap_explanation
 from nla_megatron.datagen.providers import (
     MIN_FEATURES,
     BaseProvider,
     ExplainRequest,
     Explanation,
-    check_option,
     register,
 )
 

@@ -19,6 +19,7 @@ from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, sprea
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 _OPTIONS = "task.options"
@@ -146,6 +147,9 @@ class MathTask(TextTask):
             **({"accuracy_by_level": _by(levels, correct.tolist())} if any(levels) else {}),
             **({"accuracy_by_source": _by(sources, correct.tolist())} if len(self.problems.names) > 1 else {}),
         }
+
+    def main(self, measured: Measured) -> tuple[str, Tensor]:
+        return "accuracy", measured.values["correct"]
 
     def example(self, measured: Measured, index: int) -> dict[str, Any]:
         rollout = measured.rollouts[index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,6 +20,14 @@ from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.module import Update
 from nla_megatron.types import Measured, ModelShape, Rollout, RolloutBatch
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What there is to draw from: how many rows, and the longest of their prompts in tokens."""
+
+    rows: int
+    longest: int
 
 
 class Policy(Stateful, Protocol):
@@ -79,8 +88,8 @@ class Side(Protocol):
         """What `directory` will be."""
 
     @staticmethod
-    def check(config: RlConfig, world_size: int) -> int:
-        """The longest prompt in tokens, after all checks that need no model; raises named errors."""
+    def check(config: RlConfig, world_size: int) -> Prompts:
+        """All checks that need no model; raises named errors."""
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, `policy.rows` computes with the reference policy of a KL term."""

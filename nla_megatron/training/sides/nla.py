@@ -27,7 +27,7 @@ from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sft import load_ar, load_av, model_shape
 from nla_megatron.training.sides import register
-from nla_megatron.training.sides.base import Policy
+from nla_megatron.training.sides.base import Policy, Prompts
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
@@ -56,7 +56,7 @@ class NlaSide:
         return config.av
 
     @staticmethod
-    def check(config: RlConfig, world_size: int) -> int:
+    def check(config: RlConfig, world_size: int) -> Prompts:
         for key in ("av", "ar", "data"):
             if not getattr(config, key):
                 raise ConfigError(f"no {key}= for task nla", "an AV, an AR and their rl table", f"add {key}=...")
@@ -70,7 +70,7 @@ class NlaSide:
             )
         if config.held_out is not None:
             NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
-        return len(task.prompt_ids)
+        return Prompts(task.table.n_rows, len(task.prompt_ids))
 
     def reference(self) -> AbstractContextManager[None]:
         assert self.kept is not None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from nla_megatron.config.compose import as_yaml, compose, conf_dir, describe
 from nla_megatron.config.schema import SCHEMAS
@@ -63,8 +62,9 @@ def test_every_option_composes_where_its_group_is_used(group: str, option: str) 
     config = compose(users[0], [*required(users[0]), f"{group}={option}"])
     block = config if hasattr(config, next(iter(text))) else getattr(config, group)
     for key, value in text.items():
-        if isinstance(value, str) and (named := re.fullmatch(r"\$\{([\w.]+)\}", value)):
-            value = operator.attrgetter(named[1])(config)
+        # `${key}` stands for another key of the configuration.
+        resolved = OmegaConf.create({**yaml.safe_load(as_yaml(config)), "expected": value})
+        value = OmegaConf.to_container(resolved, resolve=True)["expected"]
         assert getattr(block, key) == value, f"{group}={option} loses {key} in {users[0]}"
 
 
@@ -136,7 +136,7 @@ def test_what_the_schema_does_not_know_is_refused_by_name(override: str, named: 
         ("parallel.tp=0", "parallel.tp=0", "at least 1"),
         ("parallel.dp=0", "parallel.dp=0", "at least 1"),
         ("algorithm.minibatches=0", "algorithm.minibatches=0", "at least 1"),
-        ("reward.transform=square", "reward.transform='square'", "one of negative, log, exp, bounded"),
+        ("reward.product=length", "reward.product='length'", "one of correctness_length, correctness_length_format"),
         ("rollout.temperature=0", "rollout.temperature=0", "a temperature above 0"),
         ("rollout.temperature=-1", "rollout.temperature=-1.0", "0 (greedy) or above"),
         ("logger.wandb_mode=on", "logger.wandb_mode='on'", "one of offline, online, disabled"),

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from nla_megatron import messages
 from nla_megatron.datagen.providers import ExplainRequest, Explanation, Provider, anthropic, make_provider
 from nla_megatron.errors import ConfigError, ProviderError
 from tests.support.messages_server import MessagesServer, Received, Reply, within
@@ -41,7 +42,7 @@ def explain(provider: Provider, *texts: str, seconds: float = 30.0) -> dict[int,
 def wait_for_workers(seconds: float = 10.0) -> None:
     """Returns when no worker thread is left; fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while any(thread.name.startswith("explain_") for thread in threading.enumerate()):
+    while any(thread.name.startswith("ask_") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "worker threads outlive the call"
         time.sleep(0.02)
 
@@ -67,10 +68,10 @@ class TestAnthropicRequest:
             assert explain(provider, "x")[0].text == GOOD_BODY
         [request] = server.received
         assert request.body["temperature"] == 0.25 == provider.summary()["temperature"]
-        assert request.headers["anthropic-version"] == anthropic.SAMPLING_API_VERSION
+        assert request.headers["anthropic-version"] == messages.SAMPLING_API_VERSION
 
     def test_missing_key_is_named_before_any_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(anthropic.API_KEY_VARIABLE, " ")
+        monkeypatch.setenv(messages.API_KEY_VARIABLE, " ")
         with (
             MessagesServer(lambda _: Reply(GOOD)) as server,
             pytest.raises(ConfigError, match=r"ANTHROPIC_API_KEY[\s\S]*keywords"),
@@ -160,12 +161,12 @@ class TestAnthropicRetries:
         ("value", "seconds"), [("2", 2.0), ("0", None), ("-1", None), ("nan", None), ("soon", None)]
     )
     def test_retry_after_reads_seconds(self, value: str, seconds: float | None) -> None:
-        assert anthropic.retry_after_seconds({"retry-after": value}) == seconds
+        assert messages.retry_after_seconds({"retry-after": value}) == seconds
 
     def test_retry_after_reads_dates(self) -> None:
-        seconds = anthropic.retry_after_seconds({"retry-after": email.utils.formatdate(time.time() + 50, usegmt=True)})
+        seconds = messages.retry_after_seconds({"retry-after": email.utils.formatdate(time.time() + 50, usegmt=True)})
         assert seconds is not None and 30 < seconds <= 50
-        assert anthropic.retry_after_seconds({}) is None
+        assert messages.retry_after_seconds({}) is None
 
 
 @pytest.mark.usefixtures("api_key")

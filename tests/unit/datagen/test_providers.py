@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla_megatron import messages
 from nla_megatron.contract.prompts import extract_explanation, wrap_explanation
 from nla_megatron.datagen.providers import (
     BaseProvider,
     ExplainRequest,
     Explanation,
-    anthropic,
     keywords,
     make_provider,
     register,
@@ -59,7 +59,7 @@ class TestRegistry:
         assert isinstance(make_provider("keywords"), keywords.KeywordsProvider)
 
     def test_both_providers_summarise_the_four_keys_of_the_sidecar(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(anthropic.API_KEY_VARIABLE, "test-key")
+        monkeypatch.setenv(messages.API_KEY_VARIABLE, "test-key")
         for name in ("keywords", "anthropic"):
             summary = make_provider(name).summary()
             assert list(summary) == ["model", "max_tokens", "temperature", "instruction_prompt"]

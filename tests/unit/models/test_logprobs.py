@@ -1,4 +1,4 @@
-"""Entropies under a temperature, where rows pad the vocabulary."""
+"""Entropies and their gradients under a temperature, where rows pad the vocabulary."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from nla_megatron.config.schema import ParallelConfig
-from nla_megatron.models.logprobs import token_entropy
+from nla_megatron.models.logprobs import token_entropy, token_logprobs
 from nla_megatron.parallel.world import World, initialise, shut_down
 
 
@@ -18,9 +19,44 @@ def world() -> Iterator[World]:
     shut_down()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-def test_rows_that_pad_the_vocabulary_do_not_change_an_entropy(world: World, temperature: float) -> None:
-    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
+def logits_and_padded() -> tuple[Tensor, Tensor]:
+    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0)) * 3
     padded = torch.cat([logits, torch.full((2, 3, 6), torch.finfo(torch.float32).min)], dim=-1)
+    return logits.requires_grad_(), padded.requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_rows_that_pad_the_vocabulary_change_neither_an_entropy_nor_its_gradient(
+    world: World, temperature: float
+) -> None:
+    logits, padded = logits_and_padded()
+    weights = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]])
     expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
-    torch.testing.assert_close(token_entropy(padded, temperature), expected)
+    found = token_entropy(padded, temperature)
+    torch.testing.assert_close(found, expected)
+    [wanted], [gradient] = (
+        torch.autograd.grad((weights * entropy).sum(), values)
+        for entropy, values in ((expected, logits), (found, padded))
+    )
+    torch.testing.assert_close(gradient[..., :10], wanted, atol=1e-6, rtol=1e-5)
+    assert float(gradient[..., 10:].abs().max()) == 0
+
+
+def test_an_entropys_gradient_survives_log_probs_that_consume_the_logits(world: World) -> None:
+    """Megatron's cross-entropy works in place; both are computed from the same logits in the policy's loss."""
+    logits, _ = logits_and_padded()
+    targets = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    spread = torch.log_softmax(logits, -1)
+    expected = (-(spread.exp() * spread).sum(-1) + spread.gather(-1, targets[..., None])[..., 0]).sum()
+    shared = logits.clone()
+    found = (token_entropy(shared) + token_logprobs(shared, targets)).sum()
+    torch.testing.assert_close(found, expected)
+    [wanted], [gradient] = torch.autograd.grad(expected, logits), torch.autograd.grad(found, logits)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_of_bf16_logits_is_bf16(world: World) -> None:
+    logits = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+    entropy = token_entropy(logits)
+    [gradient] = torch.autograd.grad(entropy.sum(), logits)
+    assert entropy.dtype == torch.float32 and gradient.dtype == torch.bfloat16

@@ -1,0 +1,140 @@
+"""`eval` of tasks whose policy is a plain language model: its responses to held-out prompts, and the task's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_megatron import geometry
+from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
+from nla_megatron.config.schema import EvalConfig
+from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.evaluation.answers_report import write_answers_report
+from nla_megatron.parallel.collectives import barrier
+from nla_megatron.parallel.progress import progress
+from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.types import Measured, Rollout
+
+RESULTS, ROWS, EXAMPLES, REPORT = "eval.json", "rows.json", "examples.jsonl", "report.html"
+_AT_ONCE = 256
+"""Prompts between two advances of the progress bar."""
+
+
+def check(config: EvalConfig, world_size: int) -> None:
+    """Everything that can be known before the first sample; raises a named error."""
+    data_parallel_size(config.parallel, world_size)
+    if not config.model:
+        raise ConfigError(
+            f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
+        )
+    if config.samples > 1 and config.rollout.temperature == 0:
+        raise ConfigError(
+            f"samples={config.samples} with rollout.temperature=0", "a temperature above 0",
+            "greedy samples are all alike: set rollout.temperature=1, or samples=1",
+        )  # fmt: skip
+    shape = read_shape(config.model)
+    check_rollout_layout(shape, config.rollout.tp, world_size)
+    task = _task(config)
+    if min(config.rows, task.rows) < 2:
+        raise ConfigError(f"{min(config.rows, task.rows)} rows to evaluate", "at least 2", "raise rows=, or add data")
+    task.check_length(config.rollout.max_new_tokens, min(config.rollout.max_model_len, shape.max_positions))
+    if config.compare is not None and not (Path(config.compare) / ROWS).is_file():
+        raise MissingFile(
+            f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first"
+        )
+    check_run_directory("eval", config)
+
+
+def run(config: EvalConfig, world: World) -> None:
+    if world.is_main:
+        claim_run_directory("eval", config)
+    barrier(world)
+    task = _task(config)
+    engine = Engine(
+        config.model, read_shape(config.model), config.rollout, (), world, int(task.tokenizer.eos_token_id), config.seed
+    )
+    requests = task.requests(_chosen_rows(config, task), config.seed, 0)
+    rollouts: list[Rollout] = []
+    with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress) as bar:
+        for start in range(0, len(requests), _AT_ONCE):
+            part = requests[start : start + _AT_ONCE]
+            rollouts += engine.generate(part, _no_vectors, config.samples).rollouts
+            bar.advance(len(part))
+    if world.is_main:
+        _write(config, task, task.measure(rollouts))
+        mark_done(config)
+    engine.close()
+
+
+def _no_vectors(rows: Sequence[int]) -> np.ndarray:
+    raise AssertionError("a plain language model takes no vectors")
+
+
+def _task(config: EvalConfig) -> TextTask:
+    task = open_task(config.task, Data(held_out=config.data, training=False), config.model, config.seed)
+    if task is None:
+        raise ConfigError(
+            f"no rows to evaluate the task {config.task.name} on", "data=, or the task's own held-out rows",
+            "add data=FILE, or task.options.held_out",
+        )  # fmt: skip
+    return task
+
+
+def _chosen_rows(config: EvalConfig, task: TextTask) -> list[int]:
+    order: list[int] = np.random.default_rng([config.seed, 5]).permutation(task.rows)[: config.rows].tolist()
+    return order
+
+
+def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
+    out, (name, value_N) = Path(config.out), task.main(measured)
+    prompts = [str(rollout.group) for rollout in measured.rollouts]
+    results: dict[str, Any] = {
+        "task": config.task.name,
+        "rows": len(set(prompts)),
+        "samples": config.samples,
+        "temperature": config.rollout.temperature,
+        **task.figures(measured),
+        f"{name}_ci95": _interval(config, value_N.numpy(), prompts),
+    }
+    rows = {
+        "rows": [rollout.row for rollout in measured.rollouts],
+        "samples": [rollout.sample for rollout in measured.rollouts],
+        **{key: values.tolist() for key, values in measured.values.items()},
+        name: value_N.tolist(),
+    }
+    if config.compare is not None:
+        results |= _difference(config, name, rows, prompts)
+    examples = [task.example(measured, index) for index in range(min(config.examples, len(measured.rollouts)))]
+    write_json(out / RESULTS, results)
+    write_json(out / ROWS, rows)
+    with atomic_path(out / EXAMPLES) as path:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in examples), encoding="utf-8")
+    write_answers_report(out / REPORT, config.task.name, name, results, examples)
+
+
+def _interval(config: EvalConfig, values_N: np.ndarray, prompts: Sequence[str]) -> list[float]:
+    """The 95 % interval of a mean, from resampling prompts: samples of one prompt are alike."""
+    interval = geometry.bootstrap_ci(
+        values_N, prompts, lambda drawn: float(drawn.mean()), config.bootstrap, config.seed
+    )
+    return list(interval)
+
+
+def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """This evaluation's main figure over another's of the same responses' places, resampled together."""
+    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    if [other.get(key) for key in ("rows", "samples")] != [rows[key] for key in ("rows", "samples")]:
+        raise ConfigError(
+            f"other rows in {config.compare}", "an evaluation of the same rows",
+            "use the same data=, rows=, samples= and seed=",
+        )  # fmt: skip
+    gains_N = np.asarray(rows[name]) - np.asarray(other[name])
+    return {f"{name}_gain": float(gains_N.mean()), f"{name}_gain_ci95": _interval(config, gains_N, prompts)}

@@ -1,0 +1,24 @@
+"""`eval`: each task's evaluation by the task's name."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from nla_megatron.config.schema import EvalConfig
+from nla_megatron.errors import ConfigError
+from nla_megatron.evaluation import answers, held_out
+from nla_megatron.parallel.world import World
+
+EVALUATIONS: dict[str, ModuleType] = {"nla": held_out, "math": answers, "lexical": answers}
+"""By task, the module with `check` and `run`."""
+
+
+def check(config: EvalConfig, world_size: int) -> None:
+    """Everything that can be known before the first sample; raises a named error."""
+    if config.task.name not in EVALUATIONS:
+        raise ConfigError(f"task.name={config.task.name!r}", f"one of {', '.join(EVALUATIONS)}", "correct task=")
+    EVALUATIONS[config.task.name].check(config, world_size)
+
+
+def run(config: EvalConfig, world: World) -> None:
+    EVALUATIONS[config.task.name].run(config, world)

@@ -1,0 +1,178 @@
+"""Tasks of a plain language model: the policy learns alone, and what is measured is text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nla_megatron.algorithms import make_algorithm
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.contract.files import atomic_path
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.errors import ConfigError
+from nla_megatron.interventions.checks import Marker
+from nla_megatron.interventions.spec import Intervention
+from nla_megatron.models.batching import Batch
+from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.world import World
+from nla_megatron.rewards import make_reward
+from nla_megatron.rollout.requests import PromptRequest, Vectors
+from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.training.checkpoint import Stateful
+from nla_megatron.training.export import export
+from nla_megatron.training.module import TrainModule
+from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.sides import register
+from nla_megatron.training.sides.base import Policy, Prompts
+from nla_megatron.types import Measured, Rollout, RolloutBatch
+
+EXAMPLES = 8
+"""Held-out prompts whose responses are kept at every evaluation."""
+_SHUFFLE, _EVAL_STEP = 8, 0
+
+
+def no_vectors(rows: Sequence[int]) -> np.ndarray:
+    """Nothing intervenes, so nobody asks."""
+    raise AssertionError("a plain language model takes no vectors")
+
+
+@register("math")
+@register("lexical")
+class PlainSide:
+    """A text task and a language model; see `sides.base.Side`.
+
+    `evaluate` writes `evaluations/step_*.jsonl`, responses to the same few held-out prompts each time, and
+    `before_after.jsonl`, the first and the last of them side by side.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    marker: Marker | None = None
+
+    def __init__(self, config: RlConfig, world: World):
+        self.config, self.world, self.directory = config, world, config.model
+        self.task, self.held_out = _open(config)
+        self.tokenizer: Any = self.task.tokenizer
+        self.n_rows = self.task.rows
+        self.vectors: Vectors = no_vectors
+        self.shape = read_shape(config.model)
+        self.model: Any = build_verbalizer(self.shape, world, config.dtype)
+        load_from_hf(self.model, config.model, self.shape, world, with_head=True)
+        # The policy that this stage starts from, also after a resume: taken before a checkpoint is loaded.
+        self.kept = make_reference(self.model, config.algorithm, make_algorithm(config.algorithm).needs.reference)
+        self.policy: Policy = TrainModule(
+            self.model, world, config.optim, config.steps, config.micro_batch_size, config.dtype
+        )
+        self.learners: dict[str, Stateful] = {"policy": self.policy}
+        if isinstance(self.kept, MovingCopy):
+            self.learners["reference"] = self.kept
+
+    @staticmethod
+    def directory_of(config: RlConfig) -> str:
+        return config.model
+
+    @staticmethod
+    def check(config: RlConfig, world_size: int) -> Prompts:
+        """Everything that can be known before the first step.
+
+        Raises:
+            ConfigError, MissingFile, ColumnError, LayoutError, UnsupportedModel.
+        """
+        if not config.model:
+            raise ConfigError(
+                f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
+            )
+        task, held_out = _open(config)
+        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+        longest = task.check_length(config.rollout.max_new_tokens, limit)
+        if config.eval_every and held_out is None:
+            raise ConfigError(
+                f"eval_every={config.eval_every} without held-out rows", "rows that nobody trains on",
+                "add held_out=, or task.options.held_out",
+            )  # fmt: skip
+        if held_out is not None:
+            held_out.check_length(config.rollout.max_new_tokens, limit)
+        return Prompts(task.rows, longest)
+
+    def reference(self) -> AbstractContextManager[None]:
+        assert self.kept is not None, "the algorithm asked for no reference"
+        return self.kept.in_place()
+
+    def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
+        return self.task.requests(rows, self.config.seed, step)
+
+    def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
+        return self.task.batch(rollouts, fields)
+
+    def measure(self, batch: RolloutBatch, step: int) -> Measured:
+        return self.task.measure(batch.rollouts)
+
+    def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
+        """Nothing learns beside the policy, but a moving reference follows it."""
+        if isinstance(self.kept, MovingCopy):
+            self.kept.follow()
+        return {}
+
+    def evaluate(self, engine: Any, step: int) -> dict[str, float]:
+        """The task's figures, and the reward, of one response to each of the first `eval_rows` held-out rows.
+
+        Responses are sampled as in training, at its temperature, with the same seeds at every evaluation, so that two
+        evaluations differ by the policy alone. A step of -1 is before the first one.
+        """
+        if self.held_out is None:
+            return {}
+        rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
+        requests = self.held_out.requests(rows, self.config.seed, _EVAL_STEP)
+        measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=max(step, 0)).rollouts)
+        # One of its own: a moving average of the training rewards is no part of an evaluation.
+        rewards = make_reward(self.config.reward)(measured, max(step, 0)).rewards
+        figures = {"reward": float(rewards.mean()), **self.held_out.figures(measured)}
+        if self.world.is_main:
+            examples = [self.held_out.example(measured, index) for index in range(min(EXAMPLES, len(rows)))]
+            for example, reward in zip(examples, rewards.tolist(), strict=False):
+                example["reward"] = reward
+            keep_examples(Path(self.config.out), step + 1, examples)
+        return {f"eval_{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
+
+    def export(self) -> None:
+        export(self.model, self.config.model, Path(self.config.out) / "hf", self.world)
+
+
+def _open(config: RlConfig) -> tuple[TextTask, TextTask | None]:
+    """The task on the rows to train on, and on those to evaluate on where there are any."""
+    given = Data(config.data, config.held_out or "")
+    task = open_task(config.task, given, config.model, config.seed)
+    assert task is not None, "only held-out rows may be absent"
+    return task, open_task(config.task, replace(given, training=False), config.model, config.seed)
+
+
+def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
+    """Up to `wanted` rows, drawn once for all evaluations of a run."""
+    order: list[int] = np.random.default_rng([seed, _SHUFFLE]).permutation(available)[:wanted].tolist()
+    return order
+
+
+def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Write the examples of an evaluation after `done` steps, and those of the first and the last one side by side."""
+    folder = out / "evaluations"
+    _write_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
+    files = sorted(folder.glob("step_*.jsonl"))
+    before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
+    pairs = [
+        {"prompt": first["prompt"], "before": first, "after": last}
+        for first, last in zip(before, after, strict=False)
+        if first["prompt"] == last["prompt"]
+    ]
+    _write_lines(out / "before_after.jsonl", pairs)
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

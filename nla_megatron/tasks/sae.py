@@ -106,14 +106,12 @@ class SaeOptions:
         for key, allowed in (("objective", OBJECTIVES), ("reference", REFERENCES)):
             if getattr(self, key) not in allowed:
                 raise ConfigError(
-                    f"{OPTIONS}.{key}={getattr(self, key)!r}", f"one of {', '.join(allowed)}", f"set {OPTIONS}.{key}"
+                    f"{key}={getattr(self, key)!r}", f"one of {', '.join(allowed)}", f"set {OPTIONS}.{key}"
                 )
         if self.compare_samples < 1:
-            raise ConfigError(f"{OPTIONS}.compare_samples={self.compare_samples}", "1 or more", "raise it")
+            raise ConfigError(f"compare_samples={self.compare_samples}", "1 or more", "raise it")
         if self.objective == "mse" and not self.steering:
-            raise ConfigError(
-                f"{OPTIONS}.objective=mse with steering=false", "a predictor to train", "set steering=true, or rl"
-            )
+            raise ConfigError("objective=mse with steering=false", "a predictor to train", "set steering=true, or rl")
 
     @property
     def text_task(self) -> TaskConfig:

@@ -32,6 +32,7 @@ from nla_megatron.tasks.steering_report import Comparison, Side, strength_statis
 from nla_megatron.tasks.text import TextTask
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.loop import train
+from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.strengths import StrengthPolicy
 from nla_megatron.types import Rollout, RolloutBatch
 
@@ -116,8 +117,8 @@ def _side(config: RlConfig, task: TextTask, batch: RolloutBatch, step: int) -> S
 
 def check_fit(
     config: RlConfig, options: SaeOptions, interventions: Sequence[Intervention], form: PredictorConfig
-) -> int:
-    """The longest prompt of the rows with target strengths.
+) -> Prompts:
+    """The rows with target strengths.
 
     Raises:
         ConfigError, MissingFile, ColumnError: no such rows, or some that cannot be learned from.
@@ -127,7 +128,8 @@ def check_fit(
             "no data= for the objective mse", "rows with a prompt and target_strengths", "add data=, or objective=rl"
         )
     found = _targets(config, options, interventions, form)
-    return max(len(prompt) for rows in found if rows is not None for prompt in rows.prompts)
+    longest = max(len(prompt) for rows in found if rows is not None for prompt in rows.prompts)
+    return Prompts(len(found[0].prompts), longest)
 
 
 def _targets(

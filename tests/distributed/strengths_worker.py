@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
-from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.strengths import StrengthPolicy

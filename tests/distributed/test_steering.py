@@ -24,13 +24,13 @@ def found(scratch: Path) -> Any:
 
 
 def test_the_predictor_finds_the_sign_of_each_feature(found: Any) -> None:
-    start, end = found["start"], found["end"]
+    start, end = found["start"], found["steps"][-1]
     assert abs(start[f"eval_strength_mean/{RAISES}"]) < 1 and abs(start[f"eval_strength_mean/{LOWERS}"]) < 1
     assert end[f"eval_strength_min/{RAISES}"] > 1 and end[f"eval_strength_max/{LOWERS}"] < -1
 
 
 def test_steering_is_better_than_none_on_held_out_prompts(found: Any) -> None:
-    start, end = found["start"], found["end"]
+    start, end = found["start"], found["steps"][-1]
     assert end["eval_reward_gain"] > 5 * end["eval_reward_gain_error"]
     assert end["eval_reward"] > 2 * end["eval_reward_plain"]
     assert end["eval_reward_plain"] == start["eval_reward_plain"], "the same prompts, seeds and frozen model"
@@ -47,7 +47,7 @@ def test_sampler_and_trainer_steer_alike(found: Any) -> None:
 
 
 def test_every_token_that_was_to_be_steered_was(found: Any) -> None:
-    end = found["end"]
+    end = found["steps"][-1]
     assert end["eval_steering_failed"] == 0 and end["eval_steered_tokens"] > 0
     assert all(step["steering_failed"] == 0 and step["steered_tokens"] > 0 for step in found["steps"])
 
@@ -61,5 +61,5 @@ def test_both_evaluations_are_kept_as_record_and_page(found: Any, scratch: Path)
     names = {path.name for path in folder.iterdir()}
     assert names == {f"step_{step:08d}.{kind}" for step in (0, 12) for kind in ("json", "html")} | {"latest.html"}
     kept = json.loads((folder / "step_00000012.json").read_text())
-    assert kept["numbers"]["eval_reward"] == found["end"]["eval_reward"]
+    assert kept["numbers"]["eval_reward"] == found["steps"][-1]["eval_reward"]
     assert len(kept["prompts"]) == len(kept["steered"]["texts"]) == len(kept["plain"]["texts"]) == 32

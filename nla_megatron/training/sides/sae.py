@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
@@ -30,6 +29,8 @@ from nla_megatron.tasks.steering_report import strength_statistics, write_compar
 from nla_megatron.tasks.text import Data, TextTask, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.sides import register
+from nla_megatron.training.sides.base import Prompts
+from nla_megatron.training.sides.plain import PlainSide, evaluation_rows
 from nla_megatron.training.steering import check_fit, compared, fit, no_vectors, steered_policy, steered_tokens
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
@@ -45,7 +46,7 @@ class SaeSide:
     def __new__(cls, config: RlConfig, world: World) -> Any:
         """Without steering, the side of the text task."""
         options = sae_options(config.task)
-        return super().__new__(cls) if options.steering else _plain().__call__(without_steering(config, options), world)
+        return super().__new__(cls) if options.steering else PlainSide(without_steering(config, options), world)
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
@@ -63,10 +64,10 @@ class SaeSide:
         return config.model
 
     @staticmethod
-    def check(config: RlConfig, world_size: int) -> int:
+    def check(config: RlConfig, world_size: int) -> Prompts:
         options = sae_options(config.task)
         if not options.steering:
-            return int(_plain().check(without_steering(config, options), world_size))
+            return PlainSide.check(without_steering(config, options), world_size)
         if not Path(config.model, "config.json").is_file():
             raise MissingFile(
                 f"no config.json in model={config.model!r}", "the Hugging Face directory of the model that is steered",
@@ -83,7 +84,11 @@ class SaeSide:
                 f"eval_every={config.eval_every} without held-out rows", "prompts that nobody trains on",
                 "add held_out=, or options.held_out of the prompts",
             )  # fmt: skip
-        return max(_longest(each) for each in (task, held_out) if each is not None)
+        limit = min(config.rollout.max_model_len, shape.max_positions)
+        lengths = [
+            each.check_length(config.rollout.max_new_tokens, limit) for each in (task, held_out) if each is not None
+        ]
+        return Prompts(task.rows, max(lengths))
 
     @staticmethod
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
@@ -139,8 +144,8 @@ class SaeSide:
         """Rewards of held-out prompts with steering and without, sampled with the same seeds at every evaluation."""
         if self.held_out is None:
             return {}
-        order = np.random.default_rng([self.config.seed, 9]).permutation(self.held_out.rows)
-        plain = self.held_out.requests(order[: self.config.eval_rows].tolist(), self.config.seed, 0)
+        rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
+        plain = self.held_out.requests(rows, self.config.seed, 0)
         steered = self._steered(plain, None)
         comparison = compared(self.config, self.options, self.held_out, engine, self.interventions, steered, step)
         if self.world.is_main:
@@ -159,12 +164,6 @@ class SaeSide:
             )
 
 
-def _plain() -> Any:
-    from nla_megatron.training.sides.plain import PlainSide
-
-    return PlainSide
-
-
 def _tasks(config: RlConfig, options: SaeOptions) -> tuple[TextTask, TextTask | None]:
     """The text task on the rows to train on, and on those to compare on where there are any.
 
@@ -176,9 +175,3 @@ def _tasks(config: RlConfig, options: SaeOptions) -> tuple[TextTask, TextTask | 
     if task is None or not task.rows:
         raise ColumnError(f"no prompts in data={config.data!r}", "at least one", "correct data=")
     return task, open_task(options.text_task, replace(given, training=False), config.model, config.seed)
-
-
-def _longest(task: TextTask) -> int:
-    """Tokens of the longest prompt; of a very large source evenly spaced ones are looked at."""
-    stride = -(-task.rows // 20_000)
-    return max(len(task.style.ids(task.tokenizer, task.text(row))) for row in range(0, task.rows, stride))

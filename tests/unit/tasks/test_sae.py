@@ -13,12 +13,13 @@ import torch
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import RlConfig, TaskConfig
+from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ColumnError, ConfigError, LayoutError, MissingFile, NlaError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.strength import PredictorConfig, StrengthPredictor
 from nla_megatron.models.strength_files import write_predictor
 from nla_megatron.tasks.nla import load_tokenizer
-from nla_megatron.tasks.sae import sae_options
+from nla_megatron.tasks.sae import predictor_config, sae_options
 from nla_megatron.tasks.sae_rows import names_of, read_targets
 from nla_megatron.training.sides.sae import SaeSide
 from nla_megatron.training.steering import fit
@@ -84,7 +85,8 @@ def test_the_shipped_configuration_has_every_option_at_its_default() -> None:
 def test_a_run_that_is_in_order_passes_and_knows_its_longest_prompt(files: Path) -> None:
     tokenizer = load_tokenizer(str(files / "model"))
     longest = max(len(chat(tokenizer, f"Document {number}")) for number in range(20))
-    assert SaeSide.check(config_of(files), 1) == longest
+    found = SaeSide.check(config_of(files), 1)
+    assert found.longest == longest and 0 < found.rows < 20, "some are held out"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,10 @@ def test_a_layout_that_does_not_fit_is_named(files: Path) -> None:
 
 def test_an_exported_predictor_brings_its_own_form(files: Path) -> None:
     config = config_of(files, predictor={"path": str(files / "fits")})
-    assert SaeSide.check(config, 1) > 0
+    assert SaeSide.check(config, 1).rows > 0
+    shape = read_shape(str(files / "model"))
+    options = sae_options(config.task)
+    assert predictor_config(options, options.steered(), shape).most == 2
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelConfig, RlConfig, TaskConfig
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.strength_files import read_predictor
 from nla_megatron.parallel.world import World, initialise, shut_down
-from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.losses import cross_entropy
+from nla_megatron.training.module import TrainModule
+from nla_megatron.training.sides.plain import PlainSide
 from nla_megatron.training.sides.sae import SaeSide
 from nla_megatron.training.steering import fit, steered_tokens
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
@@ -116,6 +118,18 @@ def test_kl_may_compare_with_the_predictor_as_it_began_or_its_average(
     after = side.policy.rows(batch, collect, width)
     assert all(torch.equal(values, end[name]) for name, values in side.policy.predictor.state_dict().items())
     assert not torch.equal(after, began) and torch.equal(found, began) == (reference == "initial")
+
+
+def test_without_steering_the_model_itself_learns_on_the_same_prompts(files: Path, world: World) -> None:
+    config = config_of(files, steering=False, interventions=[])
+    assert SaeSide.check(config, 1) == SaeSide.check(config_of(files), 1)
+    side, steered = SaeSide(config, world), SaeSide(config_of(files), world)
+    assert type(side) is PlainSide and isinstance(side.policy, TrainModule) and side.interventions == ()
+    assert [request.strengths for request in side.requests([0, 1], 0)] == [None, None]
+    assert [each.prompt_ids for each in side.requests([0, 1], 0)] == [
+        each.prompt_ids for each in steered.requests([0, 1], 0)
+    ]
+    assert steered.model is None, "the sampler's weights never change"
 
 
 def test_what_is_logged_of_strengths_and_steered_tokens(files: Path, world: World) -> None:

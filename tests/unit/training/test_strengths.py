@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nla_megatron.config.schema import ParallelConfig
+from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.parallel.world import World, initialise, shut_down
-from nla_megatron.tasks.nla import response_logprobs
 from nla_megatron.training.losses import cross_entropy
 from tests.support import strengths as by_hand
 from tests.support.strengths import CASES, LENGTHS, PROMPTS, STEP

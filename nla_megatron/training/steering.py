@@ -127,6 +127,10 @@ def check_fit(
         raise ConfigError(
             "no data= for the objective mse", "rows with a prompt and target_strengths", "add data=, or objective=rl"
         )
+    if config.eval_every and config.held_out is None:
+        raise ConfigError(
+            f"eval_every={config.eval_every} without held_out", "rows with target_strengths", "add held_out="
+        )
     found = _targets(config, options, interventions, form)
     longest = max(len(prompt) for rows in found if rows is not None for prompt in rows.prompts)
     return Prompts(len(found[0].prompts), longest)

@@ -47,7 +47,7 @@ def config_of(scratch: Path) -> RlConfig:
         out=str(scratch / "run"), task=TaskConfig("sae", options), model=str(scratch / "model"),
         data=str(scratch / "prompts.jsonl"), steps=STEPS, batch_size=8, samples_per_prompt=8, micro_batch_size=16,
         reward=RewardConfig(terms={"planted": {"term": "tests.support.planted:share_of_class"}}),
-        optim=OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant"), eval_every=STEPS, eval_rows=16,
+        optim=OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant"), eval_every=STEPS, eval_rows=16,
         algorithm=AlgorithmConfig(kl_coef=0.001),
         rollout=RolloutConfig(max_new_tokens=12, max_model_len=128, max_num_seqs=32),
     )  # fmt: skip

@@ -136,6 +136,7 @@ def test_places_that_cannot_be_steered_are_named_before_the_run(
         ({"objective": "mse", "steering": False}, ConfigError, "objective=mse with steering=false"),
         ({"objective": "mse", "data": ""}, ConfigError, "no data="),
         ({"objective": "mse"}, ColumnError, "target_strengths"),
+        ({"objective": "mse", "data": "targets", "eval_every": 2}, ConfigError, "eval_every=2 without held_out"),
         ({"compare_samples": 0}, ConfigError, "compare_samples=0"),
         ({"prompts": {"name": "lexicl"}}, ConfigError, "task 'lexicl'"),
         ({"data": "nowhere"}, MissingFile, "nowhere"),

@@ -118,12 +118,26 @@ Strengths = tuple[tuple[float, ...] | None, ...]
 
 
 @dataclass(frozen=True)
+class Steering:
+    """Strengths as a tensor, through which a loss reaches whoever chose them.
+
+    `values` (N, S) fp32 on the model's device: for each row of a batch the strengths of all interventions side by side,
+    where they are plain numbers in `Strengths`. `columns`: for each intervention its first column and the one after its
+    last, None where its strengths stay plain numbers.
+    """
+
+    values: Tensor
+    columns: tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True)
 class Injection:
     """What a model's interventions need to know of the rows of a microbatch.
 
     `vectors` (B, E) fp32, raw, one per row; the rest is the host's. `lengths` and `prompt_lengths` in tokens;
     `positions` of each row, absolute indices in its prompt; `only`: the numbers of the interventions that a row takes,
-    None for all; `strengths` of each row, None for 1; `training_step` for schedules over training.
+    None for all; `strengths` of each row, None for 1; `training_step` for schedules over training. `steering`: of the
+    whole batch, whose rows `rows` these are; it goes before `strengths`.
     """
 
     vectors: Tensor | None
@@ -133,6 +147,8 @@ class Injection:
     only: tuple[tuple[int, ...] | None, ...] | None = None
     strengths: tuple[Strengths | None, ...] | None = None
     training_step: int = 0
+    steering: Steering | None = None
+    rows: tuple[int, ...] = ()
 
     def strengths_of(self, row: int, number: int) -> tuple[float, ...] | None:
         """Of one row for one intervention."""

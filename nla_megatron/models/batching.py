@@ -14,7 +14,7 @@ from torch import Tensor
 from nla_megatron.errors import ColumnError, InjectionError
 from nla_megatron.interventions.maths import check_vectors
 from nla_megatron.parallel.world import World
-from nla_megatron.types import Injection, Microbatch, Strengths
+from nla_megatron.types import Injection, Microbatch, Steering, Strengths
 
 _ROWS = "correct the rows of the batch"
 
@@ -26,8 +26,8 @@ class Batch:
     `ids`: token ids per row. `fields`: what the loss needs, each (N,) or (N, T) with T the longest row.
     `vectors(rows)`: activations (len(rows), D) of batch rows: what interventions take where `positions` or
     `prompt_lengths` are given, targets where they are not. `positions`: of each row, one or several indices in its
-    prompt; `only`, `strengths` and `training_step` as in `types.Injection`; an AR's dropout is drawn
-    by the step too.
+    prompt; `only`, `strengths`, `training_step` and `steering` as in `types.Injection`; an AR's dropout is drawn by the
+    step too.
     """
 
     ids: Sequence[Sequence[int]]
@@ -38,6 +38,7 @@ class Batch:
     only: Sequence[tuple[int, ...] | None] | None = None
     strengths: Sequence[Strengths | None] | None = None
     training_step: int = 0
+    steering: Steering | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,6 +64,8 @@ class Batch:
             only=picked(self.only),
             strengths=picked(self.strengths),
             training_step=self.training_step,
+            steering=self.steering,
+            rows=tuple(rows),
         )
 
     def check(self) -> None:

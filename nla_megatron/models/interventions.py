@@ -25,7 +25,7 @@ from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import EMBEDDING, Intervention
 from nla_megatron.interventions.steering import formula_of
 from nla_megatron.models.builder import chunks_of
-from nla_megatron.types import Injection, Microbatch
+from nla_megatron.types import Injection, Microbatch, Steering
 
 PROJECTIONS = "projections"
 """Under this name a chunk holds what `project` learns, by the intervention's number."""
@@ -34,22 +34,39 @@ _DATA = "build the batch for the interventions that the model was given"
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Strengths that have a gradient, of one intervention on the rows of one microbatch."""
+
+    steering: Steering
+    rows_B: Tensor
+    columns: tuple[int, int]
+    factor: float
+
+    def strengths(self) -> Tensor:
+        """(B, F) fp32."""
+        return self.steering.values[self.rows_B, slice(*self.columns)] * self.factor
+
+
+@dataclass(frozen=True)
 class Change:
     """One intervention on one microbatch; calling it gives the stream afterwards, (T, B, D).
 
-    `slots` and `rows_N` count tokens as the stream stores them, tokens first. The projection is part of the call, so
-    that a recomputed block builds its gradient anew.
+    `slots` and `rows_N` count tokens as the stream stores them, tokens first. Projection and chosen strengths are part
+    of the call, so that a recomputed block builds their gradients anew.
     """
 
     formula: Formula
     slots: Slots
     rows_N: Tensor
     projection: Projection | None = None
+    chosen: Chosen | None = None
 
     def __call__(self, stream_TBD: Tensor) -> Tensor:
         slots = self.slots
         if self.projection is not None:
             slots = replace(slots, table_SD=self.projection(slots.table_SD))
+        if self.chosen is not None:
+            slots = replace(slots, strength_SF=self.chosen.strengths())
         flat = stream_TBD.reshape(-1, stream_TBD.shape[-1])
         return apply_whole_indexed(self.formula, flat, slots, self.rows_N).view_as(stream_TBD)
 
@@ -101,11 +118,13 @@ class Sites:
             WidthError: vectors of another width.
         """
         if batch.injection is not None:
-            for intervention in self.interventions:
-                self._check(intervention, batch.injection)
+            for number in range(len(self.interventions)):
+                self._check(number, batch.injection)
 
-    def _check(self, intervention: Intervention, injection: Injection) -> None:
+    def _check(self, number: int, injection: Injection) -> None:
+        intervention = self.interventions[number]
         need = f"{intervention.mode} at {intervention.where!r} of {intervention.place}"
+        self._check_steering(number, injection.steering, need)
         if intervention.where == "positions" and injection.positions is None:
             raise InjectionError(f"a batch without positions for {need}", "positions of each row", _DATA)
         follows = intervention.where in ("prompt", "generated") or len(intervention.decode_factors()) > 1
@@ -122,6 +141,21 @@ class Sites:
                 "use activations of this model, or mode=project with their vector_width",
             )  # fmt: skip
 
+    def _check_steering(self, number: int, steering: Steering | None, need: str) -> None:
+        if steering is None:
+            return
+        count, several = self.interventions[number].num_strengths, len(self.interventions)
+        columns = steering.columns[number] if len(steering.columns) == several else (0, -1)
+        if columns is None:
+            return
+        first, stop = columns
+        if not (0 <= first and stop <= steering.values.shape[1] and stop - first == count):
+            raise WidthError(
+                f"strengths of shape {tuple(steering.values.shape)} with columns {steering.columns} for {need}",
+                f"{count} columns of its own, and an entry for each of {several} interventions",
+                "predict strengths for the interventions that the model was given",
+            )  # fmt: skip
+
     def _change(self, number: int, injection: Injection, ids_BT: Tensor) -> Change | None:
         intervention, device = self.interventions[number], ids_BT.device
         slot_TB, step_TB = self._placed(number, injection, ids_BT.shape[1])
@@ -131,8 +165,9 @@ class Sites:
             return None
         factors = np.array(intervention.decode_factors(), dtype=np.float32)
         factor_N = factors[np.minimum(step_TB.reshape(-1), len(factors) - 1)]
+        chosen = _chosen(intervention, number, injection, device)
         strengths = [
-            intervention.strengths(injection.strengths_of(row, number), injection.training_step)
+            intervention.strengths(None if chosen else injection.strengths_of(row, number), injection.training_step)
             for row in range(len(injection.lengths))
         ]
         vectors = injection.vectors
@@ -144,7 +179,7 @@ class Sites:
             strength_SF=_sent(np.array(strengths, dtype=np.float32), device),
             factor_T=_sent(factor_N, device) if len(factors) > 1 or factors[0] != 1 else None,
         )
-        return Change(self.formulas[number], slots, _sent(rows_N, device), self.projections.get(number))
+        return Change(self.formulas[number], slots, _sent(rows_N, device), self.projections.get(number), chosen)
 
     def _placed(self, number: int, injection: Injection, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Slots and decode steps of the tokens that this rank holds, (T, B) each."""
@@ -161,6 +196,16 @@ class Sites:
             mine = slice(rank * share, (rank + 1) * share)
             slot_TB, step_TB = slot_TB[mine], step_TB[mine]
         return slot_TB, step_TB
+
+
+def _chosen(intervention: Intervention, number: int, injection: Injection, device: torch.device) -> Chosen | None:
+    steering = injection.steering
+    columns = None if steering is None else steering.columns[number]
+    if steering is None or columns is None:
+        return None
+    # Each strength of a request that asks for 1: what the intervention itself and its schedule multiply with.
+    factor = intervention.strengths(None, injection.training_step)[0]
+    return Chosen(steering, torch.tensor(injection.rows, device=device), columns, factor)
 
 
 def check_parts(chunk: Any, parts: Sequence[Microbatch]) -> None:

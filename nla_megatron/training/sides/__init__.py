@@ -29,7 +29,7 @@ def register(name: str) -> Callable[[type[Side]], type[Side]]:
 
 def side_of(config: RlConfig) -> type[Side]:
     """Raises ConfigError for an unknown task."""
-    from nla_megatron.training.sides import nla, plain  # noqa: F401 - each registers itself
+    from nla_megatron.training.sides import nla, plain, sae  # noqa: F401 - each registers itself
 
     if config.task.name not in _SIDES:
         raise ConfigError(f"task.name={config.task.name!r}", f"one of {', '.join(sorted(_SIDES))}", "set task=")

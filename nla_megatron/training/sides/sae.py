@@ -1,0 +1,177 @@
+"""The side of the task `sae`: a frozen model answers, steered; how strongly is what learns.
+
+Without steering it is the text task's own side, which trains the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.errors import ColumnError, ConfigError, MissingFile
+from nla_megatron.interventions.checks import Marker
+from nla_megatron.models.batching import Batch
+from nla_megatron.models.builder import check_layout
+from nla_megatron.models.strength_files import write_predictor
+from nla_megatron.parallel.world import World
+from nla_megatron.rollout.engine import Engine
+from nla_megatron.rollout.requests import PromptRequest
+from nla_megatron.tasks.sae import SaeOptions, check_steering, sae_options, without_steering
+from nla_megatron.tasks.sae_rows import names_of
+from nla_megatron.tasks.steering_report import strength_statistics, write_comparison
+from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.training.checkpoint import Stateful
+from nla_megatron.training.sides import register
+from nla_megatron.training.sides.base import Prompts
+from nla_megatron.training.sides.plain import PlainSide, evaluation_rows
+from nla_megatron.training.steering import check_fit, compared, fit, no_vectors, steered_policy, steered_tokens
+from nla_megatron.types import Measured, Rollout, RolloutBatch
+
+
+@register("sae")
+class SaeSide:
+    """A text task's prompts for a steered model; see `training.sides.base.Side`."""
+
+    marker: Marker | None = None
+    model: Any = None
+    vectors = staticmethod(no_vectors)
+
+    def __new__(cls, config: RlConfig, world: World) -> Any:
+        """Without steering, the side of the text task."""
+        options = sae_options(config.task)
+        return super().__new__(cls) if options.steering else PlainSide(without_steering(config, options), world)
+
+    def __init__(self, config: RlConfig, world: World):
+        self.config, self.world, self.directory = config, world, config.model
+        self.options = sae_options(config.task)
+        self.task, self.held_out = _tasks(config, self.options)
+        self.tokenizer, self.n_rows = self.task.tokenizer, self.task.rows
+        self.shape = read_shape(config.model)
+        self.interventions = self.options.steered()
+        self.policy = steered_policy(config, self.options, world)
+        self.learners: Mapping[str, Stateful] = {"predictor": self.policy}
+        self.names = names_of(self.interventions)
+
+    @staticmethod
+    def directory_of(config: RlConfig) -> str:
+        return config.model
+
+    @staticmethod
+    def check(config: RlConfig, world_size: int) -> Prompts:
+        options = sae_options(config.task)
+        if not options.steering:
+            return PlainSide.check(without_steering(config, options), world_size)
+        if not Path(config.model, "config.json").is_file():
+            raise MissingFile(
+                f"no config.json in model={config.model!r}", "the Hugging Face directory of the model that is steered",
+                "add model=DIRECTORY",
+            )  # fmt: skip
+        shape = read_shape(config.model)
+        check_layout(shape, config.parallel)
+        interventions, form = check_steering(options, shape)
+        if options.objective == "mse":
+            return check_fit(config, options, interventions, form)
+        task, held_out = _tasks(config, options)
+        if config.eval_every and held_out is None:
+            raise ConfigError(
+                f"eval_every={config.eval_every} without held-out rows", "prompts that nobody trains on",
+                "add held_out=, or options.held_out of the prompts",
+            )  # fmt: skip
+        limit = min(config.rollout.max_model_len, shape.max_positions)
+        lengths = [
+            each.check_length(config.rollout.max_new_tokens, limit) for each in (task, held_out) if each is not None
+        ]
+        return Prompts(task.rows, max(lengths))
+
+    @staticmethod
+    def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
+        """What runs in place of the loop: with the objective "mse" nothing is sampled."""
+        options = sae_options(config.task)
+        return fit if options.steering and options.objective == "mse" else None
+
+    def reference(self) -> AbstractContextManager[None]:
+        moving = self.config.algorithm.reference == "ema"
+        return self.policy.reference() if moving or self.options.reference == "predictor" else self.policy.unsteered()
+
+    def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
+        # Further rounds of a step draw the prompts of steps beyond the last one, and are steered as this one is.
+        return self._steered(self.task.requests(rows, self.config.seed, step), step % self.config.steps)
+
+    def _steered(self, requests: Sequence[PromptRequest], step: int | None) -> list[PromptRequest]:
+        chosen = self.policy.strengths([request.prompt_ids for request in requests], step)
+        carried = self.policy.for_requests(chosen)
+        return [replace(request, strengths=each) for request, each in zip(requests, carried, strict=True)]
+
+    def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
+        batch = self.task.batch(rollouts, fields)
+        # Nobody but the policy steers: a critic that reads these rows reads them as they are.
+        return replace(
+            batch, prompt_lengths=[len(rollout.prompt_ids) for rollout in rollouts], only=[()] * len(rollouts),
+            training_step=step,
+        )  # fmt: skip
+
+    def measure(self, batch: RolloutBatch, step: int) -> Measured:
+        return self.task.measure(batch.rollouts)
+
+    def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
+        """Nothing learns beside the predictor; what its strengths are now, and how many tokens it steered."""
+        counted = steered_tokens(self.interventions, batch.rollouts)
+        # The engine stops the step where one token was left out; requests are what it counts.
+        failed = batch.injections.expected - batch.injections.injected
+        return {
+            **self._strength_scalars(list(dict.fromkeys(rollout.prompt_ids for rollout in batch.rollouts)), step),
+            "steered_tokens": float(counted),
+            "steering_failed": float(failed),
+        }
+
+    def _strength_scalars(self, prompts: Sequence[tuple[int, ...]], step: int) -> dict[str, float]:
+        chosen = self.policy.strengths(prompts, step)
+        each = strength_statistics(chosen, self.names)
+        overall = strength_statistics(chosen.reshape(-1, 1), ["all"])["all"]
+        scalars = {f"strength_{key}": value for key, value in overall.items()}
+        for name, values in each.items():
+            scalars |= {f"strength_{key}/{name}": value for key, value in values.items()}
+        return scalars
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """Rewards of held-out prompts with steering and without, sampled with the same seeds at every evaluation."""
+        if self.held_out is None:
+            return {}
+        rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
+        plain = self.held_out.requests(rows, self.config.seed, 0)
+        steered = self._steered(plain, None)
+        comparison = compared(self.config, self.options, self.held_out, engine, self.interventions, steered, step)
+        if self.world.is_main:
+            write_comparison(Path(self.config.out) / "steering", comparison)
+        scalars = comparison.numbers()
+        for name, values in comparison.strengths.items():
+            scalars |= {f"eval_strength_{key}/{name}": value for key, value in values.items()}
+        return scalars
+
+    def export(self) -> None:
+        """`predictor/`: weights, form and interventions. The model is as it was, and stays where it is."""
+        if self.world.is_main:
+            training = {"steps": self.config.steps, "lr": self.config.optim.lr, "objective": self.options.objective}
+            write_predictor(
+                Path(self.config.out) / "predictor", self.policy.predictor, self.interventions, self.directory, training
+            )
+
+
+def _tasks(config: RlConfig, options: SaeOptions) -> tuple[TextTask, TextTask | None]:
+    """The text task on the rows to train on, and on those to compare on where there are any.
+
+    Raises:
+        ColumnError: no prompts.
+    """
+    given = Data(config.data, config.held_out or "")
+    task = open_task(options.text_task, given, config.model, config.seed)
+    if task is None or not task.rows:
+        raise ColumnError(f"no prompts in data={config.data!r}", "at least one", "correct data=")
+    return task, open_task(options.text_task, replace(given, training=False), config.model, config.seed)

@@ -32,7 +32,7 @@ from nla_megatron.rollout.requests import (
 )
 from nla_megatron.rollout.start import start
 from nla_megatron.rollout.worker import runner_of
-from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch, Strengths
+from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig

@@ -133,7 +133,7 @@ def check_fit(
         )
     found = _targets(config, options, interventions, form)
     longest = max(len(prompt) for rows in found if rows is not None for prompt in rows.prompts)
-    return Prompts(len(found[0].prompts), longest)
+    return Prompts(len(found[0].prompts), longest, ())
 
 
 def _targets(

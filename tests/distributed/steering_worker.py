@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def main(result: str, folder: str) -> None:
     steps = [trainer.step(number) for number in range(STEPS)]
     # A replay scores what was sampled with the strengths that it was sampled with.
     fresh = engine.generate(side.requests(list(range(4)), STEPS), side.vectors, 2).rollouts
-    kept = [request.strengths for request in side.requests([rollout.row for rollout in fresh], STEPS)]
-    replayed = engine.score(fresh, [None] * len(fresh), side.vectors, 0, kept).rollouts
-    unsteered = engine.score(fresh, [None] * len(fresh), side.vectors).rollouts
+    asked = side.requests([rollout.row for rollout in fresh], STEPS)
+    replayed = engine.score(fresh, asked, side.vectors).rollouts
+    unsteered = engine.score(fresh, [replace(each, strengths=None) for each in asked], side.vectors).rollouts
     side.export()
     if world.is_main:
         prompts = [side.task.prompt_ids(row) for row in range(4)]

@@ -66,7 +66,7 @@ def main(result: str, scratch: str, tp: str) -> None:
 
     out["gap"] = gap(batch.rollouts, TEMPERATURE)
     out["gap_at_another_temperature"] = gap(batch.rollouts, 1.0)
-    scored = engine.score(batch.rollouts, [None] * len(batch.rollouts), no_vectors)
+    scored = engine.score(batch.rollouts, [requests[each.group] for each in batch.rollouts], no_vectors)
     out["score_gap"] = gap(scored.rollouts, TEMPERATURE)
     measured = task.measure(batch.rollouts)
     out["words"] = measured.values["words"].tolist()

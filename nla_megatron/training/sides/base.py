@@ -93,6 +93,10 @@ class Side(Protocol):
     def check(config: RlConfig, world_size: int) -> Prompts:
         """All checks that need no model; raises named errors."""
 
+    @staticmethod
+    def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
+        """What runs in place of the loop, where the configuration asks for a training that samples nothing."""
+
     def reference(self) -> AbstractContextManager[None]:
         """Inside, `policy.rows` computes with the reference policy of a KL term."""
 

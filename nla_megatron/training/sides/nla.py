@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -78,6 +78,10 @@ class NlaSide:
         if config.held_out is not None:
             NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
         return Prompts(task.table.n_rows, len(task.prompt_ids), ("mse", "d_model"))
+
+    @staticmethod
+    def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
+        return None
 
     def reference(self) -> AbstractContextManager[None]:
         assert self.kept is not None

@@ -88,7 +88,7 @@ class SaeSide:
         lengths = [
             each.check_length(config.rollout.max_new_tokens, limit) for each in (task, held_out) if each is not None
         ]
-        return Prompts(task.rows, max(lengths))
+        return Prompts(task.rows, max(lengths), task.measures)
 
     @staticmethod
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:

@@ -27,6 +27,7 @@ from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
+from nla_megatron.training.sides.base import Prompts
 from nla_megatron.types import Credit, Scores
 
 
@@ -45,6 +46,13 @@ def check(config: RlConfig, world_size: int) -> None:
             f"a prompt and rollout.max_new_tokens={config.rollout.max_new_tokens} make {longest} tokens",
             f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
         )  # fmt: skip
+    if side.alone(config) is None:
+        _check_credit(config, prompts)
+    check_run_directory("rl", config)
+
+
+def _check_credit(config: RlConfig, prompts: Prompts) -> None:
+    """Whether algorithm and reward can work on what the task gives them."""
     check_algorithm(config.algorithm, config.samples_per_prompt)
     reward = make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
     for label, names in reward.needs.items():
@@ -54,11 +62,13 @@ def check(config: RlConfig, world_size: int) -> None:
                 f"a term that reads some of {', '.join(prompts.values)}",
                 "choose another reward=, or another task=",
             )
-    check_run_directory("rl", config)
 
 
 def run(config: RlConfig, world: World) -> None:
     torch.manual_seed(config.seed)
+    alone = side_of(config).alone(config)
+    if alone is not None:
+        return alone(config, world)
     trainer = RlTrainer(config, world)
     train(
         "rl", "rl", config, world, trainer.learners, trainer.step,

@@ -102,6 +102,10 @@ class PlainSide:
             held_out.check_length(config.rollout.max_new_tokens, limit)
         return Prompts(task.rows, longest, task.measures)
 
+    @staticmethod
+    def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
+        return None
+
     def reference(self) -> AbstractContextManager[None]:
         assert self.kept is not None, "the algorithm asked for no reference"
         return self.kept.in_place()

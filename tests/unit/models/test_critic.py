@@ -17,6 +17,7 @@ from nla_megatron.models.critic import response_values
 from nla_megatron.parallel.world import World, initialise, shut_down
 from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.module import TrainModule
+from tests.support.sampled import made, sampled
 from tests.support.tiny import tiny_model
 
 IDS, PROMPT = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3
@@ -63,10 +64,22 @@ def test_a_critic_comes_back_from_a_checkpoint(world: World, directory: Path, tm
     module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
     for step in range(2):
         module.update(batch(), lambda v, part: (((v - 2) ** 2 * part.fields["mask"]).sum(), {}), (), step)
-    checkpoints.save(2, {"critic": module}, {})
+    checkpoints.save(2, {"critic": module}, {}, {})
     fresh = module_of(directory, world)
-    assert checkpoints.resume({"critic": fresh}, {}) == 2
+    assert checkpoints.resume({"critic": fresh}, {}, {}) == 2
     assert torch.equal(values(fresh), values(module))
+
+
+def test_an_algorithms_moving_average_comes_back_from_a_checkpoint(
+    world: World, directory: Path, tmp_path: Path
+) -> None:
+    module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
+    before, after = made("reinforce", baseline="ema"), made("reinforce", baseline="ema")
+    for rewards in ([0.1, 0.7], [0.3, 1 / 3]):
+        before.credit(sampled(rewards, [0, 1]))
+    checkpoints.save(2, {"critic": module}, {}, {"algorithm": before})
+    checkpoints.resume({"critic": module}, {}, {"algorithm": after})
+    assert after.state() == before.state() != {}
 
 
 def test_a_policy_of_another_shape_is_refused(world: World, directory: Path) -> None:

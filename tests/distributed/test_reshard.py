@@ -12,7 +12,8 @@ CASES = (
     "tp2 to tp1", "tp1 to tp2", "tp4 to tp2", "tp2 to tp2", "pp2 to tp2, tied", "tp2 pp2 uneven to tp2",
     "pp2 vpp2 to tp4", "ep2 to tp2", "ep2 to tp2 with expert parallelism",
     "pp2 ep2 etp1 to tp4 with expert parallelism", "tp2 ep2 etp2 to tp1", "fp32 to bf16", "adapters merged on the way",
-    "other ranks sample",
+    "other ranks sample", "masters of bf16 to fp32", "masters of bf16 to fp32, two replicas",
+    "masters of bf16 to bf16, four replicas",
 )  # fmt: skip
 NOTHING_TO_SEND = ("tp1 to tp2", "tp2 to tp2", "ep2 to tp2 with expert parallelism")
 STAGING = 1 << 15
@@ -20,12 +21,12 @@ STAGING = 1 << 15
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("reshard")), "bare")
+    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("reshard")))
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return torchrun("reshard_worker", 4, str(tmp_path_factory.mktemp("engine")), "engine")
+    return torchrun("reshard_engine_worker", 4, str(tmp_path_factory.mktemp("engine")))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -62,7 +62,7 @@ class AdapterResharder:
         self.world, self.loads = world, 0
 
     def load(self, install: Install) -> None:
-        """Collective: hand the pairs as they are now to `install`. Raises NotFinite, ReshardMismatch."""
+        """Collective: hand the pairs as they are now to `install`. Raises NotFinite, PeerLost, ReshardMismatch."""
         self.loads += 1
         into = self.transfer.run(lambda gate: _Pairs(self.shapes, self.dtype, self.world, gate), seed=self.loads)
         assert isinstance(into, _Pairs)

@@ -74,6 +74,7 @@ class Transfer:
 
         Raises:
             NotFinite: before anything is written.
+            PeerLost: another rank ended meanwhile.
             ReshardMismatch: a sample of regions differs between the two sides.
         """
         check_finite(self.sources.checked, self.world)
@@ -116,7 +117,7 @@ class Resharder:
         vllm_load.install(self.worker, self._load)
 
     def load(self) -> None:
-        """Collective: hand the model's present weights to the sampler. Raises NotFinite, ReshardMismatch."""
+        """Collective: hand the model's present weights to the sampler. Raises NotFinite, PeerLost, ReshardMismatch."""
         vllm_load.update(self.worker)
 
     def _load(self) -> None:

@@ -21,10 +21,49 @@ from nla_megatron.conversion.live import global_parameters
 from nla_megatron.errors import NlaError
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import initialise
+from nla_megatron.reshard.megatron_side import TrainLayout
 from nla_megatron.reshard.resharder import Resharder
+from nla_megatron.reshard.summary import summarise
 from nla_megatron.rollout.engine import Engine
 from tests.support.reshard_models import tensors, trainer
 from tests.support.tiny import tiny_model
+
+
+class Transforms:
+    """While `on`, two loaders of vLLM's model do more than copy: they round, and add one."""
+
+    on = False
+
+    @classmethod
+    def register(cls) -> None:
+        """The engine's model, and every skeleton of it, has the two loaders."""
+        from vllm import ModelRegistry
+        from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+        from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+        class Transforming(Qwen3ForCausalLM):
+            def __init__(self, *, vllm_config: Any, prefix: str = ""):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+                self.model.norm.weight.weight_loader = cls.behind(default_weight_loader, lambda one: one + 1)
+                down = self.model.layers[1].mlp.down_proj.weight
+                rounding = cls.behind(down.weight_loader, lambda one: (one * 64).round() / 64)
+                object.__setattr__(down, "_weight_loader", rounding)
+
+        ModelRegistry.register_model("Qwen3ForCausalLM", Transforming)
+
+    @classmethod
+    def behind(cls, load: Any, transform: Any) -> Any:
+        """As vLLM's `composed_weight_loader`."""
+
+        def loader(param: Any, loaded_weight: Any) -> None:
+            load(param, loaded_weight)
+            if cls.on:
+                param.data.copy_(transform(param))
+
+        return loader
+
+
+TRANSFORMED = ("model.layers.1.mlp.down_proj.weight", "model.norm.weight")
 
 
 def main(result: str, scratch: str) -> None:
@@ -50,6 +89,30 @@ def named(call: Any) -> str:
     return "no error"
 
 
+def by_the_ordinary_path(engine: Engine, model: Any, shape: Any, world: Any, full: Any, other: Any) -> dict[str, Any]:
+    """With loaders that do more than copy, against vLLM's own load of everything."""
+    before = logprobs(engine)
+    Transforms.on = True
+    engine.load(iter(full.items()))
+    expected = logprobs(engine)
+    resharder = Resharder(model, shape, engine.llm, shape, world)
+    config = resharder.worker.vllm_config
+    summary = summarise(shape, config, TrainLayout.of(world), 2, False, "float32", 1 << 20, [0])
+    found = {
+        "transformed": expected != before,
+        "ordinary tensors": resharder.trace.ordinary == TRANSFORMED == summary.ordinary,
+        "ordinary told": next(line for line in summary.lines() if line.startswith("ordinary")),
+    }
+    for load in ("ordinary", "ordinary again"):
+        engine.load(iter(other.items()))
+        found[f"{load} before"] = logprobs(engine) == expected
+        with engine.replacing_weights():
+            resharder.load()
+        found[load] = logprobs(engine) == expected
+    Transforms.on = False
+    return found
+
+
 @torch.no_grad()
 def in_a_running_engine(scratch: Path) -> dict[str, Any]:
     world, directory = initialise(ParallelConfig(tp=2, pp=2)), scratch / "model"
@@ -58,6 +121,7 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
     barrier(world)
     shape = read_shape(directory)
     rollout = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16)
+    Transforms.register()
     engine = Engine(str(directory), shape, rollout, InterventionConfig("norm_add", 1, 1.0), world, 2, 0)
     full = {name: tensor * 0.1 for name, tensor in tensors(shape).items()}
     other = {name: tensor * -0.07 for name, tensor in tensors(shape).items()}
@@ -75,6 +139,8 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
         with engine.replacing_weights():
             resharder.load()
         found[layout] = logprobs(engine) == expected
+    found |= by_the_ordinary_path(engine, model, shape, world, full, other)
+    resharder = Resharder(model, shape, engine.llm, shape, world)
     parameter = next(iter(global_parameters(model).values()))
     parameter[0] += 1.0 if world.rank == 1 else 0.0
 

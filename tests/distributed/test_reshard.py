@@ -47,6 +47,14 @@ def test_a_running_engine_has_the_logprobs_of_its_own_load_bit_for_bit(engine: A
     assert engine[layout] == ["True"]
 
 
+def test_a_loader_that_is_no_copy_loads_by_the_ordinary_path_and_says_so(engine: Any) -> None:
+    assert engine["transformed"] == engine["ordinary tensors"] == ["True"]
+    assert engine["ordinary before"] == engine["ordinary again before"] == ["False"]
+    assert engine["ordinary"] == engine["ordinary again"] == ["True"]
+    [line] = engine["ordinary told"]
+    assert "2 tensors, first model.layers.1.mlp.down_proj.weight" in line
+
+
 def test_replicas_that_differ_nan_and_another_model_are_named_on_all_ranks(engine: Any) -> None:
     assert engine["replicas apart"] == ["ReshardMismatch"]
     assert engine["nan"] == ["NotFinite"]

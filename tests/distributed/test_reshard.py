@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +64,11 @@ def test_replicas_that_differ_nan_and_another_model_are_named_on_all_ranks(engin
 
 def test_a_half_loaded_engine_does_not_generate(engine: Any) -> None:
     assert engine["refused after"] == ["HalfLoaded"]
+
+
+def test_other_ranks_than_the_trainers_run_the_engine_and_get_every_byte_once(tmp_path: Path) -> None:
+    found = torchrun("reshard_apart_worker", 4, str(tmp_path))
+    engines, sent, needed, local = zip(*found, strict=True)
+    assert engines == ({}, {}, {"before": False, "after": True}, {"before": False, "after": True})
+    assert needed[:2] == sent[2:] == local[2:] == (0, 0)
+    assert sum(sent) == sum(needed) > 0

@@ -19,7 +19,7 @@ from nla_megatron.launch.local import Entry, command_process, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 _RESHARD = ("nla_megatron.rollout.preload", "nla_megatron.reshard.resharder")
-PRELOADS = {name: _RESHARD for name in ("reshard_worker", "reshard_engine_worker", "reshard_failing_worker")}
+PRELOADS = {f"reshard{kind}_worker": _RESHARD for kind in ("", "_engine", "_failing", "_apart")}
 """Modules that a worker's ranks share, imported before they are forked."""
 
 

@@ -100,13 +100,13 @@ def adapter_needs(manager: Any, shapes: Mapping[str, tuple[int, ...]], dtype: st
     for module, layer in manager.modules.items():
         packed = manager.packed_modules.get(module, [])
         for is_a, cut in ((True, "slice_lora_a"), (False, "slice_lora_b")):
-            here = [names.get((one, is_a)) for one in packed or [module]]
+            here = [names.get((part, is_a)) for part in packed or [module]]
             sources = [None if one is None else torch.empty(shapes[one], device="meta") for one in here]
             if any(source is not None for source in sources):
                 kept = _cut(layer, cut, sources, bool(packed))
-                for name, source, view in zip(here, sources, kept, strict=True):
-                    if name is not None:
-                        needs[name] = _kept(name, source, view, shapes[name], dtype)
+                for one, source, view in zip(here, sources, kept, strict=True):
+                    if one is not None:
+                        needs[one] = _kept(one, source, view, shapes[one], dtype)
     if strangers := [name for name in shapes if name not in needs]:
         raise ModelsDiffer(
             f"an adapter of {strangers[0]}, which vLLM's {type(manager.model).__name__} does not adapt",

@@ -60,11 +60,11 @@ def carry_out(
         held = _Held(sources, made)
         sends = [(message, _packed(message, held, device)) for message in bucket.sends]
         receives = [(message, _empty(message, device)) for message in bucket.receives]
-        with _peers_there():
+        with peers_there():
             works = _exchange(sends, receives)
         for copy in bucket.local:
             do(copy, held[copy.source], targets.tensor(copy.target))
-        with _peers_there():
+        with peers_there():
             for work in works:
                 work.wait()
         for message, packed in receives:
@@ -78,7 +78,7 @@ def carry_out(
 
 
 @contextmanager
-def _peers_there() -> Iterator[None]:
+def peers_there() -> Iterator[None]:
     """Around what waits for other ranks: one that has ended breaks it, as a plain RuntimeError of the transport's."""
     try:
         yield
@@ -140,7 +140,7 @@ def do(copy: Copy, source: Tensor, target: Tensor) -> None:
 def check_finite(parameters: Mapping[str, Tensor], world: World) -> None:
     """Collective. Raises NotFinite on every rank where a weight of any rank is NaN or infinite."""
     mine = next((name for name, tensor in parameters.items() if not _finite(tensor)), None)
-    with _peers_there():
+    with peers_there():
         everyone = gather_objects(mine, world)
     for rank, name in enumerate(everyone):
         if name is not None:
@@ -198,7 +198,7 @@ class Gate:
     def compare(self, world: World) -> None:
         """Collective. Raises ReshardMismatch on every rank where any two disagree."""
         seen: dict[tuple[str, str], tuple[int, int]] = {}
-        with _peers_there():
+        with peers_there():
             everyone = gather_objects((self.sums, self.wrong), world)
         for rank, (sums, wrong) in enumerate(everyone):
             for key, value in sums.items():

@@ -21,6 +21,7 @@ from nla_megatron.conversion.live import global_parameters
 from nla_megatron.errors import NlaError
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import initialise
+from nla_megatron.reshard.adapter import AdapterResharder
 from nla_megatron.reshard.megatron_side import TrainLayout
 from nla_megatron.reshard.resharder import Resharder
 from nla_megatron.reshard.summary import summarise
@@ -157,6 +158,7 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
     found["other model"] = named(
         lambda: Resharder(model, shape, engine.llm, replace(shape, vocab_size=shape.vocab_size + 1), world)
     )
+    found["no adapters"] = named(lambda: AdapterResharder(model, shape, engine.llm, world))
     everyone = gather_objects(found, world)
     engine.close()
     return {key: sorted({str(one[key]) for one in everyone}) for key in found}

@@ -60,6 +60,7 @@ def test_replicas_that_differ_nan_and_another_model_are_named_on_all_ranks(engin
     assert engine["replicas apart"] == ["ReshardMismatch"]
     assert engine["nan"] == ["NotFinite"]
     assert engine["other model"] == ["ModelsDiffer"]
+    assert engine["no adapters"] == ["ConfigError"]
 
 
 def test_a_half_loaded_engine_does_not_generate(engine: Any) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nla_megatron.errors import LayoutError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
@@ -47,6 +48,9 @@ def stand_by(model: str, shape: ModelShape, config: RolloutConfig, world: World)
     Args:
         config: the engine's.
         world: the ranks that stand by, see `parallel.world.part_of`.
+
+    Raises:
+        LayoutError, VersionError: as the engine.
     """
     options = _options(model, shape, config, (), world, 0)
     import torch
@@ -67,6 +71,19 @@ def stand_by(model: str, shape: ModelShape, config: RolloutConfig, world: World)
     torch.distributed.all_reduce(unlimited, op=torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
 
 
+def check_part(first: int, size: int, tp: int) -> None:
+    """Whether vLLM's groups, of `tp` ranks each from rank 0 of the process group, lie within a part of it.
+
+    Raises:
+        LayoutError: one would hold ranks of two parts, and they would wait for each other for ever.
+    """
+    if first % tp or size % tp:
+        raise LayoutError(
+            f"ranks {first} to {first + size - 1} beside others, with rollout.tp={tp}",
+            f"parts that begin and end at multiples of {tp}", "change rollout.tp, or which ranks sample",
+        )  # fmt: skip
+
+
 def _options(
     model: str,
     shape: ModelShape,
@@ -76,6 +93,9 @@ def _options(
     seed: int,
 ) -> dict[str, Any]:
     """Of vLLM's engine; sets the environment that it reads."""
+    import torch
+
+    check_part(torch.distributed.get_rank() - world.rank, world.size, config.tp)
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_NO_USAGE_STATS="1",

@@ -9,7 +9,8 @@ loaded by vLLM. Medians of three after one of each to warm up; start-up is left 
     speedup_over_gather    seconds of the full gather over seconds of the plan; at least 4
     peak_extra_bytes_plan, peak_extra_bytes_gather
                            the most that any rank's process grew by during a load (its high-water mark over what it
-                           held before), by the plan and by the full gather; vLLM's own repacking is in both
+                           held before), by the plan and by the full gather; vLLM's own repacking is in both,
+                           the allocator's fragmentation in neither
     staging_over_bound     peak_extra_bytes_plan over what packed messages may take; at most 1
     packed_over_bound      of that the packed messages alone
     plan_seconds_70b       vLLM's loaders traced for one rank and the plan of one rank, Llama-70B's shape; at most 5
@@ -65,6 +66,7 @@ QWEN3_8B = replace(
     SHAPE, num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_heads=32, head_dim=128, vocab_size=151_936
 )
 LAYOUTS = [({"tp": 2, "dp": 2}, 1), ({"dp": 4}, 2), ({"tp": 4}, 2), ({"pp": 2, "dp": 2}, 2), ({"tp": 2, "pp": 2}, 2)]
+_MMAP_THRESHOLD = -3  # as malloc.h numbers it
 STAGING, REPEATS, RANKS = 64 << 20, 3, 4
 
 
@@ -122,8 +124,11 @@ def seconds(call: Callable[[], Any], world: Any) -> float:
 def peak_extra(call: Callable[[], Any]) -> int:
     """The bytes that this process holds at most during a call beyond those that it holds before."""
     gc.collect()
-    # What the allocator keeps of earlier calls would hide what this one takes.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc = ctypes.CDLL("libc.so.6")
+    # What the allocator keeps of earlier calls would hide what this one takes; holes between large blocks of other
+    # ages would be counted on top of it, so that those are mapped one by one from now on.
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     call()
@@ -165,7 +170,8 @@ def measure(arguments: Sequence[str]) -> int:
     engine.load((name, tensor * 0.5) for name, tensor in exporter.tensors())
     planned = seconds(resharder.load, world)
     exact = logprobs() == expected
-    peaks = peak_extra(resharder.load), peak_extra(lambda: engine.load(exporter.tensors()))
+    for _ in range(2):  # from the second on, what is there before is allocated in the same way
+        peaks = [peak_extra(resharder.load), peak_extra(lambda: engine.load(exporter.tensors()))]
     found = gather_objects((exact, resharder.transfer.peak, *peaks), world)
     if world.is_main:
         print(f"full gather {gather:.2f} s, plan {planned:.2f} s", file=sys.stderr)

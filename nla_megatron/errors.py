@@ -123,5 +123,9 @@ class ReshardMismatch(RunError):
     """After a load, the sampler holds other weights than the trainer."""
 
 
+class PeerLost(RunError):
+    """Another rank ended in the middle of a load of weights."""
+
+
 class HalfLoaded(RunError):
     """A load of weights did not finish: the sampler holds old and new ones, and does not generate."""

@@ -7,14 +7,33 @@ loaded by vLLM. Medians of three after one of each to warm up; start-up is left 
     sent_over_bound_max    bytes sent over those that are needed and not held, the most of the layouts in LAYOUTS; 1.0
     exact                  the engine's log-probs after both ways are the same bits
     speedup_over_gather    seconds of the full gather over seconds of the plan; at least 4
-    staging_over_bound     the most that packed messages took, over what they may take; at most 1
+    peak_extra_bytes_plan, peak_extra_bytes_gather
+                           the most that any rank's process grew by during a load (its high-water mark over what it
+                           held before), by the plan and by the full gather; vLLM's own repacking is in both,
+                           the allocator's fragmentation in neither
+    staging_over_bound     peak_extra_bytes_plan over what packed messages may take; at most 1
+    packed_over_bound      of that the packed messages alone
     plan_seconds_70b       vLLM's loaders traced for one rank and the plan of one rank, Llama-70B's shape; at most 5
+    plan_seconds_235b      the same for Qwen3-235B-A22B on 10,000 ranks; at most 60
+    plan_growth            seconds per tensor for all of its blocks, over those for a quarter of them; near 1
+
+What one GPU makes of a plan's local copies, with torch alone. The plan is made where vLLM is:
+
+    python tools/bench_reshard.py --plan-for-gpu copies.json
+    python tools/bench_reshard.py --gpu copies.json
+
+The last line is JSON: `bytes`, `copies`, and `fraction_of_copy_bandwidth`, at least 0.6: the plan's bytes per second
+over those of one contiguous copy.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import gc
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -26,9 +45,10 @@ from typing import Any
 
 from nla_megatron.config.schema import InterventionConfig, ParallelConfig, RolloutConfig
 from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.errors import ConfigError, NlaError
 from nla_megatron.launch.commands import silence_libraries
 from nla_megatron.launch.local import launch
-from nla_megatron.types import ModelShape
+from nla_megatron.types import Experts, ModelShape
 
 SHAPE = ModelShape(
     family="Qwen3ForCausalLM", num_layers=16, hidden_size=1024, ffn_hidden_size=2816, num_heads=16, num_kv_heads=8,
@@ -38,7 +58,15 @@ LLAMA_70B = replace(
     SHAPE, family="LlamaForCausalLM", num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64,
     head_dim=128, vocab_size=128_256, qk_norm=False,
 )  # fmt: skip
+QWEN3_235B = replace(
+    SHAPE, family="Qwen3MoeForCausalLM", num_layers=94, hidden_size=4096, ffn_hidden_size=12288, num_heads=64,
+    num_kv_heads=4, head_dim=128, vocab_size=151_936, experts=Experts(128, 8, 1536),
+)  # fmt: skip
+QWEN3_8B = replace(
+    SHAPE, num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_heads=32, head_dim=128, vocab_size=151_936
+)
 LAYOUTS = [({"tp": 2, "dp": 2}, 1), ({"dp": 4}, 2), ({"tp": 4}, 2), ({"pp": 2, "dp": 2}, 2), ({"tp": 2, "pp": 2}, 2)]
+_MMAP_THRESHOLD = -3  # as malloc.h numbers it
 STAGING, REPEATS, RANKS = 64 << 20, 3, 4
 
 
@@ -50,7 +78,7 @@ def with_config(directory: Path, shape: ModelShape) -> Path:
 
 def on_paper(scratch: Path) -> dict[str, float]:
     """What needs no weights."""
-    from nla_megatron.reshard.megatron_side import TrainLayout
+    from nla_megatron.reshard.megatron_side import TrainLayout, tensors_of
     from nla_megatron.reshard.summary import ratio, summarise, vllm_config
 
     worst, config = 0.0, vllm_config(with_config(scratch / "small", SHAPE), "float32")
@@ -58,9 +86,26 @@ def on_paper(scratch: Path) -> dict[str, float]:
         layout = TrainLayout(**options, etp=options.get("tp", 1))
         found = summarise(SHAPE, config, layout, tp, False, "float32", STAGING, range(RANKS))
         worst = max(worst, ratio(found.received, found.bound))
-    config = vllm_config(with_config(scratch / "large", LLAMA_70B), "bfloat16")
-    found = summarise(LLAMA_70B, config, TrainLayout(tp=8, pp=4, dp=2, etp=8), 8, False, "bfloat16", STAGING, [0])
-    return {"sent_over_bound_max": worst, "plan_seconds_70b": found.seconds_traced / 8 + found.seconds_planned}
+    layout = TrainLayout(tp=8, pp=4, dp=2, etp=8)
+    large = planning_seconds(scratch / "70b", LLAMA_70B, layout)
+    # 10,000 ranks: experts over eight of the 5,000 ranks of each stage.
+    layout = TrainLayout(tp=4, pp=2, dp=1250, ep=8, etp=1)
+    mixture = planning_seconds(scratch / "235b", QWEN3_235B, layout)
+    part = replace(QWEN3_235B, num_layers=24)
+    quarter = planning_seconds(scratch / "quarter", part, layout)
+    growth = (mixture / len(tensors_of(QWEN3_235B))) / (quarter / len(tensors_of(part)))
+    return {
+        "sent_over_bound_max": worst, "plan_seconds_70b": large, "plan_seconds_235b": mixture, "plan_growth": growth
+    }  # fmt: skip
+
+
+def planning_seconds(directory: Path, shape: ModelShape, layout: Any) -> float:
+    """What one rank of a bf16 world that samples at TP 8, its experts shared out, waits for its plan."""
+    from nla_megatron.reshard.summary import summarise, vllm_config
+
+    config = vllm_config(with_config(directory, shape), "bfloat16")
+    found = summarise(shape, config, layout, 8, shape.experts is not None, "bfloat16", STAGING, [0])
+    return found.seconds_traced / 8 + found.seconds_planned
 
 
 def seconds(call: Callable[[], Any], world: Any) -> float:
@@ -74,6 +119,26 @@ def seconds(call: Callable[[], Any], world: Any) -> float:
         barrier(world)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def peak_extra(call: Callable[[], Any]) -> int:
+    """The bytes that this process holds at most during a call beyond those that it holds before."""
+    gc.collect()
+    libc = ctypes.CDLL("libc.so.6")
+    # What the allocator keeps of earlier calls would hide what this one takes; holes between large blocks of other
+    # ages would be counted on top of it, so that those are mapped one by one from now on.
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    call()
+    return high_water() - before
+
+
+def high_water() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def measure(arguments: Sequence[str]) -> int:
@@ -104,11 +169,16 @@ def measure(arguments: Sequence[str]) -> int:
     expected = logprobs()
     engine.load((name, tensor * 0.5) for name, tensor in exporter.tensors())
     planned = seconds(resharder.load, world)
-    found = gather_objects((logprobs() == expected, resharder.transfer.peak / STAGING), world)
+    exact = logprobs() == expected
+    for _ in range(2):  # from the second on, what is there before is allocated in the same way
+        peaks = [peak_extra(resharder.load), peak_extra(lambda: engine.load(exporter.tensors()))]
+    found = gather_objects((exact, resharder.transfer.peak, *peaks), world)
     if world.is_main:
         print(f"full gather {gather:.2f} s, plan {planned:.2f} s", file=sys.stderr)
-        result = {"exact": all(one for one, _ in found), "speedup_over_gather": gather / planned,
-                  "staging_over_bound": max(peak for _, peak in found)}  # fmt: skip
+        packed, plan, whole = (max(one[column] for one in found) for column in (1, 2, 3))
+        result = {"exact": all(one[0] for one in found), "speedup_over_gather": gather / planned,
+                  "peak_extra_bytes_plan": plan, "peak_extra_bytes_gather": whole,
+                  "staging_over_bound": plan / STAGING, "packed_over_bound": packed / STAGING}  # fmt: skip
         (directory / "result.json").write_text(json.dumps(result))
     engine.close()
     return 0
@@ -128,7 +198,73 @@ def make_model(directory: Path) -> None:
     Qwen3ForCausalLM(Qwen3Config(**FAMILIES[SHAPE.family].config_from_shape(SHAPE))).save_pretrained(directory)
 
 
-def main() -> int:
+def write_local_copies(path: Path, shape: ModelShape, tp: int) -> None:
+    """One rank's local copies where trainer and sampler both lie on `tp` ranks; sizes of buffers in elements."""
+    from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
+    from nla_megatron.reshard.plan import compile_plan
+    from nla_megatron.reshard.resharder import samplers_of
+    from nla_megatron.reshard.summary import vllm_config
+    from nla_megatron.reshard.vllm_side import trace
+
+    layout = TrainLayout(tp=tp, etp=tp)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = vllm_config(with_config(Path(scratch) / "model", shape), "bfloat16")
+        traces = [trace(config, tensors_of(shape), rank, tp, False) for rank in range(tp)]
+    plan = compile_plan(claims_of(shape, layout), samplers_of(traces, layout.ranks), 0, "bfloat16", STAGING)
+    copies = [copy for bucket in plan.buckets for copy in bucket.local]
+    sizes: dict[str, dict[str, int]] = {"sources": {}, "targets": {}}
+    for copy in copies:
+        for side, name, offset, strides in (
+            ("sources", copy.source, copy.source_offset, copy.source_strides),
+            ("targets", copy.target, copy.target_offset, copy.target_strides),
+        ):
+            last = offset + sum((n - 1) * step for n, step in zip(copy.shape, strides, strict=True))
+            sizes[side][name] = max(sizes[side].get(name, 0), last + 1)
+    path.write_text(json.dumps({"copies": copies, **sizes}))
+
+
+def on_gpu(path: Path) -> dict[str, float]:
+    """Needs torch and a GPU, and nothing else. Raises ConfigError without one."""
+    import torch
+
+    from nla_megatron.reshard.copies import Copy
+    from nla_megatron.reshard.execute import do
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--gpu on a machine without a CUDA device", "one GPU", "run it where there is one")
+    known = json.loads(path.read_text())
+    make = {"dtype": torch.bfloat16, "device": "cuda"}
+    sources, targets = (
+        {name: torch.ones(size, **make) for name, size in known[side].items()} for side in ("sources", "targets")
+    )
+    copies = [Copy(*(tuple(one) if isinstance(one, list) else one for one in copy)) for copy in known["copies"]]
+
+    def all_of_them() -> None:
+        for copy in copies:
+            do(copy, sources[copy.source], targets[copy.target])
+
+    moved = 2 * sum(torch.Size(copy.shape).numel() for copy in copies)
+    one_gib = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(one_gib)
+    plain = (1 << 30) / gpu_seconds(lambda: other.copy_(one_gib))
+    planned = moved / gpu_seconds(all_of_them)
+    return {"bytes": moved, "copies": len(copies), "fraction_of_copy_bandwidth": planned / plain}
+
+
+def gpu_seconds(call: Callable[[], Any]) -> float:
+    import torch
+
+    times = []
+    for _ in range(2 + REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def on_ranks() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     silence_libraries()
     with tempfile.TemporaryDirectory() as scratch:
@@ -139,6 +275,25 @@ def main() -> int:
         if code == 0:
             print(json.dumps(found | json.loads((directory / "result.json").read_text())))
     return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure resharding.")
+    parser.add_argument("--plan-for-gpu", type=Path, metavar="FILE", help="write an 8B layout's local copies")
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="time the copies of such a file on this GPU")
+    options = parser.parse_args()
+    try:
+        if options.plan_for_gpu is not None:
+            silence_libraries()
+            write_local_copies(options.plan_for_gpu, QWEN3_8B, 2)
+        elif options.gpu is not None:
+            print(json.dumps(on_gpu(options.gpu)))
+        else:
+            return on_ranks()
+    except NlaError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

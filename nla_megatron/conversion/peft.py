@@ -164,17 +164,23 @@ def _all_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
+def adapter_rules(shape: ModelShape, spec: LoraSpec) -> list[Rule]:
+    """The adapters' matrices as parameters of `global_parameters` made of tensors of `peft`'s files."""
+    sites = [site for site in _sites(shape) if site.projection in spec.targets]
+    return [rule for site in sites for _, rule in site.rules(spec.rank_of(site.projection))]
+
+
 class _AdapterExporter(Exporter):
     """The matrices of the adapters by their names in `peft`'s files."""
 
     def __init__(self, model: Any, shape: ModelShape, world: World, spec: LoraSpec):
         self.world, self.parameters = world, _all_parameters(model)
-        sites = [site for site in _sites(shape) if site.projection in spec.targets]
-        self.rules = [rule for site in sites for _, rule in site.rules(spec.rank_of(site.projection))]
+        self.rules = adapter_rules(shape, spec)
         self.stage_of = self._stages()
 
 
-def _spec_on(model: Any) -> LoraSpec:
+def spec_on(model: Any) -> LoraSpec:
+    """Of the adapters on a live model. Raises CheckpointError where there are none."""
     layers = adapted(model)
     if not layers:
         raise CheckpointError("a model without adapters", "one that `attach` or `load_adapter` has adapted", "adapt it")
@@ -184,13 +190,13 @@ def _spec_on(model: Any) -> LoraSpec:
 
 def adapter_config(model: Any, base: str | None = None) -> PeftConfig:
     """What `peft` needs to know of the adapters on a live model. Raises CheckpointError where there are none."""
-    spec = _spec_on(model)
+    spec = spec_on(model)
     return PeftConfig(spec.rank, spec.alpha, spec.rslora, 0.0, base, spec.ranks, spec.alphas)
 
 
 def adapter_exporter(model: Any, shape: ModelShape, world: World) -> Exporter:
     """An `Exporter` of the adapters alone, whole on every rank, by their names in `peft`'s files."""
-    return _AdapterExporter(model, shape, world, _spec_on(model))
+    return _AdapterExporter(model, shape, world, spec_on(model))
 
 
 def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: World, base: str) -> None:
@@ -208,7 +214,7 @@ def save_adapter(model: Any, directory: str | Path, shape: ModelShape, world: Wo
     strange = out.exists() and any(out.iterdir()) and not (out / CONFIG).is_file()
     if broadcast_object(strange if world.is_main else None, world):
         raise RunDirectoryError(f"{out}, which holds no adapter", "a new directory", "choose another one")
-    spec, config = _spec_on(model), adapter_config(model, base)
+    spec, config = spec_on(model), adapter_config(model, base)
     exporter, partial = adapter_exporter(model, shape, world), Path(f"{directory}.partial")
     if world.is_main:
         with room_on(partial):

@@ -46,7 +46,7 @@ def gather_objects(value: T, world: World) -> list[T]:
 def broadcast_object(value: T | None, world: World, source: int = 0) -> T:
     box: list[Any] = [value]
     if world.size > 1:
-        dist.broadcast_object_list(box, src=source, group=world.control)
+        dist.broadcast_object_list(box, group_src=source, group=world.control)
     return box[0]
 
 

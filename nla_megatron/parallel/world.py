@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
@@ -160,6 +161,20 @@ def initialise(config: ParallelConfig) -> World:
         recompute=config.recompute,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
     )
+
+
+def part_of(world: World, parts: Sequence[range]) -> World:
+    """The part of a world that this rank is in, with ranks and `control` of its own; collective over the world.
+
+    Sizes and coordinates of training stay those of the whole.
+    """
+    mine = None
+    for ranks in parts:
+        group = dist.new_group(list(ranks), backend="gloo")
+        if world.rank in ranks:
+            mine = replace(world, rank=ranks.index(world.rank), size=len(ranks), control=cast(dist.ProcessGroup, group))
+    assert mine is not None, f"rank {world.rank} is in no part"
+    return mine
 
 
 def shut_down() -> None:

@@ -28,10 +28,11 @@ class Group:
 
 
 class Claim(NamedTuple):
-    """Every rank of the group holds the piece."""
+    """Every rank of the group holds the piece; `dtype` is the buffer's where it is not that of the others."""
 
     piece: Piece
     group: Group
+    dtype: str | None = None
 
 
 class Need(NamedTuple):

@@ -6,7 +6,8 @@ All ranks go through their buckets in ascending order, so that no two wait for e
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nla_megatron.errors import NotFinite, ReshardMismatch
+from nla_megatron.errors import NotFinite, PeerLost, ReshardMismatch
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard.carriers import Bucket, Claim, Message, Plan, Sampler
@@ -47,6 +48,9 @@ def carry_out(
     Args:
         made: sources that are made when they are asked for.
 
+    Raises:
+        PeerLost: another rank ended.
+
     Returns:
         Bytes of packed buffers and of tensors made for the sources (merged adapters) at the fullest moment.
     """
@@ -56,19 +60,33 @@ def carry_out(
         held = _Held(sources, made)
         sends = [(message, _packed(message, held, device)) for message in bucket.sends]
         receives = [(message, _empty(message, device)) for message in bucket.receives]
-        works = _exchange(sends, receives)
+        with peers_there():
+            works = _exchange(sends, receives)
         for copy in bucket.local:
-            _do(copy, held[copy.source], targets.tensor(copy.target))
-        for work in works:
-            work.wait()
+            do(copy, held[copy.source], targets.tensor(copy.target))
+        with peers_there():
+            for work in works:
+                work.wait()
         for message, packed in receives:
             for copy in message.copies:
-                _do(copy, packed, targets.tensor(copy.target))
+                do(copy, packed, targets.tensor(copy.target))
         most = max(most, bucket.staging + held.made)
         for name in _written(bucket):
             if last[name] == number:
                 targets.finish(name)
     return most
+
+
+@contextmanager
+def peers_there() -> Iterator[None]:
+    """Around what waits for other ranks: one that has ended breaks it, as a plain RuntimeError of the transport's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(
+            f"a rank that ended in the middle of a load ({str(error).splitlines()[0][:120]})", "all ranks to its end",
+            "see the first error, or who ended that rank; then resume",
+        ) from error  # fmt: skip
 
 
 class _Held(dict[str, Tensor]):
@@ -97,7 +115,7 @@ def _packed(message: Message, held: Mapping[str, Tensor], device: torch.device) 
     packed = _empty(message, device)
     for copy in message.copies:
         assert copy.target == PACKED
-        _do(copy, held[copy.source], packed)
+        do(copy, held[copy.source], packed)
     return packed
 
 
@@ -111,8 +129,8 @@ def _exchange(sends: list[tuple[Message, Tensor]], receives: list[tuple[Message,
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _do(copy: Copy, source: Tensor, target: Tensor) -> None:
-    """Casts on the way where the dtypes differ."""
+def do(copy: Copy, source: Tensor, target: Tensor) -> None:
+    """One copy of a plan; casts on the way where the dtypes differ."""
     viewed(target, copy.target_offset, copy.shape, copy.target_strides).copy_(
         viewed(source, copy.source_offset, copy.shape, copy.source_strides)
     )
@@ -122,7 +140,9 @@ def _do(copy: Copy, source: Tensor, target: Tensor) -> None:
 def check_finite(parameters: Mapping[str, Tensor], world: World) -> None:
     """Collective. Raises NotFinite on every rank where a weight of any rank is NaN or infinite."""
     mine = next((name for name, tensor in parameters.items() if not _finite(tensor)), None)
-    for rank, name in enumerate(gather_objects(mine, world)):
+    with peers_there():
+        everyone = gather_objects(mine, world)
+    for rank, name in enumerate(everyone):
         if name is not None:
             raise NotFinite(
                 f"NaN or infinity in {name} on rank {rank}", "finite weights",
@@ -178,7 +198,9 @@ class Gate:
     def compare(self, world: World) -> None:
         """Collective. Raises ReshardMismatch on every rank where any two disagree."""
         seen: dict[tuple[str, str], tuple[int, int]] = {}
-        for rank, (sums, wrong) in enumerate(gather_objects((self.sums, self.wrong), world)):
+        with peers_there():
+            everyone = gather_objects((self.sums, self.wrong), world)
+        for rank, (sums, wrong) in enumerate(everyone):
             for key, value in sums.items():
                 first, other = seen.setdefault(key, (value, rank))
                 wrong = wrong if first == value else [*wrong, f"{key[0]} on rank {rank} and on rank {other}"]

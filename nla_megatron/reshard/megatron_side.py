@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -77,8 +77,14 @@ class _Groups:
         return self.made.setdefault(tuple(ranks), Group(len(self.made), tuple(ranks)))
 
 
-def claims_of(shape: ModelShape, layout: TrainLayout, *, with_head: bool = True) -> list[Claim]:
-    """Every place that holds a region of an HF tensor, in the table's order. Raises LayoutError."""
+def claims_of(
+    shape: ModelShape, layout: TrainLayout, *, with_head: bool = True, rules: Sequence[Rule] | None = None
+) -> list[Claim]:
+    """Every place that holds a region of an HF tensor, in the table's order; `rules` are other than the model's.
+
+    Raises:
+        LayoutError: the model cannot lie so.
+    """
     check_layout(shape, layout, "convert")
     groups, claims = _Groups(layout), []
     stage_of_block = [
@@ -86,7 +92,7 @@ def claims_of(shape: ModelShape, layout: TrainLayout, *, with_head: bool = True)
         for chunk, blocks in enumerate(blocks_per_chunk(shape.num_layers, layout))
         for _ in range(blocks)
     ]
-    for rule in rules_of(shape, with_head):
+    for rule in rules_of(shape, with_head) if rules is None else rules:
         # A tied output layer holds what the embedding holds, and is found under its name.
         if rule.alias:
             continue
@@ -158,22 +164,37 @@ class Sources(Mapping[str, Tensor]):
     """This rank's parameters under the names of the claims; adapted ones are merged when they are asked for.
 
     Merging needs no other rank and leaves the weight as it is; a merged copy lives as long as its caller keeps it.
+
+    Args:
+        masters: by the names of their claims; see `masters`.
     """
 
-    def __init__(self, model: Any, world: World):
+    def __init__(self, model: Any, world: World, masters: Mapping[str, Tensor] | None = None):
         everything: dict[str, Tensor] = dict(global_parameters(model))
-        self.adapters = {name: parameter for name, parameter in everything.items() if f".{LORA}." in name}
-        self.parameters = {name: one for name, one in everything.items() if name not in self.adapters}
+        adapters = {name: parameter for name, parameter in everything.items() if f".{LORA}." in name}
+        self.parameters = {name: one for name, one in everything.items() if name not in adapters}
+        self.dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in self.parameters.values()}
+        self.checked: dict[str, Tensor] = {**everything, **(masters or {})}
         if world.pp > 1 and _OUTPUT in self.parameters:
             self.parameters.setdefault(_EMBEDDING, self.parameters[_OUTPUT])
-        self.adapted = {f"{name}.weight": linear for name, linear in adapted(model).items()}
+        self.parameters.update(masters or {})
+        self.made = {f"{name}.weight": linear for name, linear in adapted(model).items()}
 
     def __getitem__(self, name: str) -> Tensor:
         # A training step may put a parameter's data elsewhere, so nothing of it is kept.
-        return merged_local(self.adapted[name]) if name in self.adapted else self.parameters[name].detach()
+        return merged_local(self.made[name]) if name in self.made else self.parameters[name].detach()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)
 
     def __len__(self) -> int:
         return len(self.parameters)
+
+
+class AdapterSources(Sources):
+    """This rank's A and B alone."""
+
+    def __init__(self, model: Any):
+        everything: dict[str, Tensor] = dict(global_parameters(model))
+        self.parameters = self.checked = {name: one for name, one in everything.items() if f".{LORA}." in name}
+        self.dtypes, self.made = {"float32"}, {}

@@ -46,20 +46,22 @@ def compile_plan(claims: Sequence[Claim], samplers: Sequence[Sampler], rank: int
 
     Args:
         claims: of all ranks; disjoint, see `check_claims`.
-        dtype: of the buffers that hold.
+        dtype: of the buffers that hold, where a claim does not say.
         staging: bound on the bytes of packed buffers at any moment.
 
     Raises:
         UnheldRegion: this rank needs what nobody holds.
     """
     everything, routes = by_name(claims), _Routes(rank)
+    widest = _widest(claims, dtype)
     mine = by_name(claim for claim in claims if rank in claim.group.members)
     most = max(1, staging // (len(samplers) + 1))
     buckets: dict[int, Bucket] = defaultdict(Bucket)
     needed = local = 0
     for sampler in samplers:
         place = sampler.ranks.index(rank) if rank in sampler.ranks else None
-        for key, matches in _matches(sampler, mine if place is None else everything, dtype, most, place is not None):
+        book = mine if place is None else everything
+        for key, matches in _matches(sampler, book, dtype, most, place is not None, widest):
             group, bucket = key.group, buckets[key.number]
             width = sum(match.need.region.size for match in matches) * ITEMSIZE[key.dtype]
             route = routes.of(sampler, group)
@@ -78,6 +80,10 @@ def compile_plan(claims: Sequence[Claim], samplers: Sequence[Sampler], rank: int
     return Plan(rank, tuple(buckets[number] for number in sorted(buckets)), needed, local)
 
 
+def _widest(claims: Iterable[Claim], dtype: str) -> int:
+    return max(ITEMSIZE[one] for one in {dtype, *(claim.dtype or dtype for claim in claims)})
+
+
 class _Key(NamedTuple):
     """What can travel in one message: bucket, who holds it, dtype on the wire."""
 
@@ -87,16 +93,17 @@ class _Key(NamedTuple):
 
 
 def _matches(
-    sampler: Sampler, book: Mapping[str, Sequence[Claim]], dtype: str, most: int, complete: bool
+    sampler: Sampler, book: Mapping[str, Sequence[Claim]], dtype: str, most: int, complete: bool, widest: int
 ) -> Iterator[tuple[_Key, list[_Match]]]:
     """The sampler's needs where claims of `book` meet them; alike on every rank for the claims that both know."""
     found: dict[_Key, list[_Match]] = defaultdict(list)
     number = filled = 0
     for need in sampler.needs:
-        wire = min(need.dtype, dtype, key=ITEMSIZE.__getitem__)
         claims = book.get(need.piece.region.name, ())
-        for region in need.piece.region.chunks(max(1, most // ITEMSIZE[wire])):
-            width, covered = region.size * ITEMSIZE[wire], 0
+        # As wide as any claim: not every rank knows those that meet this need, and all must cut alike.
+        size = min(ITEMSIZE[need.dtype], widest)
+        for region in need.piece.region.chunks(max(1, most // size)):
+            width, covered = region.size * size, 0
             if filled and filled + width > most:
                 number, filled = number + 1, 0
             filled += width
@@ -105,6 +112,7 @@ def _matches(
                 if both is not None:
                     covered += both.size
                     match = _Match(need.piece.within(both), claim.piece.within(both))
+                    wire = min(need.dtype, claim.dtype or dtype, key=ITEMSIZE.__getitem__)
                     found[_Key(number, claim.group, wire)].append(match)
             if complete and covered != region.size:
                 [*_, lost] = missing(region, [claim.piece.region for claim in claims])
@@ -178,7 +186,7 @@ def world_bytes(claims: Sequence[Claim], samplers: Sequence[Sampler], dtype: str
     book, needed, held = by_name(claims), 0, 0
     for sampler in samplers:
         ranks = frozenset(sampler.ranks)
-        for key, matches in _matches(sampler, book, dtype, 1 << 62, complete=True):
+        for key, matches in _matches(sampler, book, dtype, 1 << 62, True, _widest(claims, dtype)):
             width = sum(match.need.region.size for match in matches) * ITEMSIZE[key.dtype]
             needed += width * len(ranks)
             held += width * len(ranks & key.group.members)

@@ -151,6 +151,30 @@ class Piece:
         return Piece(part, self.buffer, offset, tuple(strides))
 
 
+def between(piece: Piece, start: int, stop: int) -> Iterator[Piece]:
+    """The parts of a piece that lie at places `start` to `stop` of its buffer; its axes are row-major there.
+
+    A matrix gives at most three: what is left of a row, whole rows, the beginning of a row.
+    """
+    region, first = piece.region, piece.offset
+    spans = [(len(one) - 1) * stride for one, stride in zip(region.axes, piece.strides, strict=True)]
+    last = first + sum(spans)
+    if first >= stop or last < start:
+        return
+    if start <= first and last < stop:
+        yield piece
+        return
+    axis = next(axis for axis, span in enumerate(spans) if span)
+    rows, stride, within = region.axes[axis], piece.strides[axis], last - first - spans[axis]
+    begins, ends = max(0, -(-(start - first) // stride)), max(0, (stop - 1 - within - first) // stride + 1)
+    cut = [rows[begins - 1 : begins] if begins else range(0), rows[begins:ends], rows[ends : ends + 1]]
+    # Where both ends lie in one row, it is the only one.
+    for part in cut[:1] if begins > ends else cut:
+        if part:
+            axes = (*region.axes[:axis], part, *region.axes[axis + 1 :])
+            yield from between(piece.within(Region(region.name, axes)), start, stop)
+
+
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a row-major tensor, in elements."""
     strides = [1] * len(shape)

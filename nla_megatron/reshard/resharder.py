@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nla_megatron.errors import ModelsDiffer
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard import vllm_load
 from nla_megatron.reshard.carriers import Claim, Plan, Sampler
 from nla_megatron.reshard.execute import Gate, Targets, carry_out, check_finite
+from nla_megatron.reshard.masters import claims_of_masters, masters_of, ranges_on
 from nla_megatron.reshard.megatron_side import Sources, TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan
 from nla_megatron.reshard.vllm_side import Trace, trace
@@ -38,6 +41,27 @@ def check_same_model(trainer: ModelShape, sampler: ModelShape) -> None:
             )  # fmt: skip
 
 
+def held(
+    model: Any, shape: ModelShape, layout: TrainLayout, world: World, optimizer: Any = None
+) -> tuple[Sources, list[Claim]]:
+    """What this rank hands over, and what all claim to hold; masters where there is an optimizer. Collective."""
+    claims = claims_of(shape, layout)
+    if optimizer is None:
+        return Sources(model, world), claims
+    mine = ranges_on(model, optimizer)
+    return Sources(model, world, masters_of(model, mine)), claims_of_masters(claims, gather_objects(mine, world))
+
+
+class Nowhere:
+    """The targets of a rank that needs nothing."""
+
+    def tensor(self, name: str) -> Tensor:
+        raise AssertionError(f"{name} on a rank that needs nothing")
+
+    def finish(self, name: str) -> None:
+        raise AssertionError(f"{name} on a rank that needs nothing")
+
+
 class Transfer:
     """A plan between one model's ranks and samplers, and its repeated execution with the checks around it.
 
@@ -47,14 +71,14 @@ class Transfer:
         OverlappingClaims, UnheldRegion, LayoutError: there is no plan.
     """
 
-    def __init__(self, model: Any, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING):
+    def __init__(
+        self, sources: Sources, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING
+    ):
         check_claims(claims)
-        self.sources = Sources(model, world)
-        dtypes = gather_objects({str(tensor.dtype) for tensor in self.sources.parameters.values()}, world)
+        dtypes = gather_objects(sources.dtypes, world)
         [dtype] = {one for ranks in dtypes for one in ranks}
-        self.claims, self.samplers, self.world = claims, samplers, world
-        self.dtype = dtype.removeprefix("torch.")
-        self.plan: Plan = compile_plan(claims, samplers, world.rank, self.dtype, staging)
+        self.sources, self.claims, self.samplers, self.world = sources, claims, samplers, world
+        self.plan: Plan = compile_plan(claims, samplers, world.rank, dtype, staging)
         self.peak = 0
 
     def run(self, targets: Callable[[Gate], Targets], seed: int) -> Targets:
@@ -62,52 +86,70 @@ class Transfer:
 
         Raises:
             NotFinite: before anything is written.
+            PeerLost: another rank ended meanwhile.
             ReshardMismatch: a sample of regions differs between the two sides.
         """
-        check_finite({**self.sources.parameters, **self.sources.adapters}, self.world)
+        check_finite(self.sources.checked, self.world)
         gate = Gate(self.claims, self.samplers, self.world.rank, _SAMPLE, seed)
         gate.left(self.sources)
         into = targets(gate)
-        self.peak = carry_out(self.plan, self.sources, into, self.world.device, self.sources.adapted)
+        self.peak = carry_out(self.plan, self.sources, into, self.world.device, self.sources.made)
         gate.compare(self.world)
         return into
 
 
 class Resharder:
-    """From a live Megatron model to the vLLM of the same processes.
+    """From a live Megatron model to the vLLM of the same process group: of the same ranks, or of others.
 
     Args:
-        llm: an `LLM` whose worker lives in this process, over all ranks: `world.size / tp` replicas.
+        model: a model, or the list of this rank's chunks; an empty one on a rank that only samples.
+        llm: an `LLM` whose worker lives in this process, over all of `samplers`: replicas of its tensor-parallel size.
+            None on a rank that only trains.
         sampler_shape: of the directory that the engine was started with.
+        optimizer: megatron-core's distributed one, whose fp32 masters are handed over in the place of the parameters.
+            Each replica holds only its part of them, so more travels; a sampler in bf16 gets the same bits either way.
+        layout: where the trainer lies, by default on all ranks.
+        samplers: the ranks that sample, by default all.
 
     Raises:
+        ConfigError: an optimizer without shared-out masters.
         ModelsDiffer: the two sides are not the same model.
         OverlappingClaims, UnheldRegion: there is no plan.
     """
 
     def __init__(self, model: Any, shape: ModelShape, llm: Any, sampler_shape: ModelShape, world: World,
-                 staging: int = STAGING):  # fmt: skip
+                 staging: int = STAGING, optimizer: Any = None, layout: TrainLayout | None = None,
+                 samplers: range | None = None):  # fmt: skip
         check_same_model(shape, sampler_shape)
-        self.worker = llm.llm_engine.model_executor.driver_worker.worker
-        config = self.worker.vllm_config
-        tp = config.parallel_config.tensor_parallel_size
-        expert_parallel = config.parallel_config.enable_expert_parallel
-        self.trace = trace(config, tensors_of(shape), world.rank % tp, tp, expert_parallel)
-        everyone = gather_objects(self.trace if world.rank < tp else None, world)
-        traces = [one for one in everyone if one is not None]
-        claims = claims_of(shape, TrainLayout.of(world))
-        self.transfer = Transfer(model, claims, samplers_of(traces, range(world.size)), world, staging)
-        self.loads = 0
-        vllm_load.install(self.worker, self._load)
+        ranks = range(world.size) if samplers is None else samplers
+        self.worker, self.trace, self.loads = None, None, 0
+        if llm is not None:
+            self.worker = llm.llm_engine.model_executor.driver_worker.worker
+            config = self.worker.vllm_config
+            tp = config.parallel_config.tensor_parallel_size
+            expert_parallel = config.parallel_config.enable_expert_parallel
+            place = ranks.index(world.rank)
+            self.trace = trace(config, tensors_of(shape), place % tp, tp, expert_parallel)
+            vllm_load.install(self.worker, self._load)
+        first_replica = self.trace if llm is not None and place < tp else None
+        traces = [one for one in gather_objects(first_replica, world) if one is not None]
+        sources, claims = held(model, shape, layout or TrainLayout.of(world), world, optimizer)
+        self.transfer = Transfer(sources, claims, samplers_of(traces, ranks), world, staging)
 
     def load(self) -> None:
-        """Collective: hand the model's present weights to the sampler. Raises NotFinite, ReshardMismatch."""
-        vllm_load.update(self.worker)
+        """Collective: hand the model's present weights to the sampler. Raises NotFinite, PeerLost, ReshardMismatch."""
+        if self.worker is None:
+            self._load()
+        else:
+            vllm_load.update(self.worker)
 
     def _load(self) -> None:
         self.loads += 1
-        into = self.transfer.run(
-            lambda gate: vllm_load.VllmTargets(self.worker, self.trace, gate.arrived), seed=self.loads
-        )
-        assert isinstance(into, vllm_load.VllmTargets)
-        into.end()
+        into = self.transfer.run(self._targets, seed=self.loads)
+        if isinstance(into, vllm_load.VllmTargets):
+            into.end()
+
+    def _targets(self, gate: Gate) -> Targets:
+        if self.worker is None or self.trace is None:
+            return Nowhere()
+        return vllm_load.VllmTargets(self.worker, self.trace, gate.arrived)

@@ -49,13 +49,19 @@ class VllmTargets:
         if name.startswith(ORDINARY):
             need = self.shapes[name]
             if name not in self.wholes:
-                self.wholes[name] = torch.empty(need.piece.region.shape, dtype=getattr(torch, need.dtype))
+                dtype = getattr(torch, need.dtype)
+                self.wholes[name] = torch.empty(need.piece.region.shape, dtype=dtype, device=self.runner.device)
             return self.wholes[name]
         module, _, attribute = name.rpartition(".")
-        layer = self.model.get_submodule(module)
+        layer = self._layer(module)
         if module not in self.open and not self._as_loaded(layer, module):
             self._open(layer, module)
         return getattr(layer, attribute).data
+
+    def _layer(self, module: str) -> Any:
+        """An adapted layer keeps the one that is loaded inside."""
+        found = self.model.get_submodule(module)
+        return getattr(found, "base_layer", found)
 
     def _as_loaded(self, layer: Any, module: str) -> bool:
         """Whether the live parameters are what the loaders wrote; vLLM's other layers repack or quantise them."""
@@ -87,7 +93,7 @@ class VllmTargets:
         module = name.rpartition(".")[0]
         self.unfinished[module].discard(name)
         if not self.unfinished[module] and module in self.open:
-            layer = self.model.get_submodule(module)
+            layer = self._layer(module)
             layerwise._layerwise_process(layer, layerwise.get_layerwise_info(layer))
             self.open.discard(module)
 

@@ -44,7 +44,7 @@ class Trace:
     ordinary: tuple[str, ...]
 
 
-class _Copied(NamedTuple):
+class Copied(NamedTuple):
     name: str
     parameter: str
     source: Tensor
@@ -56,14 +56,14 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
-        self.parameters = {_storage(tensor): name for name, tensor in parameters.items()}
+        self.parameters = {storage_of(tensor): name for name, tensor in parameters.items()}
         self.sources: dict[int, str] = {}
-        self.current, self.copies = "", list[_Copied]()
+        self.current, self.copies = "", list[Copied]()
         self.changed: dict[str, set[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            parameter = self.parameters.get(_storage(args[0]))
+            parameter = self.parameters.get(storage_of(args[0]))
             if parameter is not None and not self._understood(func, args, parameter):
                 self.changed.setdefault(parameter, set()).add(self.current)
         return func(*args, **(kwargs or {}))
@@ -73,14 +73,14 @@ class _Recorder(TorchDispatchMode):
             return len(args) == 1 or args[1] == 0
         if func is not torch.ops.aten.copy_.default:
             return False
-        source = self.sources.get(_storage(args[1]))
+        source = self.sources.get(storage_of(args[1]))
         if source is None or args[0].shape != args[1].shape:
             return False
-        self.copies.append(_Copied(source, parameter, args[1], args[0]))
+        self.copies.append(Copied(source, parameter, args[1], args[0]))
         return True
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -98,7 +98,7 @@ def trace(
         dtype = vllm_config.model_config.dtype
         sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in tensors.items()}
         recorder = _Recorder(parameters)
-        recorder.sources = {_storage(tensor): name for name, tensor in sources.items()}
+        recorder.sources = {storage_of(tensor): name for name, tensor in sources.items()}
 
         def told() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in sources.items():
@@ -181,7 +181,7 @@ def _group(rank: int, size: int) -> Any:
 
 def _check_replaced(recorder: _Recorder, model: Any) -> None:
     for name, parameter in model.named_parameters():
-        if recorder.parameters.get(_storage(parameter)) != name:
+        if recorder.parameters.get(storage_of(parameter)) != name:
             recorder.changed.setdefault(name, set())
 
 
@@ -190,7 +190,7 @@ def _as_trace(
 ) -> Trace:
     found: list[tuple[str, list[Piece]]] = []
     for copied in recorder.copies:
-        pieces = _pieces(copied, tensors[copied.name])
+        pieces = pieces_of(copied, tensors[copied.name])
         if pieces is None:
             recorder.changed.setdefault(copied.parameter, set()).add(copied.name)
         else:
@@ -216,7 +216,7 @@ def _as_trace(
     return Trace(tuple(needs), buffers, tuple(name for name in tensors if name in ordinary))
 
 
-def _pieces(copied: _Copied, shape: tuple[int, ...]) -> list[Piece] | None:
+def pieces_of(copied: Copied, shape: tuple[int, ...]) -> list[Piece] | None:
     """A copy as affine pieces of the HF tensor; None where its view is no such thing."""
     unit, offset = contiguous(shape), copied.source.storage_offset()
     start = [offset // step % size for step, size in zip(unit, shape, strict=True)]

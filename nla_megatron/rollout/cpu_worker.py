@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from nla_megatron.rollout.start import SEGMENT_VARIABLE
 from nla_megatron.rollout.worker import InterveningWorker, marking
 
 _PREFIX = "nla_megatron"
 _SEGMENTS = Path("/dev/shm")
-NAME_VARIABLE = "NLA_MEGATRON_SEGMENTS"
 
 
 class IsolatedCpuWorker(InterveningWorker, CPUWorker):
@@ -29,7 +29,7 @@ class IsolatedCpuWorker(InterveningWorker, CPUWorker):
 
     def init_device(self) -> Any:
         # The groups exist already, so the address is only a name here; vLLM takes what follows its last colon.
-        self.distributed_init_method = f"env://:{os.environ[NAME_VARIABLE]}"
+        self.distributed_init_method = f"env://:{os.environ[SEGMENT_VARIABLE]}"
         return super().init_device()
 
     def runner_class(self, base: Any) -> Any:

@@ -6,11 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nla_megatron.errors import LayoutError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout import adapter, plugin
 from nla_megatron.types import ModelShape
+
+SEGMENT_VARIABLE = "NLA_MEGATRON_SEGMENTS"
+"""Tells a CPU worker what its engine's shared memory is called."""
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import RolloutConfig
@@ -29,21 +33,84 @@ def start(
     Raises:
         VersionError: a version of vLLM that the plug-in was not tested with.
     """
+    options = _options(model, shape, config, interventions, world, seed)
+    import vllm
+
+    return vllm.LLM(**options)
+
+
+def stand_by(model: str, shape: ModelShape, config: RolloutConfig, world: World) -> None:
+    """What a rank that only trains does while other ranks of its process group start an engine with `start`.
+
+    vLLM makes its groups with all ranks of the process group, whether they sample or not; this rank takes part in
+    that and holds nothing else of it.
+
+    Args:
+        config: the engine's.
+        world: the ranks that stand by, see `parallel.world.part_of`.
+
+    Raises:
+        LayoutError, VersionError: as the engine.
+    """
+    options = _options(model, shape, config, (), world, 0)
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed.parallel_state import get_world_group
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+
+    vllm_config = EngineArgs(**options).create_engine_config()
+    rank, local = torch.distributed.get_rank(), int(os.environ["LOCAL_RANK"])
+    # Its collectives on a CPU ask for a name, which the worker of an engine sets.
+    os.environ["VLLM_DIST_IDENT"] = os.environ.get(SEGMENT_VARIABLE, "")
+    with set_current_vllm_config(vllm_config):
+        init_worker_distributed_environment(vllm_config, rank, "env://", local, current_platform.dist_backend)
+    # The engine's ranks agree on their memory over all of vLLM's world.
+    unlimited = torch.tensor([[torch.iinfo(torch.int64).max]])
+    torch.distributed.all_reduce(unlimited, op=torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
+
+
+def check_part(first: int, size: int, tp: int) -> None:
+    """Whether vLLM's groups, of `tp` ranks each from rank 0 of the process group, lie within a part of it.
+
+    Raises:
+        LayoutError: one would hold ranks of two parts, and they would wait for each other for ever.
+    """
+    if first % tp or size % tp:
+        raise LayoutError(
+            f"ranks {first} to {first + size - 1} beside others, with rollout.tp={tp}",
+            f"parts that begin and end at multiples of {tp}", "change rollout.tp, or which ranks sample",
+        )  # fmt: skip
+
+
+def _options(
+    model: str,
+    shape: ModelShape,
+    config: RolloutConfig,
+    interventions: Sequence[Intervention],
+    world: World,
+    seed: int,
+) -> dict[str, Any]:
+    """Of vLLM's engine; sets the environment that it reads."""
+    import torch
+
+    check_part(torch.distributed.get_rank() - world.rank, world.size, config.tp)
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_NO_USAGE_STATS="1",
         # The second model runner, the default where Triton is there, has no place to mark the tokens of a batch.
         VLLM_USE_V2_MODEL_RUNNER="0",
-        VLLM_CPU_OMP_THREADS_BIND=_cores(world.size),
+        # vLLM looks its own up by the rank on this machine, among whatever ranks.
+        VLLM_CPU_OMP_THREADS_BIND=_cores(max(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
     )
     import vllm
 
     plugin.check_version(vllm.__version__)
     plugin.register()
-    dtype: Any = config.dtype
-    return vllm.LLM(
-        model,
-        dtype=dtype,
+    return dict(
+        model=model,
+        dtype=config.dtype,
         max_model_len=min(config.max_model_len, shape.max_positions),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -81,7 +148,7 @@ def _device_options(config: RolloutConfig, world: World) -> dict[str, Any]:
 
     if world.is_main:
         cpu_worker.remove_stale_segments()
-    os.environ[cpu_worker.NAME_VARIABLE] = broadcast_object(cpu_worker.segment_name() if world.is_main else None, world)
+    os.environ[SEGMENT_VARIABLE] = broadcast_object(cpu_worker.segment_name() if world.is_main else None, world)
     return options | {
         "worker_cls": f"{cpu_worker.__name__}.{cpu_worker.IsolatedCpuWorker.__name__}",
         "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),

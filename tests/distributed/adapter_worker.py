@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from nla_megatron.config.schema import ParallelConfig, RolloutConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.conversion.live import global_parameters, load_from_hf
 from nla_megatron.conversion.merge import merge
 from nla_megatron.conversion.peft import adapter_config, adapter_exporter, load_adapter
 from nla_megatron.conversion.peft_format import WEIGHTS, read_peft_config
@@ -26,6 +27,8 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
+from nla_megatron.reshard.adapter import AdapterResharder
+from nla_megatron.reshard.resharder import Resharder
 from nla_megatron.rollout.engine import Engine, PromptRequest
 from nla_megatron.types import Rollout
 from tests.support import hooked
@@ -119,6 +122,30 @@ def live(scratch: Path, shape: Any, world: World) -> Any:
     return model
 
 
+def resharded(bench: Bench) -> dict[str, Any]:
+    """Base and adapter by their plans, from a trainer whose blocks lie on two stages."""
+    parallel_state.destroy_model_parallel()
+    world, llm, shape = initialise(ParallelConfig(pp=2)), bench.engine.llm, bench.shape
+    model = build_verbalizer(shape, world, "float32")
+    load_from_hf(model, str(bench.scratch / "base"), shape, world, with_head=True)
+    with bench.engine.replacing_weights():
+        Resharder(model, shape, llm, shape, world).load()
+    out: dict[str, Any] = {"no_adapters": named(lambda: AdapterResharder(model, shape, llm, world))}
+    load_adapter(model, bench.scratch / "second", shape, world)
+    resharder = AdapterResharder(model, shape, llm, world)
+    resharder.load(bench.engine.load_adapter)
+    out["gap_planned"] = bench.gap(bench.sample(), adapted(bench.scratch, "second"))
+    plans = gather_objects((resharder.transfer.plan.bytes_sent, resharder.transfer.plan.bytes_needed), world)
+    out["planned_bytes"] = [sum(each) for each in zip(*plans, strict=True)]
+    with torch.no_grad():
+        for name, parameter in global_parameters(model).items():
+            if name.endswith(".B"):
+                parameter *= 1.5 if world.rank == 0 else 0.5
+    resharder.load(bench.engine.load_adapter)
+    out["gap_to_second"] = bench.gap(bench.sample(), adapted(bench.scratch, "second"))
+    return out
+
+
 def faults(bench: Bench, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     engine, config = bench.engine, read_peft_config(bench.scratch / "second")
     key = next(iter(tensors))
@@ -181,6 +208,7 @@ def main(result: str, scratch: str, tp: str) -> None:
     out |= faults(bench, tensors)
     out["gap_after_faults"] = bench.gap(bench.sample(), adapted(bench.scratch, "second", 0.05))
     out |= stops(bench)
+    out |= resharded(bench)
     if world.is_main:
         Path(result).write_text(json.dumps(out))
     barrier(world)

@@ -1,7 +1,6 @@
 """Four ranks train on many layouts, and their weights go to samplers on others, against vLLM loading full tensors.
 
-Arguments: RESULT SCRATCH PART. Rank 0 writes what was found. Part "bare": every layout, into bare parameters of vLLM's
-models. Part "engine": into a running engine, by its log-probs and by what it refuses.
+Arguments: RESULT SCRATCH. Rank 0 writes what was found, for every layout, in bare parameters of vLLM's models.
 """
 
 from __future__ import annotations
@@ -17,30 +16,20 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nla_megatron.config.schema import InterventionConfig, ParallelConfig, RolloutConfig
-from nla_megatron.conversion.families import FAMILIES, rules_of
-from nla_megatron.conversion.hf import read_shape
-from nla_megatron.conversion.live import global_parameters, place_of
-from nla_megatron.conversion.peft import fused_layers
-from nla_megatron.conversion.rules import by_name
-from nla_megatron.errors import NlaError
-from nla_megatron.models.decoder import build_chunks
-from nla_megatron.models.lora import LORA, add_lora
-from nla_megatron.models.lora_spec import LoraSpec
-from nla_megatron.models.verbalizer import Verbalizer
+from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.conversion.live import global_parameters
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
 from nla_megatron.reshard import vllm_side
 from nla_megatron.reshard.execute import Gate
-from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
+from nla_megatron.reshard.megatron_side import TrainLayout, tensors_of
 from nla_megatron.reshard.plan import world_bytes
-from nla_megatron.reshard.resharder import Resharder, Transfer, samplers_of
+from nla_megatron.reshard.resharder import Transfer, held, samplers_of
 from nla_megatron.reshard.summary import vllm_config
 from nla_megatron.reshard.vllm_side import Trace, trace
-from nla_megatron.rollout.engine import Engine
-from nla_megatron.types import ModelShape
-from tests.support.families import family_shape
-from tests.support.tiny import tiny_model
+from nla_megatron.training.module import TrainModule
+from tests.support.reshard_models import adapted, shape_of, tensors, trainer
 
 
 @dataclass(frozen=True)
@@ -53,6 +42,7 @@ class Case:
     expert_parallel: bool = False
     dtype: str = "float32"
     lora: bool = False
+    masters: bool = False
     samplers: range = field(default=range(4))
 
 
@@ -71,58 +61,21 @@ CASES = {
     "fp32 to bf16": Case("qwen3", {"tp": 2, "pp": 2}, 2, dtype="bfloat16"),
     "adapters merged on the way": Case("qwen3", {"tp": 2, "pp": 2}, 2, lora=True),
     "other ranks sample": Case("qwen3", {"tp": 2}, 2, samplers=range(2, 4)),
+    "masters of bf16 to fp32": Case("qwen2", {"tp": 2, "pp": 2}, 2, masters=True),
+    "masters of bf16 to fp32, two replicas": Case("qwen3", {"tp": 2}, 2, masters=True),
+    "masters of bf16 to bf16, four replicas": Case("qwen3-moe", {"ep": 2}, 2, dtype="bfloat16", masters=True),
 }
 STAGING = 1 << 15
+BEYOND_BF16 = 1 + 2.0**-12
 
 
-def shape_of(name: str) -> ModelShape:
-    shape = family_shape(name)
-    shape = replace(shape, hidden_size=64) if shape.experts is not None else shape
-    return replace(shape, tied_embeddings=True) if name.startswith("gemma") else shape
-
-
-def tensors(shape: ModelShape) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return {name: torch.randn(size, generator=generator) for name, size in tensors_of(shape).items()}
-
-
-@torch.no_grad()
-def trainer(shape: ModelShape, full: dict[str, Tensor], world: World) -> Any:
-    """A model whose every parameter is cut from `full` by the conversion rules."""
-    model, rules = build_chunks(Verbalizer, shape, world, "float32"), by_name(rules_of(shape, True))
-    for name, parameter in global_parameters(model).items():
-        rule = rules[name]
-        parameter.copy_(rule.read(lambda one, axis, a, b: full[one].narrow(axis, a, b - a), *place_of(rule, world)))
-    return model
-
-
-@torch.no_grad()
-def adapted(model: Any, shape: ModelShape, full: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Adapt the model; returns the tensors that it then stands for, merged by PyTorch in one place."""
-    add_lora(model, fused_layers(shape, world.tp), LoraSpec(2, 4.0, targets=("q_proj", "v_proj")))
-    for name, parameter in global_parameters(model).items():
-        if f".{LORA}." in name and name.endswith(".B"):
-            parameter.fill_(0.25)
-    low = torch.full((1, 2), 0.25)
-    out = dict(full)
-    for rank in gather_objects(own_A(model, world), world):
-        for name, A in rank.items():
-            delta = (low.expand(len(full[name]), 2) @ A) * 2.0
-            out[name] = full[name] + delta
-    return out
-
-
-def own_A(model: Any, world: World) -> dict[str, Tensor]:
-    """A of every adapted projection of this rank by HF name, where it is whole."""
-    from nla_megatron.models.lora import adapted as adapted_layers
-
-    return {
-        f"{slot.hf}.weight": pair.A.detach()
-        for linear in adapted_layers(model).values()
-        for slot in linear.lora.layer.slots
-        for name, pair in linear.lora.pairs.items()
-        if name == slot.projection and not linear.lora.layer.inputs_cut
-    }
+def optimised(model: Any, world: World) -> Any:
+    """megatron-core's distributed optimizer over the model, its masters moved to where bf16 has no number."""
+    module = TrainModule(model, world, OptimConfig(), 1, 1, "bfloat16")
+    for parameter in global_parameters(model).values():
+        if parameter.main_param is not None:
+            parameter.main_param.data.mul_(BEYOND_BF16)
+    return module.optimizer
 
 
 class Bare:
@@ -161,10 +114,13 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
         (directory / "config.json").write_text(json.dumps(FAMILIES[shape.family].config_from_shape(shape)))
     barrier(world)
     config = vllm_config(directory, case.dtype)
-    full = tensors(shape)
-    model = trainer(shape, full, world)
+    full, optimizer = tensors(shape), None
+    model = trainer(shape, full, world, "bfloat16" if case.masters else "float32")
     if case.lora:
         full = adapted(model, shape, full, world)
+    if case.masters:
+        optimizer = optimised(model, world)
+        full = {name: tensor.bfloat16().float() * BEYOND_BF16 for name, tensor in full.items()}
     layout = TrainLayout.of(world)
     if len(case.samplers) < world.size:
         layout = replace(layout, dp=1)
@@ -173,8 +129,9 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
     mine = trace(config, tensors_of(shape), tp_rank, case.tp, case.expert_parallel) if samples else None
     first = case.samplers[0]
     traces = [one for one in gather_objects(mine if first <= world.rank < first + case.tp else None, world) if one]
-    claims, samplers = claims_of(shape, layout), samplers_of(traces, case.samplers)
-    transfer = Transfer(model, claims, samplers, world, STAGING)
+    sources, claims = held(model, shape, layout, world, optimizer)
+    samplers = samplers_of(traces, case.samplers)
+    transfer = Transfer(sources, claims, samplers, world, STAGING)
     into = transfer.run(lambda gate: Bare(mine, gate), seed=3)
     assert isinstance(into, Bare)
     wrong = []
@@ -182,7 +139,7 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
         theirs = loaded_by_vllm(config, full, tp_rank, case)
         wrong = sorted(set(theirs) ^ set(into.finished))
         wrong += [name for name in theirs if name in into.buffers and not same(into.buffers[name], theirs[name], case)]
-    needed, held = world_bytes(claims, samplers, "float32")
+    needed, local = world_bytes(claims, samplers, "float32")
     plans = gather_objects(
         (transfer.plan.bytes_sent, transfer.plan.bytes_received, transfer.plan.staging, wrong), world
     )
@@ -191,7 +148,7 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
     return {
         "sent": sum(plan[0] for plan in plans),
         "received": sum(plan[1] for plan in plans),
-        "bound": needed - held,
+        "bound": needed - local,
         "staging": max(plan[2] for plan in plans),
         "different": sorted({one for plan in plans for one in plan[3]}),
     }
@@ -202,77 +159,11 @@ def same(ours: Tensor, theirs: Tensor, case: Case) -> bool:
     return torch.equal(ours, theirs) if not case.lora else torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def main(result: str, scratch: str, part: str) -> None:
-    if part == "engine":
-        found = in_a_running_engine(Path(scratch))
-    else:
-        found = {name: on(case, Path(scratch)) for name, case in CASES.items()}
-    # An engine takes the process group down with itself.
+def main(result: str, scratch: str) -> None:
+    found = {name: on(case, Path(scratch)) for name, case in CASES.items()}
     if os.environ["RANK"] == "0":
         Path(result).write_text(json.dumps(found))
 
 
-def logprobs(engine: Engine) -> list[float]:
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": list(range(start, start + 40))} for start in (5, 200, 431)]
-    outputs = engine.llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    return [next(iter(step.values())).logprob for output in outputs for step in output.prompt_logprobs[1:]]
-
-
-def named(call: Any) -> str:
-    try:
-        call()
-    except NlaError as error:
-        return type(error).__name__
-    return "no error"
-
-
-@torch.no_grad()
-def in_a_running_engine(scratch: Path) -> dict[str, Any]:
-    world, directory = initialise(ParallelConfig(tp=2, pp=2)), scratch / "model"
-    if world.is_main:
-        tiny_model(directory)
-    barrier(world)
-    shape = read_shape(directory)
-    rollout = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16)
-    engine = Engine(str(directory), shape, rollout, InterventionConfig("norm_add", 1, 1.0), world, 2, 0)
-    full = {name: tensor * 0.1 for name, tensor in tensors(shape).items()}
-    other = {name: tensor * -0.07 for name, tensor in tensors(shape).items()}
-    engine.load(iter(full.items()))
-    expected = logprobs(engine)
-    found: dict[str, Any] = {}
-    for layout, options in {"tp2 pp2": {"tp": 2, "pp": 2}, "tp1": {}}.items():
-        if layout != "tp2 pp2":
-            parallel_state.destroy_model_parallel()
-            world = initialise(ParallelConfig(**options))
-        model = trainer(shape, full, world)
-        resharder = Resharder(model, shape, engine.llm, shape, world)
-        engine.load(iter(other.items()))
-        found[f"{layout} before"] = logprobs(engine) == expected
-        with engine.replacing_weights():
-            resharder.load()
-        found[layout] = logprobs(engine) == expected
-    parameter = next(iter(global_parameters(model).values()))
-    parameter[0] += 1.0 if world.rank == 1 else 0.0
-
-    def apart() -> None:
-        with engine.replacing_weights():
-            for _ in range(10):
-                resharder.load()
-
-    found["replicas apart"] = named(apart)
-    found["refused after"] = named(lambda: engine._run([(1, 2)], [], None))
-    if world.rank == 3:
-        parameter[0, 0] = float("nan")
-    found["nan"] = named(resharder.load)
-    found["other model"] = named(
-        lambda: Resharder(model, shape, engine.llm, replace(shape, vocab_size=shape.vocab_size + 1), world)
-    )
-    everyone = gather_objects(found, world)
-    engine.close()
-    return {key: sorted({str(one[key]) for one in everyone}) for key in found}
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:3])

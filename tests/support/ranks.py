@@ -18,7 +18,8 @@ from nla_megatron.cli import main
 from nla_megatron.launch.local import Entry, command_process, launch
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADS = {"reshard_worker": ("nla_megatron.rollout.preload", "nla_megatron.reshard.resharder")}
+_RESHARD = ("nla_megatron.rollout.preload", "nla_megatron.reshard.resharder")
+PRELOADS = {f"reshard{kind}_worker": _RESHARD for kind in ("", "_engine", "_failing", "_apart")}
 """Modules that a worker's ranks share, imported before they are forked."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_megatron.reshard.regions import Piece, Region, common, contiguous, missing, overlap, whole, without
+from nla_megatron.reshard.regions import Piece, Region, between, common, contiguous, missing, overlap, whole, without
 
 
 def spans(most: int = 12) -> st.SearchStrategy[range]:
@@ -78,6 +78,24 @@ def test_a_piece_finds_its_part_where_the_whole_had_it(region: Region, other: Re
         return dict(zip(elements(piece.region), view.flatten().tolist(), strict=True))
 
     assert read(piece.within(part)).items() <= read(piece).items()
+
+
+@given(regions(3), st.integers(0, 40), st.integers(-5, 300), st.integers(0, 9) | st.integers(0, 300), st.booleans())
+def test_between_is_what_lies_in_a_flat_range_of_the_buffer(
+    region: Region, gap: int, start: int, length: int, spread: bool
+) -> None:
+    # Rows may lie apart, as those of a parameter with neighbours do.
+    strides = [(2 if spread else 1) * stride for stride in contiguous(region.shape)]
+    strides[0] += gap
+    piece, stop = Piece(region, "b", 7, tuple(strides)), start + length
+
+    def places(piece: Piece) -> list[tuple[tuple[int, ...], int]]:
+        counts = product(*(range(size) for size in piece.region.shape))
+        steps = (sum(n * step for n, step in zip(one, piece.strides, strict=True)) for one in counts)
+        return list(zip(elements(piece.region), (piece.offset + step for step in steps), strict=True))
+
+    found = [one for part in between(piece, start, stop) for one in places(part)]
+    assert found == [(index, place) for index, place in places(piece) if start <= place < stop]
 
 
 def test_other_names_do_not_meet_and_a_whole_tensor_is_covered_by_its_shards() -> None:

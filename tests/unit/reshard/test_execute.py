@@ -1,0 +1,76 @@
+"""What a load refuses: weights that are no numbers, arrivals that are not what left, peers that are gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nla_megatron.errors import NotFinite, PeerLost, ReshardMismatch
+from nla_megatron.reshard.carriers import Claim, Group, Need, Sampler
+from nla_megatron.reshard.execute import Gate, carry_out, check_finite, peers_there
+from nla_megatron.reshard.plan import compile_plan
+from nla_megatron.reshard.regions import Piece, Region
+from tests.support.worlds import world_of
+
+ROWS = (range(0, 6, 2), range(1, 6, 2))
+
+
+class Kept:
+    """Parameters of a sampler; what arrives in `damaged` is changed before anybody looks."""
+
+    def __init__(self, gate: Gate, damaged: str = ""):
+        self.buffers, self.gate, self.damaged = {name: torch.zeros(3, 4) for name in "ab"}, gate, damaged
+
+    def tensor(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+    def finish(self, name: str) -> None:
+        if name == self.damaged:
+            self.buffers[name][1].copy_(self.buffers[name][1].flip(0))
+        self.gate.arrived(name, self.buffers[name])
+
+
+def load(damaged: str = "") -> tuple[Tensor, Kept]:
+    """A 6 x 4 matrix into two parameters, its even and its odd rows, on one rank."""
+    world, group = world_of(), Group(0, (0,))
+    whole = Region("w", (range(6), range(4)))
+    claims = [Claim(Piece(whole, "w", 0, (4, 1)), group)]
+    needs = [
+        Need(Piece(Region("w", (rows, range(4))), name, 0, (4, 1)), "float32")
+        for rows, name in zip(ROWS, "ab", strict=True)
+    ]
+    samplers = [Sampler((0,), tuple(needs))]
+    sources = {"w": torch.arange(24.0).reshape(6, 4)}
+    gate = Gate(claims, samplers, 0, 2, seed=1)
+    gate.left(sources)
+    into = Kept(gate, damaged)
+    carry_out(compile_plan(claims, samplers, 0, "float32", 1 << 10), sources, into, world.device)
+    gate.compare(world)
+    return sources["w"], into
+
+
+def test_a_plan_lands_where_it_should_and_passes_the_gate() -> None:
+    source, into = load()
+    assert torch.equal(into.buffers["a"], source[::2]) and torch.equal(into.buffers["b"], source[1::2])
+
+
+def test_weights_that_arrive_in_another_order_stop_the_run() -> None:
+    with pytest.raises(ReshardMismatch, match=r"w\[1:6:2, 0:4\]"):
+        load(damaged="b")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named_before_anything_moves(value: float) -> None:
+    weights = {"fine": torch.ones(5), "broken": torch.tensor([1.0, value])}
+    with pytest.raises(NotFinite, match="broken on rank 0"):
+        check_finite(weights, world_of())
+
+
+def test_large_weights_are_numbers() -> None:
+    check_finite({"large": torch.full((100,), 3e38)}, world_of())
+
+
+def test_a_transport_that_breaks_is_a_peer_that_is_gone() -> None:
+    with pytest.raises(PeerLost, match=r"in the middle of a load \(Connection closed"), peers_there():
+        raise RuntimeError("Connection closed by peer\nand a trace")

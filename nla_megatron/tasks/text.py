@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT = "{prompt}"
-_CHECKED_ROWS = 20_000
+_CHECKED_ROWS, _COUNTED_ROWS = 20_000, 500
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,16 @@ class TextTask(ABC):
     def check_length(self, max_new_tokens: int, limit: int) -> int:
         """The longest prompt in tokens, which leaves room for its response.
 
-        Of a very large source evenly spaced ones are looked at.
+        The prompts of most bytes are counted in tokens; of a very large source, among evenly spaced ones. The sampler
+        looks at every prompt once more.
 
         Raises:
             LayoutError: a prompt that does not.
         """
         stride = -(-self.rows // _CHECKED_ROWS)
-        lengths = {row: len(self.style.ids(self.tokenizer, self.text(row))) for row in range(0, self.rows, stride)}
+        texts = {row: self.text(row) for row in range(0, self.rows, stride)}
+        largest = sorted(texts, key=lambda row: (-len(texts[row].encode()), row))[:_COUNTED_ROWS]
+        lengths = {row: len(self.style.ids(self.tokenizer, texts[row])) for row in largest}
         longest = max(lengths, key=lambda row: lengths[row])
         if lengths[longest] + max_new_tokens > limit:
             raise LayoutError(

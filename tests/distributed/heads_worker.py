@@ -83,7 +83,7 @@ def on_layout(directory: Path, scratch: Path, name: str, layout: str, world: Wor
     start = made.rows(batch, squared_error).tolist()
     run = scratch / f"{name} {layout}"
     steps = learned(made, batch, range(SAVED))
-    Checkpoints(run, "sft ar", world, 1).save(SAVED, {"ar": made}, {})
+    Checkpoints(run, "sft ar", world, 1).save(SAVED, {"ar": made}, {}, {})
     steps += learned(made, batch, range(SAVED, STEPS))
     export(made.model, str(directory), run / "hf", world)
     return {"start": start, "steps": steps, "first": made.rows(batch, column(0)).tolist()}
@@ -92,7 +92,7 @@ def on_layout(directory: Path, scratch: Path, name: str, layout: str, world: Wor
 def resumed(directory: Path, scratch: Path, name: str, saved_on: str, world: World) -> list[list[float]]:
     """The last step, from a checkpoint of another layout."""
     made = module(directory, world, SPECS[name])
-    found = Checkpoints(scratch / f"{name} {saved_on}", "sft ar", world, 1).resume({"ar": made}, {})
+    found = Checkpoints(scratch / f"{name} {saved_on}", "sft ar", world, 1).resume({"ar": made}, {}, {})
     assert found == SAVED
     return learned(made, targets(directory), range(SAVED, STEPS))
 

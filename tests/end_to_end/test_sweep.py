@@ -22,7 +22,7 @@ EVAL = ("eval.rows=16", "eval.rollout.max_new_tokens=8", "eval.bootstrap=20", "e
 def rl_words(toy: Path, out: Path, *extra: str) -> list[str]:
     return [
         f"av={toy / 'sft_av' / 'hf'}", f"ar={toy / 'sft_ar' / 'hf'}", f"data={toy / 'build' / 'rl.parquet'}",
-        f"held_out={toy / 'build' / 'held_out.parquet'}", f"out={out}", "rollout.max_new_tokens=8", "steps=3",
+        f"held_out={toy / 'build' / 'held_out.parquet'}", f"out={out}", "rollout.max_new_tokens=8", "steps=2",
         "batch_size=2", "samples_per_prompt=2", "micro_batch_size=2", "optim.lr=1e-2", "ar_optim.lr=1e-2", *extra,
     ]  # fmt: skip
 
@@ -57,14 +57,14 @@ def test_permanent_checkpoints_are_never_pruned_and_resumed_from(toy: Path, swep
     source = swept / "000_seed=0"
     assert sorted(path.name for path in (source / "checkpoints").iterdir()) == ["permanent"]
     kept = sorted(path.name for path in (source / "checkpoints" / "permanent").iterdir())
-    assert kept == ["step_00000001", "step_00000002", "step_00000003"]
+    assert kept == ["step_00000001", "step_00000002"]
     run = Path(shutil.copytree(source, tmp_path / "run"))
     (run / "done").unlink()
-    shutil.rmtree(run / "checkpoints" / "permanent" / "step_00000003")
+    shutil.rmtree(run / "checkpoints" / "permanent" / "step_00000002")
     done = command("rl", *rl_words(toy, run, "save_every=10"))
     assert done.returncode == 0, done.stderr
     assert metrics(run) == metrics(source)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["permanent", "step_00000003"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["permanent", "step_00000002"]
 
 
 def test_a_sweep_that_is_stopped_ends_its_jobs_and_is_resumed(toy: Path, tmp_path: Path) -> None:
@@ -95,13 +95,13 @@ def test_every_kept_checkpoint_is_evaluated_once(swept: Path, tmp_path: Path) ->
     done = command_line(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {(row["seed"], row["step"]): row for row in results(out)}
-    assert sorted(rows) == [(seed, step) for seed in (0, 1) for step in (1, 2, 3)]
+    assert sorted(rows) == [(seed, step) for seed in (0, 1) for step in (1, 2)]
     assert all(row["injected"] == row["expected_injections"] > 0 for row in rows.values())
     groups = json.loads((out / "results.json").read_text())["groups"]
-    assert sorted((group["label"], group["n"]) for group in groups) == [(f"step {step}", 2) for step in (1, 2, 3)]
+    assert sorted((group["label"], group["n"]) for group in groups) == [(f"step {step}", 2) for step in (1, 2)]
     times = {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/*/eval.json")}
     again = command_line(*words)
-    assert again.returncode == 0 and "6 done already" in again.stderr
+    assert again.returncode == 0 and "4 done already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in out.glob("evaluations/*/*/eval.json")} == times
 
 
@@ -115,7 +115,7 @@ def test_the_last_kept_checkpoint_is_what_the_run_exported(swept: Path, tmp_path
     (final,) = results(tmp_path / "final")
     kept = {row["step"]: row for row in results(tmp_path / "permanent")}
     measured = [key for key in final if key.startswith("fve_")]
-    assert measured and {key: kept[3][key] for key in measured} == {key: final[key] for key in measured}
+    assert measured and {key: kept[2][key] for key in measured} == {key: final[key] for key in measured}
     assert kept[1]["fve_gold"] != final["fve_gold"], "the AR has learned since"
     again = command("compare", f"root={swept / '001_seed=1'}", f"out={tmp_path / 'final'}", *EVAL[1:], "eval.rows=12")
     assert again.returncode == 0 and "0 done already" in again.stderr, "other rows are another evaluation"

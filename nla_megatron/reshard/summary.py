@@ -16,7 +16,7 @@ from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.reshard.carriers import Sampler
 from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan, world_bytes
-from nla_megatron.reshard.vllm_side import trace
+from nla_megatron.reshard.vllm_side import check_taken, trace
 from nla_megatron.types import ModelShape
 
 _PLANNED_RANKS = 16
@@ -85,7 +85,9 @@ def summarise(
 ) -> Summary:  # fmt: skip
     """Plan some ranks of a world and count the bytes of all; `config` is vLLM's."""
     start = time.perf_counter()
-    traces = [trace(config, tensors_of(shape), rank, tp, expert_parallel) for rank in range(tp)]
+    tensors = tensors_of(shape)
+    traces = [trace(config, tensors, rank, tp, expert_parallel) for rank in range(tp)]
+    check_taken(traces, tensors)
     traced = time.perf_counter()
     size = len(layout.ranks)
     samplers = [Sampler(tuple(range(rank, size, tp)), one.needs) for rank, one in enumerate(traces)]

@@ -11,7 +11,8 @@ from typing import Any
 
 from nla_megatron.config.schema import ParallelConfig, PlanConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.errors import ConfigError
+from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.reshard.carriers import Sampler
 from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
@@ -125,13 +126,12 @@ def check(config: PlanConfig, world_size: int) -> None:
     """Raises ConfigError, LayoutError, MissingFile or UnsupportedModel."""
     if not config.hf:
         raise ConfigError("no hf=", "a directory with a config.json", "add hf=...")
-    read_shape(config.hf)
-    size = len(layout_of(config.parallel).ranks)
-    data_parallel_size(config.parallel, size)
-    if size % config.rollout_tp:
-        raise LayoutError(
-            f"rollout_tp={config.rollout_tp} on {size} ranks", f"a divisor of {size}", "change rollout_tp or parallel"
-        )
+    shape, layout = read_shape(config.hf), layout_of(config.parallel)
+    data_parallel_size(config.parallel, len(layout.ranks))
+    check_layout(shape, layout, "convert")
+    if config.expert_parallel and shape.experts is None:
+        raise ConfigError("expert_parallel=true for a model without experts", "false", "drop expert_parallel")
+    check_rollout_layout(shape, config.rollout_tp, len(layout.ranks), config.expert_parallel, "rollout_tp")
 
 
 def run(config: PlanConfig) -> None:

@@ -417,7 +417,7 @@ class RolloutConfig:
 
     tp: int = 1
     expert_parallel: bool = False
-    """Share the experts of a mixture out whole over the ranks of a replica in place of cutting each."""
+    """On a GPU, share the experts of a mixture out whole over the ranks of a replica in place of cutting each."""
     max_new_tokens: int = 150
     temperature: float = 1.0
     dtype: str = "float32"

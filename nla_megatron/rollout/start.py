@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nla_megatron.errors import LayoutError
+from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
@@ -32,6 +32,7 @@ def start(
 
     Raises:
         VersionError: a version of vLLM that the plug-in was not tested with.
+        ConfigError: expert parallelism on a CPU.
     """
     options = _options(model, shape, config, interventions, world, seed)
     import vllm
@@ -132,6 +133,12 @@ def _options(
 def _device_options(config: RolloutConfig, world: World) -> dict[str, Any]:
     on_gpu = world.device.type != "cpu"
     compiled = on_gpu if config.compiled is None else config.compiled
+    if config.expert_parallel and not on_gpu:
+        raise ConfigError(
+            "rollout.expert_parallel=true on a CPU",
+            "false: such an engine crashes there",
+            "drop rollout.expert_parallel",
+        )
     options: dict[str, Any] = {"enforce_eager": not compiled}
     if config.lora == "adapter":
         options |= adapter.options(config.lora_rank)

@@ -137,7 +137,10 @@ class PlainSide:
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         requests = self.held_out.requests(rows, self.config.seed, _EVAL_STEP)
         measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=max(step, 0)).rollouts)
-        figures, rewards = self.held_out.figures(measured), self._rewards(measured, max(step, 0))
+        figures, rewards = (
+            self.held_out.figures(measured),
+            held_out_rewards(self.config, self.n_rows, self.world, measured, max(step, 0)),
+        )
         if rewards is not None:
             figures["reward"] = float(rewards.mean())
         if self.world.is_main:
@@ -146,17 +149,6 @@ class PlainSide:
                 examples = [{**one, "reward": value} for one, value in zip(examples, rewards.tolist(), strict=False)]
             keep_examples(Path(self.config.out), step + 1, examples)
         return {f"eval_{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
-
-    def _rewards(self, measured: Measured, step: int) -> Tensor | None:
-        """The rewards of held-out responses; None where a term knows something of the training rows alone."""
-        # One of its own: a moving average of the training rewards is no part of an evaluation.
-        reward = make_reward(self.config.reward, self.n_rows / self.config.batch_size, once=self._once)
-        bound = any(type(term).check_rows is not Term.check_rows for term in reward.terms.values())
-        return None if bound else reward(measured, step).rewards
-
-    def _once(self, scores: Callable[[], Scores]) -> Scores:
-        """A judge is asked by one rank alone."""
-        return broadcast_object(scores() if self.world.is_main else None, self.world)
 
     def export(self) -> None:
         export(self.model, self.config.model, Path(self.config.out) / "hf", self.world)
@@ -168,6 +160,23 @@ def _open(config: RlConfig) -> tuple[TextTask, TextTask | None]:
     task = open_task(config.task, given, config.model, config.seed)
     assert task is not None, "only held-out rows may be absent"
     return task, open_task(config.task, replace(given, training=False), config.model, config.seed)
+
+
+def held_out_rewards(config: RlConfig, n_rows: int, world: World, measured: Measured, step: int) -> Tensor | None:
+    """The rewards of held-out responses (N,); None where a term knows something of the training rows alone.
+
+    Args:
+        n_rows: prompts to train on.
+    """
+
+    def once(scores: Callable[[], Scores]) -> Scores:
+        """A judge is asked by one rank alone."""
+        return broadcast_object(scores() if world.is_main else None, world)
+
+    # One of its own: a moving average of the training rewards is no part of an evaluation.
+    reward = make_reward(config.reward, n_rows / config.batch_size, once=once)
+    bound = any(type(term).check_rows is not Term.check_rows for term in reward.terms.values())
+    return None if bound else reward(measured, step).rewards
 
 
 def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:

@@ -30,7 +30,7 @@ from nla_megatron.tasks.text import Data, TextTask, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Prompts
-from nla_megatron.training.sides.plain import PlainSide, evaluation_rows
+from nla_megatron.training.sides.plain import PlainSide, evaluation_rows, held_out_rewards
 from nla_megatron.training.steering import check_fit, compared, fit, no_vectors, steered_policy, steered_tokens
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
@@ -147,13 +147,17 @@ class SaeSide:
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         plain = self.held_out.requests(rows, self.config.seed, 0)
         steered = self._steered(plain, None)
-        comparison = compared(self.config, self.options, self.held_out, engine, self.interventions, steered, step)
+        samples = self.options.compare_samples
+        comparison = compared(self.held_out, engine, self.interventions, steered, samples, step, self._rewards)
         if self.world.is_main:
             write_comparison(Path(self.config.out) / "steering", comparison)
         scalars = comparison.numbers()
         for name, values in comparison.strengths.items():
             scalars |= {f"eval_strength_{key}/{name}": value for key, value in values.items()}
         return scalars
+
+    def _rewards(self, measured: Measured, step: int) -> Tensor | None:
+        return held_out_rewards(self.config, self.n_rows, self.world, measured, step)
 
     def export(self) -> None:
         """`predictor/`: weights, form and interventions. The model is as it was, and stays where it is."""

@@ -33,8 +33,8 @@ def test_the_copies_of_a_plan_file_fill_every_parameter_once(tmp_path: Path) -> 
         do(Copy(*(tuple(one) if isinstance(one, list) else one for one in copy)), sources, targets)
     arrived = np.concatenate(list(targets.values()))
     assert arrived.min() > 0 and len(np.unique(arrived)) == len(arrived)
-    # Half of the matrices and all norms, counted by hand; the output layer is the embedding, of whose 600 rows the first
-    # of two ranks has 320 on both sides.
+    # Half of the matrices and all norms, counted by hand; the output layer is the embedding, of whose 600 rows the
+    # first of two ranks has 320 on both sides.
     block = (2 * 4 * 32 + 2 * 2 * 32 + 3 * 96) * 64 // 2 + 2 * 64 + 2 * 32
     assert len(arrived) == 4 * block + 320 * 64 + 64
 

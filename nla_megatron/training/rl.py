@@ -35,6 +35,7 @@ def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     side = side_of(config)
+    _check_keys(config, side.own_keys)
     prompts = side.check(config, world_size)
     longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
@@ -49,6 +50,17 @@ def check(config: RlConfig, world_size: int) -> None:
     if side.alone(config) is None:
         _check_credit(config, prompts)
     check_run_directory("rl", config)
+
+
+def _check_keys(config: RlConfig, own: tuple[str, ...]) -> None:
+    """A key of another task says nothing here, and whoever set it believes that it does."""
+    unset = RlConfig()
+    for key in ("model", "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum"):
+        if key not in own and getattr(config, key) != getattr(unset, key):
+            raise ConfigError(
+                f"{key}={getattr(config, key)!r} with task={config.task.name}, which does not read it",
+                f"of such keys only {', '.join(own)}", f"remove {key}, or choose another task=",
+            )  # fmt: skip
 
 
 def _check_credit(config: RlConfig, prompts: Prompts) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -82,6 +82,9 @@ class Side(Protocol):
     @property
     def learners(self) -> Mapping[str, Stateful]:
         """All that a checkpoint holds, by name."""
+
+    own_keys: ClassVar[tuple[str, ...]]
+    """Keys of `RlConfig` that this task reads and others do not."""
 
     def __init__(self, config: RlConfig, world: World): ...
 

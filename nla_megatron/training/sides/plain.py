@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -56,6 +56,8 @@ class PlainSide:
 
     interventions: tuple[Intervention, ...] = ()
     marker: Marker | None = None
+
+    own_keys: ClassVar[tuple[str, ...]] = ("model",)
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -47,6 +47,8 @@ class SaeSide:
         """Without steering, the side of the text task."""
         options = sae_options(config.task)
         return super().__new__(cls) if options.steering else PlainSide(without_steering(config, options), world)
+
+    own_keys: ClassVar[tuple[str, ...]] = ("model",)
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model

@@ -121,6 +121,7 @@ class RlTrainer:
     def step(self, number: int) -> dict[str, float]:
         """One step: write, judge, credit, learn, hand over. Returns what to log."""
         clock = PhaseClock()
+        before = self._before(clock) if number == 0 else {}
         scored = self.sampling.step(number, clock)
         with clock.phase("look"):
             sampled = self.learning.look(scored, number)
@@ -135,7 +136,14 @@ class RlTrainer:
         if self.config.eval_every and (number + 1) % self.config.eval_every == 0:
             with clock.phase("eval"):
                 scalars |= self.side.evaluate(self.engine, number)
-        return {**scalars, **clock.seconds}
+        return {**before, **scalars, **clock.seconds}
+
+    def _before(self, clock: PhaseClock) -> dict[str, float]:
+        """What later evaluations are compared with: that of the policy as the run starts."""
+        if not self.config.eval_every:
+            return {}
+        with clock.phase("eval"):
+            return {f"before_{name}": value for name, value in self.side.evaluate(self.engine, -1).items()}
 
     def _critic(self) -> TrainModule:
         """It starts from the policy's blocks, and reads what the policy reads."""

@@ -116,7 +116,7 @@ class Side(Protocol):
         """After the policy's update: what learns beside it does; returns what to log."""
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Numbers on held-out rows with the models as they are; empty where there are none."""
+        """Numbers on held-out rows with the models as they are; empty where there are none. Step -1 is before any."""
 
     def export(self) -> None:
         """Write what was trained into the run's directory."""

@@ -13,6 +13,8 @@ from tests.support.planted import LOWERS, RAISES, plant, write_prompts
 from tests.support.ranks import command
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"single": [], "tp2": ["parallel=tp2", "rollout=tp2"], "pp2": ["parallel=pp2"], "dp2": ["parallel=dp2"]}
 COMPARED = (
     "reward", "policy_loss", "kl", "entropy", "policy_grad_norm", "strength_mean", "strength_std", "strength_min",

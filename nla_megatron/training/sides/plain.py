@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.contract.files import write_json_lines
+from nla_megatron.contract.files import read_json_lines, write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -181,7 +180,7 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
     folder = out / "evaluations"
     write_json_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
     files = sorted(folder.glob("step_*.jsonl"))
-    before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
+    before, after = (read_json_lines(file) for file in (files[0], files[-1]))
     pairs = [
         {"prompt": first["prompt"], "before": first, "after": last}
         for first, last in zip(before, after, strict=False)

@@ -12,7 +12,8 @@ from nla_megatron.contract.files import read_json_lines
 from nla_megatron.errors import ConfigError, LayoutError, MissingFile, NlaError
 from nla_megatron.tasks.text import Data, open_task
 from nla_megatron.training.sides import side_of
-from nla_megatron.training.sides.plain import PlainSide, evaluation_rows, keep_examples
+from nla_megatron.training.sides.held_out import evaluation_rows
+from nla_megatron.training.sides.plain import PlainSide, keep_examples
 
 
 @pytest.mark.parametrize("task", ["math", "lexical"])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import SaeOptions, predictor_config, sae_options
 from nla_megatron.tasks.sae_rows import TargetRows, names_of, read_targets
 from nla_megatron.tasks.steering_report import Comparison, Side, strength_statistics
-from nla_megatron.tasks.text import TextTask
+from nla_megatron.tasks.text import TextTask, no_vectors
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.loop import train
 from nla_megatron.training.sides.base import Prompts
@@ -64,16 +63,10 @@ def steered_tokens(interventions: Sequence[Intervention], rollouts: Sequence[Rol
 
 
 def compared(
-    task: TextTask, engine: Engine, interventions: Sequence[Intervention], steered: Sequence[PromptRequest],
-    samples: int, step: int, rewards: Callable[[Measured, int], Tensor | None],
+    task: TextTask, engine: Engine, interventions: Sequence[Intervention], steered: Sequence[PromptRequest], step: int,
+    reward: Callable[[Measured, int], Tensor], samples: int,
 ) -> Comparison:  # fmt: skip
-    """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions.
-
-    Args:
-        steered: a request per prompt, with its strengths.
-        samples: responses to each.
-        rewards: of what was measured at a step; None where held-out responses have none.
-    """
+    """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions."""
     on = engine.generate(steered, no_vectors, samples, max(step, 0))
     applied = _applied(engine)
     off = engine.generate([replace(each, only=(), strengths=None) for each in steered], no_vectors, samples)
@@ -82,17 +75,12 @@ def compared(
     return Comparison(
         step=step + 1,
         prompts=tuple(task.text(rollout.row) for rollout in on.rollouts),
-        steered=_side(task, on, rewards, step),
-        plain=_side(task, off, rewards, step),
+        steered=_side(task, on, reward, max(step, 0)),
+        plain=_side(task, off, reward, max(step, 0)),
         strengths=strength_statistics(torch.tensor(parts), names_of(interventions)),
         applied=applied,
         failed=max(0, wanted - applied),
     )
-
-
-def no_vectors(rows: Sequence[int]) -> np.ndarray:
-    """SAEs bring their own directions, so nobody asks."""
-    raise AssertionError("steering with an SAE takes no vectors")
 
 
 def _applied(engine: Engine) -> int:
@@ -107,12 +95,11 @@ def _applied(engine: Engine) -> int:
     return sum(everyone[:: engine.config.tp])
 
 
-def _side(task: TextTask, batch: RolloutBatch, rewards: Callable[[Measured, int], Tensor | None], step: int) -> Side:
+def _side(task: TextTask, batch: RolloutBatch, reward: Callable[[Measured, int], Tensor], step: int) -> Side:
     measured = task.measure(batch.rollouts)
-    rewards_N = rewards(measured, max(step, 0))
     figures = {name: float(value) for name, value in task.figures(measured).items() if isinstance(value, int | float)}
     return Side(
-        None if rewards_N is None else tuple(rewards_N.tolist()),
+        tuple(reward(measured, step).tolist()),
         tuple(task.response_text(rollout) for rollout in batch.rollouts),
         tuple(len(rollout.response_ids) for rollout in batch.rollouts),
         figures,

@@ -16,10 +16,11 @@ from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.evaluation.answers_report import write_answers_report
+from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
-from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.rollout.engine import Engine
 from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.types import Measured, Rollout
 

@@ -15,12 +15,12 @@ from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import ConfigError, LayoutError
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
-from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.rollout.engine import Engine
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.module import TrainModule

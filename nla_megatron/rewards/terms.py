@@ -1,4 +1,6 @@
-"""Terms of a reward: each reads what a task measured and gives one number per rollout. Shapes: N rollouts.
+"""Terms of a reward: each reads what a task measured and gives one number per rollout.
+
+Shapes: N rollouts, M rollouts that a step learns from.
 
 A term is a class with `@register(name)` and a frozen dataclass of options, or a class or function of the user's own,
 named by its import path.
@@ -39,8 +41,19 @@ class Term:
         self.options = options
 
     def __call__(self, measured: Measured) -> Tensor | Scores:
-        """Rewards (N,), before any weight; as `Scores` where parts of it are worth a look in the logs."""
+        """Rewards (N,), before any weight; as `Scores` where parts of it are worth a look in the logs.
+
+        It may be called several times in a step, of which some rollouts are thrown away: what it carries from step to
+        step changes in `settle` alone.
+        """
         raise NotImplementedError
+
+    def among(self, rewards_N: Tensor, step_M: Tensor) -> Tensor:
+        """What `rewards_N` become beside `step_M`, the same term of all rollouts that the step learns from."""
+        return rewards_N
+
+    def settle(self, step_M: Tensor) -> None:
+        """Once a step, with this term of the rollouts that it learned from: for what is carried to the next one."""
 
     def needs(self) -> tuple[str, ...]:
         """Which of a task's named values it reads."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from nla_megatron.config.options import bind, resolve
+from nla_megatron.config.options import bind, is_import_path, resolve
 from nla_megatron.errors import ConfigError, RewardError
 from nla_megatron.types import Measured, Scores
 
@@ -121,7 +121,7 @@ def make_term(name: str, options: Mapping[str, Any], key: str) -> Term:
         ConfigError: an unknown name, a path that does not resolve, or options that the term has not.
     """
     terms = registered()
-    if ":" in name:
+    if is_import_path(name):
         found = resolve(name, f"{key}.term")
         if isinstance(found, type) and issubclass(found, Term):
             term = found(bind(options_type(found), options, f"{key}.options"))

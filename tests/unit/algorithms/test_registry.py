@@ -93,9 +93,13 @@ def quoted(override: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["no.such.module:Thing", "nla_megatron.algorithms.grpo:Nothing", ":Grpo", "nla_megatron.algorithms.grpo:"]
-)
-def test_an_import_path_that_does_not_resolve_is_named(path: str) -> None:
+    "path",
+    [
+        "no.such.module:Thing", "nla_megatron.algorithms.grpo:Nothing", ":Grpo", "nla_megatron.algorithms.grpo:",
+        "nla_megatron.algorithms.kl:kl", "nla_megatron.algorithms:register",
+    ],
+)  # fmt: skip
+def test_an_import_path_that_does_not_resolve_to_an_algorithm_is_named(path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         check_algorithm(AlgorithmConfig(name=path), 4)
 
@@ -107,7 +111,7 @@ def test_an_option_that_an_algorithm_does_not_read_is_refused() -> None:
 
 def test_a_name_is_taken_once() -> None:
     make_algorithm(AlgorithmConfig())
-    with pytest.raises(ValueError, match="'grpo' is registered already"):
+    with pytest.raises(ConfigError, match="a second algorithm 'grpo'[\\s\\S]*Grpo"):
         register("grpo")(lambda config: make_algorithm(config))
     assert type(make_algorithm(AlgorithmConfig())).__name__ == "Grpo"
 

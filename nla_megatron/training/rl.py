@@ -158,9 +158,12 @@ class RlTrainer:
 
     def load_engine(self) -> None:
         """Hand the policy's present weights to the sampler."""
-        if self.resharder is not None:
-            with self.engine.replacing_weights():
-                self.resharder.load()
+        if self.resharder is None:
+            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
+            self.engine.forget()
+            return
+        with self.engine.replacing_weights():
+            self.resharder.load()
 
 
 def _of_rollouts(scored: Scored) -> dict[str, float]:

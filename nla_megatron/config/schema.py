@@ -682,6 +682,11 @@ class RlConfig(TrainingStageConfig):
                 f"rollout.lora={self.rollout.lora}", "merged", "rl trains all weights, of which there is no adapter"
             )
         _at_least("samples_per_prompt", self.samples_per_prompt, 1)
+        if self.algorithm.minibatches > self.batch_size:
+            raise ConfigError(
+                f"algorithm.minibatches={self.algorithm.minibatches} with batch_size={self.batch_size}",
+                "at least one prompt in each", "lower algorithm.minibatches or raise batch_size",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

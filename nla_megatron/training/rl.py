@@ -25,6 +25,7 @@ from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
+from nla_megatron.training.recorder import check_replay
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
@@ -49,6 +50,7 @@ def check(config: RlConfig, world_size: int) -> None:
         )  # fmt: skip
     if side.alone(config) is None:
         _check_credit(config, prompts)
+        check_replay(config)
     check_run_directory("rl", config)
 
 

@@ -56,6 +56,13 @@ def test_a_group_of_one_is_refused_with_a_groups_baseline_or_dynamic_sampling() 
         check_algorithm(AlgorithmConfig(name="reinforce", dynamic_sampling=2), 1)
 
 
+def test_more_minibatches_than_prompts_are_refused() -> None:
+    known = ["out=o", "av=a", "ar=b", "data=d", "batch_size=3"]
+    assert compose("rl", [*known, "algorithm.minibatches=3"]).algorithm.minibatches == 3
+    with pytest.raises(ConfigError, match="algorithm.minibatches=4 with batch_size=3"):
+        compose("rl", [*known, "algorithm.minibatches=4"])
+
+
 def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.name='sarsa'[\s\S]*cispo, grpo, gspo, [\s\S]*reinforce"):
         make_algorithm(AlgorithmConfig(name="sarsa"))

@@ -82,6 +82,15 @@ def test_an_algorithms_moving_average_comes_back_from_a_checkpoint(
     assert after.state() == before.state() != {}
 
 
+def test_a_checkpoint_without_what_is_carried_from_step_to_step_is_refused(
+    world: World, directory: Path, tmp_path: Path
+) -> None:
+    module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
+    checkpoints.save(1, {"critic": module}, {}, {})
+    with pytest.raises(CheckpointError, match=r"memory=\[\][\s\S]*memory=\['algorithm'\]"):
+        checkpoints.resume({"critic": module}, {}, {"algorithm": made("reinforce", baseline="ema")})
+
+
 def test_a_policy_of_another_shape_is_refused(world: World, directory: Path) -> None:
     other = read_shape(directory).__class__(**{**vars(read_shape(directory)), "ffn_hidden_size": 128})
     with pytest.raises(CheckpointError, match="mlp"):

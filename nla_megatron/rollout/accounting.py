@@ -15,8 +15,10 @@ from functools import cache
 
 import numpy as np
 
+from nla_megatron.errors import InjectionError, RolloutError
 from nla_megatron.interventions.placement import Span, touched
 from nla_megatron.interventions.spec import Intervention
+from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
 
 _CACHED = "cached without it"
 
@@ -188,6 +190,38 @@ def missing_samples(asked: Mapping[str, Asked], periods: Sequence[Period], fed: 
         ):
             wrong.append(f"{asked[key].name}: {len(found)} of {len(expected)} samples followed, to tokens {found}")
     return wrong
+
+
+def agreed(everyone: Sequence[tuple[str, list[str], list[Rollout] | None]], tp: int, expected: int) -> RolloutBatch:
+    """All replicas' rollouts, in the order of groups and samples.
+
+    Args:
+        everyone: of each rank a digest of its rollouts, a line for each request that went wrong, and the rollouts
+            (those of each replica's first rank are taken).
+
+    Raises:
+        InjectionError: a request went wrong.
+        RolloutError: ranks of a replica with other rollouts than its first, or another number of them in all.
+    """
+    rollouts: list[Rollout] = []
+    for rank, (digest, problems, sent) in enumerate(everyone):
+        first = rank - rank % tp
+        if problems:
+            raise InjectionError(
+                f"{len(problems)} of {expected} requests on rank {rank} did not get what they asked for; "
+                f"the first, {problems[0]}", "every token that a request names changed, and no other",
+                "this is a defect of the rollout engine: report it",
+            )  # fmt: skip
+        if digest != everyone[first][0]:
+            raise RolloutError(
+                f"rank {rank} holds other rollouts than rank {first} of its replica",
+                "the same samples on all ranks of a replica", "check that all ranks run the same code and seeds",
+            )  # fmt: skip
+        rollouts += sent or []
+    if len(rollouts) != expected:
+        raise RolloutError(f"{len(rollouts)} rollouts", f"{expected}", "this is a defect of the engine: report it")
+    rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
+    return RolloutBatch(tuple(rollouts), InjectionCount(expected, expected))
 
 
 def _spans(positions: set[int]) -> tuple[tuple[int, int], ...]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nla_megatron.conversion.peft_format import PeftConfig
-from nla_megatron.errors import ConfigError, HalfLoaded, InjectionError, RolloutError
+from nla_megatron.errors import ConfigError, HalfLoaded
 from nla_megatron.interventions.checks import Marker, check_layers
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.accounting import Asked, Ledger, Report, missing_samples
+from nla_megatron.rollout.accounting import Asked, Ledger, Report, agreed, missing_samples
 from nla_megatron.rollout.adapter import Adapter, install
 from nla_megatron.rollout.adapter import request as policy_request
 from nla_megatron.rollout.plugin import NAME
@@ -32,7 +32,7 @@ from nla_megatron.rollout.requests import (
 )
 from nla_megatron.rollout.start import start
 from nla_megatron.rollout.worker import runner_of
-from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
+from nla_megatron.types import ModelShape, Rollout, RolloutBatch
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
@@ -289,22 +289,4 @@ class Engine:
         if any(problems for _, problems, _ in everyone):
             # Blocks that were computed without their intervention must not be found again, by any rank of a replica.
             self.forget()
-        rollouts: list[Rollout] = []
-        for rank, (seen, problems, sent) in enumerate(everyone):
-            first = rank - rank % self.config.tp
-            if problems:
-                raise InjectionError(
-                    f"{len(problems)} of {expected} requests on rank {rank} did not get what they asked for; "
-                    f"the first, {problems[0]}", "every token that a request names changed, and no other",
-                    "this is a defect of the rollout engine: report it",
-                )  # fmt: skip
-            if seen != everyone[first][0]:
-                raise RolloutError(
-                    f"rank {rank} holds other rollouts than rank {first} of its replica",
-                    "the same samples on all ranks of a replica", "check that all ranks run the same code and seeds",
-                )  # fmt: skip
-            rollouts += sent or []
-        if len(rollouts) != expected:
-            raise RolloutError(f"{len(rollouts)} rollouts", f"{expected}", "this is a defect of the engine: report it")
-        rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
-        return RolloutBatch(tuple(rollouts), InjectionCount(expected, expected))
+        return agreed(everyone, self.config.tp, expected)

@@ -949,13 +949,13 @@ class CompareConfig:
     """What a run exported at its end (final), every checkpoint that `keep_every` kept (permanent), or all of these."""
     metric: str | None = None
     """What runs are sorted by: a figure of the evaluations or a scalar of `metrics.jsonl`. null: the first there
-    is of FVE, accuracy, reward and loss."""
+    is of FVE, accuracy, richness, reward and loss."""
     best: str | None = None
     """Whether the largest or the smallest value comes first. null: the smallest of a loss, else the largest."""
     last: int = 10
     """A scalar of `metrics.jsonl` is its mean over so many last steps that have it."""
     data: str | None = None
-    """The table to evaluate on; null takes each run's own `held_out`, where it has one."""
+    """The rows to evaluate on; null takes those that each run held out, where it did."""
     evaluate: bool = True
     """Run `eval` for each. false takes what runs have recorded themselves."""
     overrides: list[str] = field(default_factory=list)

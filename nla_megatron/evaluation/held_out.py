@@ -23,12 +23,12 @@ from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import ConfigError, MissingFile
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.pipeline import forward_rows
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
-from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.rollout.engine import Engine
 from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
 from nla_megatron.types import InjectionCount, ModelShape
 

@@ -1,4 +1,7 @@
-"""Which layouts a model fits, and how its blocks are dealt to the pipeline. Imports no Megatron."""
+"""Which layouts a model fits, the trainer's and the sampler's; how its blocks are dealt to the pipeline.
+
+Imports no Megatron.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from nla_megatron.errors import LayoutError
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Experts, ModelShape
 
+_VLLM_ROWS = 64
+"""vLLM pads the vocabulary to a multiple of it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Use = Literal["convert", "forward", "train"]
@@ -46,7 +51,7 @@ def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
     if shape.experts is None:
         cut["feed-forward columns"] = shape.ffn_hidden_size
     for name, size in cut.items():
-        _check_divides("tp", layout.tp, size, name)
+        _check_divides("parallel.tp", layout.tp, size, name)
     _check_experts(shape.experts, layout)
     _check_blocks(shape.num_layers, layout)
     if use == "convert":
@@ -69,17 +74,35 @@ def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
         )  # fmt: skip
 
 
+def check_rollout_layout(
+    shape: ModelShape, tp: int, world_size: int, expert_parallel: bool = False, key: str = "rollout.tp"
+) -> None:
+    """Whether vLLM's replicas of `tp` ranks tile the world and can cut this model; `key` is what sets `tp`.
+
+    Raises:
+        LayoutError: they do not.
+    """
+    _check_divides(key, tp, world_size, "ranks")
+    _check_divides(key, tp, shape.num_heads, "attention heads")
+    if tp < shape.num_kv_heads or tp % shape.num_kv_heads:  # else each lies on several ranks
+        _check_divides(key, tp, shape.num_kv_heads, "key/value heads")
+    _check_divides(key, tp, -(-shape.vocab_size // _VLLM_ROWS) * _VLLM_ROWS, "vocabulary rows (padded)")
+    if shape.experts is None:
+        _check_divides(key, tp, shape.ffn_hidden_size, "feed-forward columns")
+    elif not expert_parallel:
+        _check_divides(key, tp, shape.experts.ffn_hidden_size, "columns of each expert")
+
+
 def _check_divides(key: str, ranks: int, size: int, name: str) -> None:
     if size % ranks:
-        raise LayoutError(
-            f"{size} {name} at parallel.{key}={ranks}", f"a {key} that divides {size}", f"choose another parallel.{key}"
-        )
+        short = key.removeprefix("parallel.")
+        raise LayoutError(f"{size} {name} at {key}={ranks}", f"a {short} that divides {size}", f"choose another {key}")
 
 
 def _check_experts(experts: Experts | None, layout: Layout) -> None:
     if experts is not None:
-        _check_divides("ep", layout.ep, experts.count, "experts")
-        _check_divides("etp", layout.etp or layout.tp, experts.ffn_hidden_size, "columns of each expert")
+        _check_divides("parallel.ep", layout.ep, experts.count, "experts")
+        _check_divides("parallel.etp", layout.etp or layout.tp, experts.ffn_hidden_size, "columns of each expert")
     elif layout.ep > 1:
         raise LayoutError(f"parallel.ep={layout.ep} for a model without experts", "parallel.ep=1", "drop parallel.ep")
 

@@ -121,7 +121,7 @@ def initialise(config: ParallelConfig) -> World:
     else:
         # A process that was forked from one that imported torch has that one's number of threads.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks))))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // ranks)))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     dp = data_parallel_size(config, dist.get_world_size())
@@ -167,13 +167,21 @@ def part_of(world: World, parts: Sequence[range]) -> World:
     """The part of a world that this rank is in, with ranks and `control` of its own; collective over the world.
 
     Sizes and coordinates of training stay those of the whole.
+
+    Raises:
+        LayoutError: a rank is in no part, or in several.
     """
+    if sorted(rank for ranks in parts for rank in ranks) != list(range(world.size)):
+        raise LayoutError(
+            f"parts of ranks {[list(ranks) for ranks in parts]}", f"each of {world.size} ranks in one part",
+            "correct the ranges",
+        )  # fmt: skip
     mine = None
     for ranks in parts:
         group = dist.new_group(list(ranks), backend="gloo")
         if world.rank in ranks:
             mine = replace(world, rank=ranks.index(world.rank), size=len(ranks), control=cast(dist.ProcessGroup, group))
-    assert mine is not None, f"rank {world.rank} is in no part"
+    assert mine is not None
     return mine
 
 

@@ -45,7 +45,9 @@ def fused(copies: Iterable[Copy]) -> list[Copy]:
 def _continues(run: list[Copy], copy: Copy) -> bool:
     last = run[-1]
     alike = last._replace(source_offset=copy.source_offset, target_offset=copy.target_offset) == copy
-    return alike and (len(run) == 1 or _step(run[0], run[1]) == _step(last, copy))
+    step = _step(last, copy)
+    # Strides of a tensor lead forwards only.
+    return alike and min(step) >= 0 and (len(run) == 1 or _step(run[0], run[1]) == step)
 
 
 def _step(one: Copy, other: Copy) -> tuple[int, int]:

@@ -173,7 +173,6 @@ class Sources(Mapping[str, Tensor]):
         everything: dict[str, Tensor] = dict(global_parameters(model))
         adapters = {name: parameter for name, parameter in everything.items() if f".{LORA}." in name}
         self.parameters = {name: one for name, one in everything.items() if name not in adapters}
-        self.dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in self.parameters.values()}
         self.checked: dict[str, Tensor] = {**everything, **(masters or {})}
         if world.pp > 1 and _OUTPUT in self.parameters:
             self.parameters.setdefault(_EMBEDDING, self.parameters[_OUTPUT])
@@ -197,4 +196,4 @@ class AdapterSources(Sources):
     def __init__(self, model: Any):
         everything: dict[str, Tensor] = dict(global_parameters(model))
         self.parameters = self.checked = {name: one for name, one in everything.items() if f".{LORA}." in name}
-        self.dtypes, self.made = {"float32"}, {}
+        self.made = {}

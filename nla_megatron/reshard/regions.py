@@ -140,6 +140,13 @@ class Piece:
     offset: int
     strides: tuple[int, ...]
 
+    @property
+    def last(self) -> int:
+        """The place of its last element in the buffer; strides lead forwards."""
+        return self.offset + sum(
+            (len(one) - 1) * step for one, step in zip(self.region.axes, self.strides, strict=True)
+        )
+
     def within(self, part: Region) -> Piece:
         """The same for a part of the region."""
         if part == self.region:
@@ -158,7 +165,7 @@ def between(piece: Piece, start: int, stop: int) -> Iterator[Piece]:
     """
     region, first = piece.region, piece.offset
     spans = [(len(one) - 1) * stride for one, stride in zip(region.axes, piece.strides, strict=True)]
-    last = first + sum(spans)
+    last = piece.last
     if first >= stop or last < start:
         return
     if start <= first and last < stop:

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from nla_megatron.errors import ModelsDiffer
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard import vllm_load
 from nla_megatron.reshard.carriers import Claim, Plan, Sampler
+from nla_megatron.reshard.checks import check_held, check_places, check_same_model
 from nla_megatron.reshard.execute import Gate, Targets, carry_out, check_finite
 from nla_megatron.reshard.masters import claims_of_masters, masters_of, ranges_on
 from nla_megatron.reshard.megatron_side import Sources, TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan
-from nla_megatron.reshard.vllm_side import Trace, trace
+from nla_megatron.reshard.vllm_side import Trace, check_taken, trace
 from nla_megatron.types import ModelShape
 
 STAGING = 256 << 20
@@ -31,25 +31,16 @@ def samplers_of(traces: Sequence[Trace], ranks: range) -> list[Sampler]:
     return [Sampler(tuple(ranks[number::tp]), found.needs) for number, found in enumerate(traces)]
 
 
-def check_same_model(trainer: ModelShape, sampler: ModelShape) -> None:
-    """Raises ModelsDiffer with the first field in which two shapes differ."""
-    for name, value in vars(trainer).items():
-        if getattr(sampler, name) != value:
-            raise ModelsDiffer(
-                f"{name}={getattr(sampler, name)!r} in the sampler's model", f"{name}={value!r}, as the trainer's",
-                "give the engine the directory that the trainer started from",
-            )  # fmt: skip
-
-
 def held(
     model: Any, shape: ModelShape, layout: TrainLayout, world: World, optimizer: Any = None
 ) -> tuple[Sources, list[Claim]]:
     """What this rank hands over, and what all claim to hold; masters where there is an optimizer. Collective."""
     claims = claims_of(shape, layout)
-    if optimizer is None:
-        return Sources(model, world), claims
-    mine = ranges_on(model, optimizer)
-    return Sources(model, world, masters_of(model, mine)), claims_of_masters(claims, gather_objects(mine, world))
+    mine = {} if optimizer is None else ranges_on(model, optimizer)
+    # Ranks that only sample have no optimizer, and take part.
+    ranges = gather_objects(mine, world)
+    claims = claims_of_masters(claims, ranges) if any(ranges) else claims
+    return Sources(model, world, masters_of(model, mine)), claims
 
 
 class Nowhere:
@@ -68,15 +59,14 @@ class Transfer:
     Every method is collective: all ranks of the world call it.
 
     Raises:
-        OverlappingClaims, UnheldRegion, LayoutError: there is no plan.
+        OverlappingClaims, UnheldRegion, ConfigError: there is no plan.
     """
 
     def __init__(
         self, sources: Sources, claims: list[Claim], samplers: list[Sampler], world: World, staging: int = STAGING
     ):
         check_claims(claims)
-        dtypes = gather_objects(sources.dtypes, world)
-        [dtype] = {one for ranks in dtypes for one in ranks}
+        dtype = check_held(sources, claims, world)
         self.sources, self.claims, self.samplers, self.world = sources, claims, samplers, world
         self.plan: Plan = compile_plan(claims, samplers, world.rank, dtype, staging)
         self.peak = 0
@@ -112,7 +102,8 @@ class Resharder:
         samplers: the ranks that sample, by default all.
 
     Raises:
-        ConfigError: an optimizer without shared-out masters.
+        ConfigError: an optimizer without shared-out masters, or parameters of several dtypes.
+        LayoutError: trainer or sampler do not lie as they say.
         ModelsDiffer: the two sides are not the same model.
         OverlappingClaims, UnheldRegion: there is no plan.
     """
@@ -122,18 +113,20 @@ class Resharder:
                  samplers: range | None = None):  # fmt: skip
         check_same_model(shape, sampler_shape)
         ranks = range(world.size) if samplers is None else samplers
-        self.worker, self.trace, self.loads = None, None, 0
-        if llm is not None:
-            self.worker = llm.llm_engine.model_executor.driver_worker.worker
-            config = self.worker.vllm_config
-            tp = config.parallel_config.tensor_parallel_size
-            expert_parallel = config.parallel_config.enable_expert_parallel
+        layout, tensors = layout or TrainLayout.of(world), tensors_of(shape)
+        self.worker = None if llm is None else llm.llm_engine.model_executor.driver_worker.worker
+        self.trace, self.loads = None, 0
+        parallel = None if self.worker is None else self.worker.vllm_config.parallel_config
+        engines = gather_objects(0 if parallel is None else parallel.tensor_parallel_size, world)
+        tp, first_replica = check_places(layout, ranks, engines), None
+        if self.worker is not None and parallel is not None:
             place = ranks.index(world.rank)
-            self.trace = trace(config, tensors_of(shape), place % tp, tp, expert_parallel)
+            self.trace = trace(self.worker.vllm_config, tensors, place % tp, tp, parallel.enable_expert_parallel)
             vllm_load.install(self.worker, self._load)
-        first_replica = self.trace if llm is not None and place < tp else None
+            first_replica = self.trace if place < tp else None
         traces = [one for one in gather_objects(first_replica, world) if one is not None]
-        sources, claims = held(model, shape, layout or TrainLayout.of(world), world, optimizer)
+        check_taken(traces, tensors)
+        sources, claims = held(model, shape, layout, world, optimizer)
         self.transfer = Transfer(sources, claims, samplers_of(traces, ranks), world, staging)
 
     def load(self) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from nla_megatron.config.schema import ParallelConfig, PlanConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.errors import ConfigError
+from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.reshard.carriers import Sampler
 from nla_megatron.reshard.megatron_side import TrainLayout, claims_of, tensors_of
 from nla_megatron.reshard.plan import check_claims, compile_plan, world_bytes
-from nla_megatron.reshard.vllm_side import trace
+from nla_megatron.reshard.vllm_side import check_taken, trace
 from nla_megatron.types import ModelShape
 
 _PLANNED_RANKS = 16
@@ -85,7 +86,9 @@ def summarise(
 ) -> Summary:  # fmt: skip
     """Plan some ranks of a world and count the bytes of all; `config` is vLLM's."""
     start = time.perf_counter()
-    traces = [trace(config, tensors_of(shape), rank, tp, expert_parallel) for rank in range(tp)]
+    tensors = tensors_of(shape)
+    traces = [trace(config, tensors, rank, tp, expert_parallel) for rank in range(tp)]
+    check_taken(traces, tensors)
     traced = time.perf_counter()
     size = len(layout.ranks)
     samplers = [Sampler(tuple(range(rank, size, tp)), one.needs) for rank, one in enumerate(traces)]
@@ -123,13 +126,12 @@ def check(config: PlanConfig, world_size: int) -> None:
     """Raises ConfigError, LayoutError, MissingFile or UnsupportedModel."""
     if not config.hf:
         raise ConfigError("no hf=", "a directory with a config.json", "add hf=...")
-    read_shape(config.hf)
-    size = len(layout_of(config.parallel).ranks)
-    data_parallel_size(config.parallel, size)
-    if size % config.rollout_tp:
-        raise LayoutError(
-            f"rollout_tp={config.rollout_tp} on {size} ranks", f"a divisor of {size}", "change rollout_tp or parallel"
-        )
+    shape, layout = read_shape(config.hf), layout_of(config.parallel)
+    data_parallel_size(config.parallel, len(layout.ranks))
+    check_layout(shape, layout, "convert")
+    if config.expert_parallel and shape.experts is None:
+        raise ConfigError("expert_parallel=true for a model without experts", "false", "drop expert_parallel")
+    check_rollout_layout(shape, config.rollout_tp, len(layout.ranks), config.expert_parallel, "rollout_tp")
 
 
 def run(config: PlanConfig) -> None:

@@ -75,8 +75,10 @@ class VllmTargets:
 
     def _open(self, layer: Any, module: str) -> None:
         info = layerwise.get_layerwise_info(layer)
-        info.kernel_tensors = utils.get_layer_params_buffers(layer)
-        info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+        # A load that did not come to its end has left the module open: what the engine computes with is known already.
+        if info.kernel_tensors is None:
+            info.kernel_tensors = utils.get_layer_params_buffers(layer)
+            info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
         meta.restore_layer_on_meta(layer, info)
         meta.materialize_layer(layer, info)
         self.open.add(module)

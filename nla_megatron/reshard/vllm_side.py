@@ -7,7 +7,7 @@ module take the ordinary path: they are needed whole, and vLLM loads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -52,7 +52,10 @@ class Copied(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Copies from sources into parameters; parameters that anything else writes are `changed`."""
+    """Copies from sources into parameters; parameters that anything else writes are `changed`.
+
+    `ends`: behind the last element of a parameter that a copy has written.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
@@ -60,24 +63,42 @@ class _Recorder(TorchDispatchMode):
         self.sources: dict[int, str] = {}
         self.current, self.copies = "", list[Copied]()
         self.changed: dict[str, set[str]] = {}
+        self.ends: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            parameter = self.parameters.get(storage_of(args[0]))
-            if parameter is not None and not self._understood(func, args, parameter):
+        kwargs = kwargs or {}
+        for tensor in _written_by(func, args, kwargs) if func._schema.is_mutable else ():
+            parameter = self.parameters.get(storage_of(tensor))
+            if parameter is None:
+                # A source that was written to is no HF tensor any more.
+                self.sources.pop(storage_of(tensor), None)
+            elif not self._understood(func, args, parameter):
                 self.changed.setdefault(parameter, set()).add(self.current)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _understood(self, func: Any, args: Any, parameter: str) -> bool:
         if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
-            return len(args) == 1 or args[1] == 0
+            behind = args[0].storage_offset() >= self.ends.get(parameter, 0)
+            return (len(args) == 1 or args[1] == 0) and (behind or not args[0].numel())
         if func is not torch.ops.aten.copy_.default:
             return False
         source = self.sources.get(storage_of(args[1]))
         if source is None or args[0].shape != args[1].shape:
             return False
         self.copies.append(Copied(source, parameter, args[1], args[0]))
+        steps = zip(args[0].shape, args[0].stride(), strict=True)
+        end = 1 + args[0].storage_offset() + sum((count - 1) * step for count, step in steps)
+        self.ends[parameter] = max(end, self.ends.get(parameter, 0))
         return True
+
+
+def _written_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (
+                one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Tensor)
+            )
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -115,6 +136,16 @@ def trace(
             ) from error  # fmt: skip
         _check_replaced(recorder, model)
         return _as_trace(recorder, parameters, tensors, str(dtype).removeprefix("torch."))
+
+
+def check_taken(traces: Sequence[Trace], tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelsDiffer where no rank needs a tensor: vLLM's loaders pass over what they have no place for."""
+    taken = {need.piece.region.name for found in traces for need in found.needs}
+    if left := [name for name in tensors if name not in taken]:
+        raise ModelsDiffer(
+            f"{len(left)} tensors that vLLM's model does not load, first {left[0]}", "all of the trainer's",
+            "train a model without them: the sampler's would be another policy",
+        )  # fmt: skip
 
 
 def skeleton(vllm_config: Any, device: torch.device) -> Any:
@@ -189,21 +220,26 @@ def _as_trace(
     recorder: _Recorder, parameters: Mapping[str, Tensor], tensors: Mapping[str, tuple[int, ...]], dtype: str
 ) -> Trace:
     found: list[tuple[str, list[Piece]]] = []
+    written = dict.fromkeys(parameters, 0)
     for copied in recorder.copies:
         pieces = pieces_of(copied, tensors[copied.name])
-        if pieces is None:
+        written[copied.parameter] += copied.target.numel()
+        # What is written twice depends on the order, which a plan does not keep.
+        if pieces is None or written[copied.parameter] > parameters[copied.parameter].numel():
             recorder.changed.setdefault(copied.parameter, set()).add(copied.name)
         else:
             found.append((copied.parameter, pieces))
     modules = {name.rpartition(".")[0] for name in recorder.changed}
     ordinary = {one for names in recorder.changed.values() for one in names}
     ordinary |= {copied.name for copied in recorder.copies if copied.parameter.rpartition(".")[0] in modules}
-    needs, written = [], dict.fromkeys(parameters, 0)
+    if modules:
+        # A loader that collects several tensors writes none of them itself: what nothing copies may be among these.
+        ordinary |= tensors.keys() - {copied.name for copied in recorder.copies}
+    needs = []
     for parameter, pieces in found:
         if parameter.rpartition(".")[0] not in modules:
             to = str(parameters[parameter].dtype).removeprefix("torch.")
             needs += [Need(piece, to) for piece in pieces]
-            written[parameter] += sum(piece.region.size for piece in pieces)
     for name in tensors:
         if name in ordinary:
             shape = tensors[name]
@@ -217,7 +253,12 @@ def _as_trace(
 
 
 def pieces_of(copied: Copied, shape: tuple[int, ...]) -> list[Piece] | None:
-    """A copy as affine pieces of the HF tensor; None where its view is no such thing."""
+    """A copy as affine pieces of the HF tensor; None where its view is no such thing.
+
+    There are none where a rank's share is empty: of a short vocabulary the last ranks hold padding only.
+    """
+    if not copied.source.numel():
+        return []
     unit, offset = contiguous(shape), copied.source.storage_offset()
     start = [offset // step % size for step, size in zip(unit, shape, strict=True)]
     dims: list[list[tuple[int, int, int]]] = [[] for _ in shape]

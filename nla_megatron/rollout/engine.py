@@ -13,6 +13,7 @@ from nla_megatron.conversion.peft_format import PeftConfig
 from nla_megatron.errors import ConfigError, HalfLoaded, InjectionError, RolloutError
 from nla_megatron.interventions.checks import Marker, check_layers
 from nla_megatron.interventions.spec import Intervention
+from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.accounting import Asked, Ledger, Report, missing_samples
@@ -26,7 +27,6 @@ from nla_megatron.rollout.requests import (
     Terms,
     Vectors,
     as_interventions,
-    check_rollout_layout,
     encode,
     shares,
 )
@@ -37,7 +37,7 @@ from nla_megatron.types import InjectionCount, ModelShape, Rollout, RolloutBatch
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig, RolloutConfig
 
-__all__ = ["Engine", "PromptRequest", "Vectors", "check_rollout_layout"]
+__all__ = ["Engine", "PromptRequest", "Vectors"]
 
 
 class Engine:

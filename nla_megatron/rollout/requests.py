@@ -15,7 +15,7 @@ from nla_megatron.rollout.accounting import Asked, salt_of
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
-    from nla_megatron.types import ModelShape, Rollout
+    from nla_megatron.types import Rollout
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
@@ -69,22 +69,6 @@ def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Interv
     if isinstance(wanted, Sequence):
         return tuple(wanted)
     return tuple(Intervention.recorded(wanted.method, block, wanted.scale) for block in wanted.blocks)
-
-
-def check_rollout_layout(shape: ModelShape, tp: int, world_size: int) -> None:
-    """Raises LayoutError where replicas of `tp` ranks do not tile the world, or heads do not divide."""
-    if world_size % tp:
-        raise LayoutError(
-            f"rollout.tp={tp} in a world of {world_size}", f"a divisor of {world_size}", "change rollout.tp"
-        )
-    fits_groups = shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0
-    if shape.num_heads % tp or shape.ffn_hidden_size % tp or not fits_groups:
-        raise LayoutError(
-            f"{shape.num_heads} attention heads, {shape.num_kv_heads} key/value heads and {shape.ffn_hidden_size} "
-            f"feed-forward columns at rollout.tp={tp}",
-            "a tp that divides them",
-            "change rollout.tp",
-        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from nla_megatron.config.schema import TaskConfig
 from nla_megatron.errors import ConfigError, LayoutError
@@ -202,6 +202,11 @@ class TextTask(ABC):
                 f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
             )  # fmt: skip
         return lengths[longest]
+
+
+def no_vectors(rows: Sequence[int]) -> NoReturn:
+    """The activations of rows whose prompts are text: nobody asks for them."""
+    raise AssertionError("a text task has no activations")
 
 
 T = TypeVar("T", bound=TextTask)

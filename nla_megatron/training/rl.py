@@ -15,12 +15,12 @@ from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import ConfigError, LayoutError
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
-from nla_megatron.rollout.engine import Engine, check_rollout_layout
+from nla_megatron.rollout.engine import Engine
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.module import TrainModule
@@ -36,6 +36,7 @@ def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     side = side_of(config)
+    _check_keys(config, side.own_keys)
     prompts = side.check(config, world_size)
     longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
@@ -51,6 +52,17 @@ def check(config: RlConfig, world_size: int) -> None:
         _check_credit(config, prompts)
         check_replay(config)
     check_run_directory("rl", config)
+
+
+def _check_keys(config: RlConfig, own: tuple[str, ...]) -> None:
+    """A key of another task says nothing here, and whoever set it believes that it does."""
+    unset = RlConfig()
+    for key in ("model", "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum"):
+        if key not in own and getattr(config, key) != getattr(unset, key):
+            raise ConfigError(
+                f"{key}={getattr(config, key)!r} with task={config.task.name}, which does not read it",
+                f"of such keys only {', '.join(own)}", f"remove {key}, or choose another task=",
+            )  # fmt: skip
 
 
 def _check_credit(config: RlConfig, prompts: Prompts) -> None:
@@ -111,6 +123,7 @@ class RlTrainer:
     def step(self, number: int) -> dict[str, float]:
         """One step: write, judge, credit, learn, hand over. Returns what to log."""
         clock = PhaseClock()
+        before = self._before(clock) if number == 0 else {}
         scored = self.sampling.step(number, clock)
         with clock.phase("look"):
             sampled = self.learning.look(scored, number)
@@ -125,7 +138,14 @@ class RlTrainer:
         if self.config.eval_every and (number + 1) % self.config.eval_every == 0:
             with clock.phase("eval"):
                 scalars |= self.side.evaluate(self.engine, number)
-        return {**scalars, **clock.seconds}
+        return {**before, **scalars, **clock.seconds}
+
+    def _before(self, clock: PhaseClock) -> dict[str, float]:
+        """What later evaluations are compared with: that of the policy as the run starts."""
+        if not self.config.eval_every:
+            return {}
+        with clock.phase("eval"):
+            return {f"before_{name}": value for name, value in self.side.evaluate(self.engine, -1).items()}
 
     def _critic(self) -> TrainModule:
         """It starts from the policy's blocks, and reads what the policy reads."""
@@ -140,9 +160,12 @@ class RlTrainer:
 
     def load_engine(self) -> None:
         """Hand the policy's present weights to the sampler."""
-        if self.resharder is not None:
-            with self.engine.replacing_weights():
-                self.resharder.load()
+        if self.resharder is None:
+            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
+            self.engine.forget()
+            return
+        with self.engine.replacing_weights():
+            self.resharder.load()
 
 
 def _of_rollouts(scored: Scored) -> dict[str, float]:

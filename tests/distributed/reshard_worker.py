@@ -21,7 +21,6 @@ from nla_megatron.conversion.families import FAMILIES
 from nla_megatron.conversion.live import global_parameters
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
-from nla_megatron.reshard import vllm_side
 from nla_megatron.reshard.execute import Gate
 from nla_megatron.reshard.megatron_side import TrainLayout, tensors_of
 from nla_megatron.reshard.plan import world_bytes
@@ -29,6 +28,7 @@ from nla_megatron.reshard.resharder import Transfer, held, samplers_of
 from nla_megatron.reshard.summary import vllm_config
 from nla_megatron.reshard.vllm_side import Trace, trace
 from nla_megatron.training.module import TrainModule
+from tests.support.reshard import loaded_by_vllm
 from tests.support.reshard_models import adapted, shape_of, tensors, trainer
 
 
@@ -96,15 +96,6 @@ class Bare:
         self.finished.add(name)
 
 
-def loaded_by_vllm(config: Any, full: dict[str, Tensor], rank: int, case: Case) -> dict[str, Tensor]:
-    with vllm_side._as_rank(rank, case.tp, case.expert_parallel, config):
-        model = vllm_side.skeleton(config, torch.device("cpu"))
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        model.load_weights(iter(full.items()))
-    return dict(model.named_parameters())
-
-
 def on(case: Case, scratch: Path) -> dict[str, Any]:
     world = initialise(ParallelConfig(**case.train))
     shape = shape_of(case.family)
@@ -136,7 +127,7 @@ def on(case: Case, scratch: Path) -> dict[str, Any]:
     assert isinstance(into, Bare)
     wrong = []
     if samples:
-        theirs = loaded_by_vllm(config, full, tp_rank, case)
+        theirs = loaded_by_vllm(config, full, tp_rank, case.tp, case.expert_parallel)
         wrong = sorted(set(theirs) ^ set(into.finished))
         wrong += [name for name in theirs if name in into.buffers and not same(into.buffers[name], theirs[name], case)]
     needed, local = world_bytes(claims, samplers, "float32")

@@ -101,6 +101,20 @@ def layouts(draw: st.DrawFn) -> tuple[int, dict[str, tuple[int, ...]], list[Clai
     return world, tensors, claims, samplers
 
 
+def loaded_by_vllm(config: Any, full: Mapping[str, Any], rank: int, tp: int, expert_parallel: bool) -> dict[str, Any]:
+    """What vLLM's own loaders make of full tensors on one rank, before anything is repacked."""
+    import torch
+
+    from nla_megatron.reshard import vllm_side
+
+    with vllm_side._as_rank(rank, tp, expert_parallel, config):
+        model = vllm_side.skeleton(config, torch.device("cpu"))
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        model.load_weights(iter(full.items()))
+    return dict(model.named_parameters())
+
+
 def vllm_config_of(directory: Path) -> Any:
     """vLLM's configuration of a model of which there is only a config.json."""
     from nla_megatron.reshard.summary import vllm_config

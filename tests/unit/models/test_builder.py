@@ -9,7 +9,7 @@ import pytest
 
 from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.errors import LayoutError
-from nla_megatron.models.builder import Use, blocks_per_chunk, check_layout
+from nla_megatron.models.builder import Use, blocks_per_chunk, check_layout, check_rollout_layout
 from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.types import Experts
 from tests.support.tiny import SHAPE
@@ -96,3 +96,25 @@ def test_a_world_that_does_not_fit_is_refused_by_name(options: dict[str, Any], w
     with pytest.raises(LayoutError) as caught:
         data_parallel_size(ParallelConfig(**options), world)
     assert named in caught.value.found
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "world", "message"),
+    [
+        (DENSE, 3, 4, "4 ranks at rollout.tp=3"),
+        (DENSE, 16, 16, "8 attention heads"),
+        (replace(DENSE, num_heads=12, num_kv_heads=6), 4, 4, "6 key/value heads"),
+        (replace(DENSE, num_heads=9, num_kv_heads=3), 3, 3, "640 vocabulary rows"),
+        (replace(DENSE, ffn_hidden_size=22), 4, 4, "22 feed-forward columns"),
+        (MIXTURE, 4, 4, "30 columns of each expert"),
+    ],
+)
+def test_a_sampler_that_the_model_does_not_fit_is_refused(shape: Any, tp: int, world: int, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        check_rollout_layout(shape, tp, world)
+
+
+def test_samplers_that_fit() -> None:
+    check_rollout_layout(DENSE, 8, 16)  # two ranks for each key/value head
+    check_rollout_layout(MIXTURE, 2, 2)  # no layer has the odd number of columns
+    check_rollout_layout(MIXTURE, 4, 4, expert_parallel=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nla_megatron.errors import NotFinite, PeerLost, ReshardMismatch
 from nla_megatron.reshard.carriers import Claim, Group, Need, Sampler
-from nla_megatron.reshard.execute import Gate, carry_out, check_finite, peers_there
+from nla_megatron.reshard.copies import Copy, fused
+from nla_megatron.reshard.execute import Gate, carry_out, check_finite, do, peers_there
 from nla_megatron.reshard.plan import compile_plan
 from nla_megatron.reshard.regions import Piece, Region
+from tests.support.reshard import do as do_in_numpy
 from tests.support.worlds import world_of
 
 ROWS = (range(0, 6, 2), range(1, 6, 2))
@@ -69,6 +74,23 @@ def test_a_weight_that_is_no_number_is_named_before_anything_moves(value: float)
 
 def test_large_weights_are_numbers() -> None:
     check_finite({"large": torch.full((100,), 3e38)}, world_of())
+
+
+@example([0, 10, 20], [5, 4, 3])
+@example([20, 10, 0], [0, 1, 2])
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.permutations(range(6)))
+def test_fused_copies_do_what_they_did_one_by_one(sources: list[int], places: list[int]) -> None:
+    # Loaders may go through a buffer forwards or backwards, evenly or not.
+    copies = [
+        Copy((2, 3), "a", source, (4, 1), "b", 8 * place, (4, 1))
+        for source, place in zip(sources, places, strict=False)
+    ]  # fmt: skip
+    buffer, expected, found = torch.arange(60.0), np.zeros(48, np.float32), torch.zeros(48)
+    for copy in copies:
+        do_in_numpy(copy, {"a": buffer.numpy()}, {"b": expected})
+    for copy in fused(copies):
+        do(copy, buffer, found)
+    assert found.tolist() == expected.tolist()
 
 
 def test_a_transport_that_breaks_is_a_peer_that_is_gone() -> None:

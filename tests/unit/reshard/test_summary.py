@@ -10,7 +10,8 @@ import pytest
 
 from nla_megatron.conversion.families import FAMILIES
 from nla_megatron.errors import ConfigError, LayoutError
-from nla_megatron.launch.commands import execute
+from nla_megatron.launch.commands import configured, execute
+from nla_megatron.reshard.summary import check
 from nla_megatron.types import ModelShape
 from tests.support.tiny import SHAPE
 
@@ -56,14 +57,23 @@ def test_equal_tensor_parallelism_sends_nothing(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "error", "message"),
     [
-        ((), ConfigError),
-        (("hf={hf}", "parallel.tp=2", "parallel.dp=2", "rollout_tp=3"), LayoutError),
-        (("hf={hf}", "rollout_tp=0"), ConfigError),
+        ("", ConfigError, "no hf="),
+        ("hf={hf} rollout_tp=0", ConfigError, "rollout_tp=0"),
+        ("hf={hf} expert_parallel=true", ConfigError, "a model without experts"),
+        ("hf={hf} parallel.tp=2 parallel.dp=2 rollout_tp=3", LayoutError, "4 ranks at rollout_tp=3"),
+        ("hf={hf} parallel.dp=3 rollout_tp=3", LayoutError, "4 attention heads at rollout_tp=3"),
+        ("hf={hf} parallel.dp=8 rollout_tp=8", LayoutError, "4 attention heads at rollout_tp=8"),
+        ("hf={hf} parallel.tp=4", LayoutError, "2 key/value heads at parallel.tp=4"),
+        ("hf={hf} parallel.pp=5", LayoutError, "4 blocks at parallel.pp=5"),
+        ("hf={hf} parallel.pp=2 parallel.stages=[1,2]", LayoutError, r"parallel.stages=\[1, 2\] for 4 blocks"),
+        ("hf={hf} parallel.dp=2 parallel.ep=2", LayoutError, "a model without experts"),
     ],
 )
-def test_what_cannot_be_planned_is_named(tmp_path: Path, options: tuple[str, ...], error: type) -> None:
-    hf = directory(tmp_path, SHAPE)
-    with pytest.raises(error):
-        execute("plan", ["reshard", *(option.format(hf=hf) for option in options)])
+def test_what_cannot_be_planned_is_named_before_anything_is_traced(
+    tmp_path: Path, options: str, error: type, message: str
+) -> None:
+    arguments = options.format(hf=directory(tmp_path, SHAPE)).split()
+    with pytest.raises(error, match=message):
+        check(configured("plan", ["reshard", *arguments]), 1)

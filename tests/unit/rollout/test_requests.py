@@ -11,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import InterventionConfig
-from nla_megatron.errors import LayoutError, VersionError
+from nla_megatron.errors import VersionError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
 from nla_megatron.rollout.plugin import TESTED, check_version
-from nla_megatron.rollout.requests import PromptRequest, Terms, as_interventions, check_rollout_layout, encode, shares
+from nla_megatron.rollout.requests import PromptRequest, Terms, as_interventions, encode, shares
 from nla_megatron.types import Rollout
-from tests.support.tiny import SHAPE
 
 
 @given(st.lists(st.integers(1, 4000), max_size=40), st.integers(1, 6))
@@ -125,12 +124,6 @@ def test_an_untested_vllm_is_refused_with_those_that_work(found: str) -> None:
 def test_builds_of_a_tested_vllm_are_taken() -> None:
     check_version("0.32.0")
     check_version("0.32.0+cpu")
-
-
-@pytest.mark.parametrize(("tp", "world"), [(3, 4), (8, 8)])
-def test_replicas_that_do_not_tile_the_world_or_the_heads_are_refused(tp: int, world: int) -> None:
-    with pytest.raises(LayoutError):
-        check_rollout_layout(SHAPE, tp, world)
 
 
 def test_a_recorded_rollout_is_scored_as_it_was_asked_for() -> None:

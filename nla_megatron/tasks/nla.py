@@ -228,7 +228,7 @@ class NlaTask:
     def gold_text_batch(self, rows: Sequence[int]) -> Batch:
         """AR sequences of an ar_sft table's own prompts with their target activations."""
         return self._targets(
-            rows, [self.contract.ar_prompt_ids(self.tokenizer, self._gold_prompts[row]) for row in rows]
+            rows, [self.contract.ar_prompt_ids(self.tokenizer, self.gold_prompts[row]) for row in rows]
         )
 
     def _targets(self, rows: Sequence[int], ids: list[list[int]]) -> Batch:
@@ -236,14 +236,14 @@ class NlaTask:
 
     def gold_response_ids(self, row: int) -> list[int]:
         """The response that supervised training teaches for a row of an av_sft table, end token included."""
-        return self.contract.av_response_ids(self.tokenizer, self._gold_responses[row])
+        return self.contract.av_response_ids(self.tokenizer, self.gold_responses[row])
 
     @cached_property
-    def _gold_responses(self) -> list[str]:
+    def gold_responses(self) -> list[str]:
         return self.table.column(columns.RESPONSE)
 
     @cached_property
-    def _gold_prompts(self) -> list[str]:
+    def gold_prompts(self) -> list[str]:
         return self.table.column(columns.PROMPT)
 
     @cached_property

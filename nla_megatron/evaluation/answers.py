@@ -44,7 +44,7 @@ def check(config: EvalConfig, world_size: int) -> None:
             "greedy samples are all alike: set rollout.temperature=1, or samples=1",
         )  # fmt: skip
     shape = read_shape(config.model)
-    check_rollout_layout(shape, config.rollout.tp, world_size)
+    check_rollout_layout(shape, config.rollout.tp, world_size, config.rollout.expert_parallel)
     task = _task(config)
     if min(config.rows, task.rows) < 2:
         raise ConfigError(f"{min(config.rows, task.rows)} rows to evaluate", "at least 2", "raise rows=, or add data")

@@ -49,7 +49,7 @@ def check(config: EvalConfig, world_size: int) -> None:
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
     check_layout(_reader_shape(config, task), config.parallel, "forward")
-    check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size)
+    check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size, config.rollout.expert_parallel)
     for name in (columns.EXPLANATION, columns.TEXT):
         task.table.column(name)
     if config.compare is not None and not (Path(config.compare) / ROWS).is_file():

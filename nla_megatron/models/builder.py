@@ -89,6 +89,8 @@ def check_rollout_layout(
     _check_divides(key, tp, -(-shape.vocab_size // _VLLM_ROWS) * _VLLM_ROWS, "vocabulary rows (padded)")
     if shape.experts is None:
         _check_divides(key, tp, shape.ffn_hidden_size, "feed-forward columns")
+        if expert_parallel:
+            raise LayoutError("expert_parallel=true for a model without experts", "false", "drop expert_parallel")
     elif not expert_parallel:
         _check_divides(key, tp, shape.experts.ffn_hidden_size, "columns of each expert")
 

@@ -129,8 +129,6 @@ def check(config: PlanConfig, world_size: int) -> None:
     shape, layout = read_shape(config.hf), layout_of(config.parallel)
     data_parallel_size(config.parallel, len(layout.ranks))
     check_layout(shape, layout, "convert")
-    if config.expert_parallel and shape.experts is None:
-        raise ConfigError("expert_parallel=true for a model without experts", "false", "drop expert_parallel")
     check_rollout_layout(shape, config.rollout_tp, len(layout.ranks), config.expert_parallel, "rollout_tp")
 
 

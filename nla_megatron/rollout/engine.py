@@ -67,7 +67,7 @@ class Engine:
         marker: Marker | None = None,
         project: Project | None = None,
     ):
-        check_rollout_layout(shape, config.tp, world.size)
+        check_rollout_layout(shape, config.tp, world.size, config.expert_parallel)
         interventions = as_interventions(intervention)
         check_layers(interventions, shape.num_layers)
         if project is None and any(each.mode == "project" for each in interventions):

@@ -116,6 +116,7 @@ def _options(
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=config.prefix_caching,
         tensor_parallel_size=config.tp,
+        enable_expert_parallel=config.expert_parallel,
         distributed_executor_backend="external_launcher",
         # Compiled graphs are kept by a digest of this too: one interferes with no other's.
         additional_config={plugin.NAME: [each.to_dict() for each in interventions]},

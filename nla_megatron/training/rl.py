@@ -41,7 +41,7 @@ def check(config: RlConfig, world_size: int) -> None:
     longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
     check_layout(shape, config.parallel)
-    check_rollout_layout(shape, config.rollout.tp, world_size)
+    check_rollout_layout(shape, config.rollout.tp, world_size, config.rollout.expert_parallel)
     limit = min(config.rollout.max_model_len, shape.max_positions)
     if longest > limit:
         raise LayoutError(

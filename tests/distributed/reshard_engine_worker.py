@@ -18,9 +18,10 @@ from megatron.core import parallel_state
 from nla_megatron.config.schema import InterventionConfig, ParallelConfig, RolloutConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import global_parameters
-from nla_megatron.errors import NlaError
+from nla_megatron.errors import NlaError, NotFinite
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import initialise
+from nla_megatron.reshard import vllm_load
 from nla_megatron.reshard.adapter import AdapterResharder
 from nla_megatron.reshard.megatron_side import TrainLayout
 from nla_megatron.reshard.resharder import Resharder
@@ -107,11 +108,33 @@ def by_the_ordinary_path(engine: Engine, model: Any, shape: Any, world: Any, ful
     for load in ("ordinary", "ordinary again"):
         engine.load(iter(other.items()))
         found[f"{load} before"] = logprobs(engine) == expected
-        with engine.replacing_weights():
-            resharder.load()
+        replace_weights(engine, resharder)
         found[load] = logprobs(engine) == expected
     Transforms.on = False
     return found
+
+
+def after_a_failure(engine: Engine, resharder: Resharder, other: Any, expected: list[float]) -> dict[str, Any]:
+    """A load that breaks off with a module open, and one that comes to its end. Nothing travels in this layout."""
+    engine.load(iter(other.items()))
+    finish = vllm_load.VllmTargets.finish
+
+    def breaks(self: vllm_load.VllmTargets, name: str) -> None:
+        if name == "model.layers.2.mlp.down_proj.weight":
+            raise NotFinite("it broke", "it to hold", "load again")
+        finish(self, name)
+
+    vllm_load.VllmTargets.finish = breaks  # type: ignore[method-assign]
+    found = {"broken off": named(lambda: replace_weights(engine, resharder))}
+    vllm_load.VllmTargets.finish = finish  # type: ignore[method-assign]
+    replace_weights(engine, resharder)
+    return {**found, "after breaking off": logprobs(engine) == expected}
+
+
+def replace_weights(engine: Engine, resharder: Resharder, times: int = 1) -> None:
+    with engine.replacing_weights():
+        for _ in range(times):
+            resharder.load()
 
 
 @torch.no_grad()
@@ -137,20 +160,14 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
         resharder = Resharder(model, shape, engine.llm, shape, world)
         engine.load(iter(other.items()))
         found[f"{layout} before"] = logprobs(engine) == expected
-        with engine.replacing_weights():
-            resharder.load()
+        replace_weights(engine, resharder)
         found[layout] = logprobs(engine) == expected
+    found |= after_a_failure(engine, resharder, other, expected)
     found |= by_the_ordinary_path(engine, model, shape, world, full, other)
     resharder = Resharder(model, shape, engine.llm, shape, world)
     parameter = next(iter(global_parameters(model).values()))
     parameter[0] += 1.0 if world.rank == 1 else 0.0
-
-    def apart() -> None:
-        with engine.replacing_weights():
-            for _ in range(10):
-                resharder.load()
-
-    found["replicas apart"] = named(apart)
+    found["replicas apart"] = named(lambda: replace_weights(engine, resharder, times=10))
     found["refused after"] = named(lambda: engine._run([(1, 2)], [], None))
     if world.rank == 3:
         parameter[0, 0] = float("nan")

@@ -48,6 +48,11 @@ def test_a_running_engine_has_the_logprobs_of_its_own_load_bit_for_bit(engine: A
     assert engine[layout] == ["True"]
 
 
+def test_a_load_after_one_that_broke_off_makes_the_engine_whole(engine: Any) -> None:
+    assert engine["broken off"] == ["NotFinite"]
+    assert engine["after breaking off"] == ["True"]
+
+
 def test_a_loader_that_is_no_copy_loads_by_the_ordinary_path_and_says_so(engine: Any) -> None:
     assert engine["transformed"] == engine["ordinary tensors"] == ["True"]
     assert engine["ordinary before"] == engine["ordinary again before"] == ["False"]

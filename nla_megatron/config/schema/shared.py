@@ -67,6 +67,8 @@ class RolloutConfig:
     """vLLM in the trainer's own processes."""
 
     tp: int = 1
+    expert_parallel: bool = False
+    """Share the experts of a mixture out whole over the ranks of a replica in place of cutting each."""
     max_new_tokens: int = 150
     temperature: float = 1.0
     dtype: str = "float32"

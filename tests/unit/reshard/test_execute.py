@@ -26,18 +26,20 @@ class Kept:
 
     def __init__(self, gate: Gate, damaged: str = ""):
         self.buffers, self.gate, self.damaged = {name: torch.zeros(3, 4) for name in "ab"}, gate, damaged
+        self.finished: list[str] = []
 
     def tensor(self, name: str) -> Tensor:
         return self.buffers[name]
 
     def finish(self, name: str) -> None:
+        self.finished.append(name)
         if name == self.damaged:
             self.buffers[name][1].copy_(self.buffers[name][1].flip(0))
         self.gate.arrived(name, self.buffers[name])
 
 
-def load(damaged: str = "") -> tuple[Tensor, Kept]:
-    """A 6 x 4 matrix into two parameters, its even and its odd rows, on one rank."""
+def load(damaged: str = "", staging: int = 1 << 10, made: tuple[str, ...] = ()) -> tuple[Tensor, Kept, int]:
+    """A 6 x 4 matrix into two parameters, its even and its odd rows, on one rank; the bytes held for it at most."""
     world, group = world_of(), Group(0, (0,))
     whole = Region("w", (range(6), range(4)))
     claims = [Claim(Piece(whole, "w", 0, (4, 1)), group)]
@@ -50,14 +52,25 @@ def load(damaged: str = "") -> tuple[Tensor, Kept]:
     gate = Gate(claims, samplers, 0, 2, seed=1)
     gate.left(sources)
     into = Kept(gate, damaged)
-    carry_out(compile_plan(claims, samplers, 0, "float32", 1 << 10), sources, into, world.device)
+    peak = carry_out(compile_plan(claims, samplers, 0, "float32", staging), sources, into, world.device, made)
     gate.compare(world)
-    return sources["w"], into
+    return sources["w"], into, peak
 
 
 def test_a_plan_lands_where_it_should_and_passes_the_gate() -> None:
-    source, into = load()
+    source, into, _ = load()
     assert torch.equal(into.buffers["a"], source[::2]) and torch.equal(into.buffers["b"], source[1::2])
+
+
+def test_a_parameter_that_takes_several_buckets_is_finished_once_when_all_of_it_is_there() -> None:
+    # 32 bytes for two messages: a row at a time, six buckets; the gate is asked at the end of each parameter.
+    _, into, _ = load(staging=32)
+    assert into.finished == ["a", "b"]
+
+
+def test_what_is_made_for_a_load_counts_as_held_for_it() -> None:
+    assert load()[2] == 0
+    assert load(made=("w",))[2] == 6 * 4 * 4
 
 
 def test_weights_that_arrive_in_another_order_stop_the_run() -> None:

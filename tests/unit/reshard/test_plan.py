@@ -53,6 +53,9 @@ def test_every_need_arrives_exactly_and_the_bytes_are_the_lower_bound(layout: La
     assert needed - here == bound
     # One element fits a bucket however small the bound is.
     assert all(plan.staging <= max(staging, 2 * (len(samplers) + 1)) for plan in plans)
+    for bucket in (bucket for plan in plans for bucket in plan.buckets):
+        ways = [(peer, message.tag) for message in bucket.receives for peer in message.peers]
+        assert len(set(ways)) == len(ways), "two messages that a transport could take for each other"
 
 
 def shards(name: str, rows: int, groups: list[Group]) -> list[Claim]:
@@ -135,3 +138,5 @@ def test_a_whole_tensor_is_cut_into_buckets() -> None:
     sampler = Sampler((1,), (needs("w", range(100)),))
     plan = compile_plan(claims, [sampler], 1, "float32", 320)
     assert len(plan.buckets) == 10 and plan.staging == 160
+    # What is held in bf16 travels so, whatever it is needed in: twice as much fits.
+    assert len(compile_plan(claims, [sampler], 1, "bfloat16", 320).buckets) == 5

@@ -61,7 +61,7 @@ def test_equal_tensor_parallelism_sends_nothing(tmp_path: Path, capsys: pytest.C
     [
         ("", ConfigError, "no hf="),
         ("hf={hf} rollout_tp=0", ConfigError, "rollout_tp=0"),
-        ("hf={hf} expert_parallel=true", ConfigError, "a model without experts"),
+        ("hf={hf} expert_parallel=true", LayoutError, "a model without experts"),
         ("hf={hf} parallel.tp=2 parallel.dp=2 rollout_tp=3", LayoutError, "4 ranks at rollout_tp=3"),
         ("hf={hf} parallel.dp=3 rollout_tp=3", LayoutError, "4 attention heads at rollout_tp=3"),
         ("hf={hf} parallel.dp=8 rollout_tp=8", LayoutError, "4 attention heads at rollout_tp=8"),

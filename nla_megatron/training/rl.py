@@ -5,7 +5,7 @@ With the task `nla` the policy is the AV, and the judge is the AR, which learns 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,7 +17,7 @@ from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.interventions import intervene
-from nla_megatron.parallel.collectives import broadcast_object
+from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
 from nla_megatron.rollout.engine import Engine
@@ -29,7 +29,7 @@ from nla_megatron.training.recorder import check_replay
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
-from nla_megatron.types import Credit, Scores
+from nla_megatron.types import Credit
 
 
 def check(config: RlConfig, world_size: int) -> None:
@@ -102,7 +102,9 @@ class RlTrainer:
         self.config, self.world = config, world
         self.side = side = make_side(config, world)
         self.algorithm = make_algorithm(config.algorithm)
-        self.reward = make_reward(config.reward, side.n_rows / config.batch_size, side.n_rows, self._once)
+        self.reward = make_reward(
+            config.reward, side.n_rows / config.batch_size, side.n_rows, once=partial(by_rank_0, world=world)
+        )
         self.critic = self._critic() if self.algorithm.needs.values else None
         self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
         self.engine = Engine(
@@ -153,10 +155,6 @@ class RlTrainer:
         model = load_critic(side.directory, side.shape, self.world, config.dtype)
         intervene(model, side.interventions)
         return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
-
-    def _once(self, scores: Callable[[], Scores]) -> Scores:
-        """Another program is asked by one rank alone: it may answer each differently."""
-        return broadcast_object(scores() if self.world.is_main else None, self.world)
 
     def load_engine(self) -> None:
         """Hand the policy's present weights to the sampler."""

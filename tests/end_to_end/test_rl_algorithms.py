@@ -16,6 +16,7 @@ from tests.support.ranks import command
 from tests.support.remembered import DECAY, coarse
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
 STEPS, PROMPTS, SAMPLES, ROUNDS = 4, 3, 3, 2
 COMMON = (
     f"batch_size={PROMPTS}", f"samples_per_prompt={SAMPLES}", "micro_batch_size=4", "rollout.max_new_tokens=8",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.parallel.collectives import broadcast_object
+from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World
 from nla_megatron.rewards import Term, make_reward
-from nla_megatron.types import Measured, Scores
+from nla_megatron.types import Measured
 
 _SHUFFLE = 8
 
@@ -38,11 +39,8 @@ def held_out_rewards(config: RlConfig, n_rows: int, world: World) -> Callable[[M
     if terms_of_training_rows(config):
         return None
 
-    def once(scores: Callable[[], Scores]) -> Scores:
-        """A judge is asked by one rank alone."""
-        return broadcast_object(scores() if world.is_main else None, world)
-
     def rewards(measured: Measured, step: int) -> Tensor:
-        return make_reward(config.reward, n_rows / config.batch_size, once=once)(measured, step).rewards
+        reward = make_reward(config.reward, n_rows / config.batch_size, once=partial(by_rank_0, world=world))
+        return reward(measured, step).rewards
 
     return rewards

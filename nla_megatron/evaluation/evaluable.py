@@ -30,10 +30,18 @@ _PLAIN = (TrainedModel("model", "hf", "policy", False),)
 _LENGTHS = ("response_tokens_", "truncated")
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
     "nla": ("fve_", "extraction_failed_"),
-    "math": ("accuracy", "format_rate", "answer_found", "thinking_tokens_", "pass_at_", "references_", *_LENGTHS),
-    "lexical": ("richness", "words_", *_LENGTHS),
-}
-"""By task that `eval` knows, how the figures begin that an evaluation will have."""
+    "math": (
+        "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
+        "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,
+    ),
+    "lexical": ("richness", "richness_ci95_", "words_", *_LENGTHS),
+}  # fmt: skip
+"""By task that `eval` knows, the figures that an evaluation will have; `_` and `.` end what only begins a name."""
+
+
+def will_have(task: str, metric: str) -> bool:
+    """Whether an evaluation of a task that `eval` knows has such a figure."""
+    return any(metric.startswith(name) if name[-1] in "_." else metric == name for name in FIGURES_OF[task])
 
 
 def models_of(run: Run) -> tuple[TrainedModel, ...]:

@@ -31,11 +31,11 @@ from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
 from nla_megatron.evaluation.evaluable import (
-    FIGURES_OF,
     TrainedModel,
     can_be_evaluated,
     evaluation_words,
     models_of,
+    will_have,
 )
 from nla_megatron.evaluation.runs import FIGURES, Run, check_alike, find_runs, numbers
 from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
@@ -109,7 +109,7 @@ def check(config: CompareConfig, world_size: int) -> None:
         return
     if config.data is None:
         check_alike(runs, dict.fromkeys(_rows_keys(runs), "held-out rows"))
-    if config.metric is not None and not config.metric.startswith(FIGURES_OF[runs[0].task]):
+    if config.metric is not None and not will_have(runs[0].task, config.metric):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
     import nla_megatron.evaluation.command as evaluation
 

@@ -38,7 +38,7 @@ from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.rollout.engine import PromptRequest
 from nla_megatron.tasks.curriculum import Curriculum
-from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, scale_name
+from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, differing, scale_name
 from nla_megatron.types import Microbatch, Rollout
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ class NlaTask:
             pairs["injection"] = (model.injection, self.sidecar.injection)
         for key, (found, expected) in pairs.items():
             if found != expected:
+                told, wanted = differing(found, expected)
                 raise SidecarError(
-                    f"{key} = {found} in the sidecar of {directory}",
-                    f"{expected}, as in the sidecar of {self.table.path}",
+                    f"{key} = {told} in the sidecar of {directory}",
+                    f"{wanted}, as in the sidecar of {self.table.path}",
                     "use a model and a table of the same build",
                 )  # fmt: skip
         return model

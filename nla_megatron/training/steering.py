@@ -67,7 +67,7 @@ def compared(
     reward: Callable[[Measured, int], Tensor], samples: int,
 ) -> Comparison:  # fmt: skip
     """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions."""
-    on = engine.generate(steered, no_vectors, samples, max(step, 0))
+    on = engine.generate(steered, no_vectors, samples, step)
     applied = _applied(engine)
     off = engine.generate([replace(each, only=(), strengths=None) for each in steered], no_vectors, samples)
     wanted = steered_tokens(interventions, on.rollouts)
@@ -75,8 +75,8 @@ def compared(
     return Comparison(
         step=step + 1,
         prompts=tuple(task.text(rollout.row) for rollout in on.rollouts),
-        steered=_side(task, on, reward, max(step, 0)),
-        plain=_side(task, off, reward, max(step, 0)),
+        steered=_side(task, on, reward, step),
+        plain=_side(task, off, reward, step),
         strengths=strength_statistics(torch.tensor(parts), names_of(interventions)),
         applied=applied,
         failed=max(0, wanted - applied),

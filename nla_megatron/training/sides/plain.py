@@ -124,15 +124,15 @@ class PlainSide:
         """The task's figures, and the reward, of one response to each of `eval_rows` held-out rows.
 
         Responses are sampled as in training, at its temperature, with the same seeds at every evaluation, so that two
-        evaluations differ by the policy alone. A step of -1 is before the first one.
+        evaluations differ by the policy alone.
         """
         if self.held_out is None:
             return {}
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         requests = self.held_out.requests(rows, self.config.seed, _EVAL_STEP)
-        measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=max(step, 0)).rollouts)
+        measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=step).rollouts)
         figures, reward = self.held_out.figures(measured), held_out_rewards(self.config, self.n_rows, self.world)
-        rewards = None if reward is None else reward(measured, max(step, 0))
+        rewards = None if reward is None else reward(measured, step)
         if rewards is not None:
             figures["reward"] = float(rewards.mean())
         if self.world.is_main:

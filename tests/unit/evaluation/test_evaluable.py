@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nla_megatron.config.compose import compose
+from nla_megatron.config.run_directory import flat
 from nla_megatron.config.schema import EvalConfig, TaskConfig
 from nla_megatron.evaluation.command import EVALUATIONS
-from nla_megatron.evaluation.evaluable import FIGURES_OF, can_be_evaluated, evaluation_words
+from nla_megatron.evaluation.evaluable import FIGURES_OF, can_be_evaluated, evaluation_words, will_have
 from nla_megatron.evaluation.runs import Run, find_runs
 from nla_megatron.tasks.text import Data, open_task
 from nla_megatron.types import Rollout
@@ -79,5 +80,7 @@ def test_the_figures_of_every_task_are_known_before_there_are_any(model: Path) -
         rollouts = [Rollout(0, sample, 0, (1,), (5, 6), (0.0, 0.0), "", True) for sample in range(2)]
         figures = task.figures(task.measure(rollouts))
         assert torch.is_tensor(task.main(task.measure(rollouts))[1])
-        known = [key for key in figures if key.startswith(FIGURES_OF[name])]
-        assert known == list(figures)
+        numbers = list(flat(figures))
+        assert [key for key in numbers if will_have(name, key)] == numbers and will_have(name, numbers[0] + "_ci95_low")
+        assert not will_have(name, numbers[0] + "_of_nothing")
+    assert will_have("nla", "fve_av") and not will_have("nla", "beauty")

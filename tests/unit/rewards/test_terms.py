@@ -238,7 +238,8 @@ def test_only_terms_that_say_so_are_computed_once() -> None:
 
 def test_whatever_a_term_computes_in_rewards_are_fp32() -> None:
     values = torch.tensor([1.0, 1 / 3, 0.0], dtype=torch.float64)
-    assert torch.equal(checked(values, SEEN, "mine"), values.float()) and checked(values, SEEN, "m").dtype == torch.float32
+    found = checked(values, SEEN, "mine")
+    assert found.dtype == torch.float32 and torch.equal(found, values.float())
 
 
 def test_the_state_of_each_term_is_kept_under_its_label() -> None:

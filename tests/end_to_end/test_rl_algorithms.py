@@ -23,7 +23,8 @@ COMMON = (
     "rollout.cpu_kv_cache_gib=0.05", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "optim.warmup_steps=0",
     "critic_optim.lr=1e-3", "critic_optim.warmup_steps=0", "task=lexical",
 )  # fmt: skip
-REMEMBERED = ("reward.terms={mine: {term: 'tests.support.remembered:Remembered'}}",)
+ALONE = ("reward=lexical", "~reward.terms.lexical_richness")
+REMEMBERED = (*ALONE, "+reward.terms.mine.term='tests.support.remembered:Remembered'")
 PPO = (
     *REMEMBERED, "algorithm=ppo", "algorithm.reference=ema", "algorithm.reference_decay=0.9", "algorithm.kl_coef=0.1",
     f"algorithm.dynamic_sampling={ROUNDS}",
@@ -155,9 +156,10 @@ def test_greedy_responses_are_a_baseline_also_of_what_is_replayed(model: Path, t
 def test_a_judge_that_refuses_ends_all_ranks_with_one_message(model: Path, tmp_path: Path) -> None:
     """One rank asks; the others wait for what it says, and must not wait for ever."""
     with MessagesServer(lambda request: Reply("no such key", status=401)) as server:
-        judge = f"reward.terms={{judge: {{options: {{rubric: good, base_url: '{server.base_url}'}}}}}}"
+        options = {"rubric": "good", "base_url": f"'{server.base_url}'"}
+        judge = (*ALONE, *(f"+reward.terms.judge.options.{key}={value}" for key, value in options.items()))
         done = command(
-            "rl", f"model={model}", f"out={tmp_path / 'rl'}", *COMMON, judge, "steps=1", "parallel=tp2", "rollout=tp2",
+            "rl", f"model={model}", f"out={tmp_path / 'rl'}", *COMMON, *judge, "steps=1", "parallel=tp2", "rollout=tp2",
             timeout=120, ANTHROPIC_API_KEY="test-key",
         )  # fmt: skip
     assert done.returncode == ProviderError.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -88,3 +89,20 @@ def test_every_rank_that_holds_a_tensor_is_named_and_no_other() -> None:
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(LayoutError, match="experts"):
         claims_of(family_shape("qwen3-moe"), TrainLayout(dp=3, ep=3))
+
+
+def test_a_rank_whose_rows_are_all_padding_holds_nothing_of_the_vocabulary() -> None:
+    shape = replace(family_shape("qwen3"), vocab_size=65)  # 128 rows in Megatron, 32 on each rank
+    claims = [one for one in claims_of(shape, TrainLayout(tp=4)) if "embed_tokens" in one.piece.region.name]
+    assert [(one.group.ranks, one.piece.region.axes[0]) for one in claims] == [
+        ((0,), range(32)), ((1,), range(32, 64)), ((2,), range(64, 65)),
+    ]  # fmt: skip
+
+
+def test_a_matrix_is_one_piece_and_only_what_lies_group_by_group_is_several() -> None:
+    shape = family_shape("qwen3")  # four groups, two on each rank
+    found = Counter((one.piece.region.name, one.group.ranks) for one in claims_of(shape, TrainLayout(tp=2)))
+    block = "model.layers.0."
+    assert [found[f"{block}self_attn.{one}_proj.weight", (0,)] for one in "qkvo"] == [2, 2, 2, 1]
+    assert [found[f"{block}mlp.{one}_proj.weight", (1,)] for one in ("gate", "up", "down")] == [1, 1, 1]
+    assert found["model.norm.weight", (0, 1)] == 1

@@ -27,12 +27,12 @@ What one GPU makes of a plan's local copies, with torch alone; the plan is made 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,8 +83,7 @@ def on_paper(scratch: Path) -> dict[str, float]:
         layout = TrainLayout(**options, etp=options.get("tp", 1))
         found = summarise(SHAPE, config, layout, tp, False, "float32", STAGING, range(RANKS))
         worst = max(worst, ratio(found.received, found.bound))
-    layout = TrainLayout(tp=8, pp=4, dp=2, etp=8)
-    large = planning_seconds(scratch / "70b", LLAMA_70B, layout)
+    large = planning_seconds(scratch / "70b", LLAMA_70B, TrainLayout(tp=8, pp=4, dp=2, etp=8))
     # 10,000 ranks: experts over eight of the 5,000 ranks of each stage.
     layout = TrainLayout(tp=4, pp=2, dp=1250, ep=8, etp=1)
     mixture = planning_seconds(scratch / "235b", QWEN3_235B, layout)
@@ -265,12 +264,10 @@ def on_ranks() -> int:
         directory = Path(scratch) / "model"
         make_model(directory)
         found = on_paper(Path(scratch))
-        for what in ("seconds", "memory"):
-            if what == "memory":
-                # Large blocks are mapped one by one in the ranks, which inherit this: holes between blocks of other
-                # ages, which the allocator keeps for itself, would be counted on top of what a load takes.
-                ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-            if code := launch(measure, [str(directory), what], RANKS, ["nla_megatron.rollout.preload"]):
+        # For memory large blocks are mapped one by one: the allocator's holes between them are none of a load's.
+        for what, extra in (("seconds", {}), ("memory", {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)})):
+            command = [sys.executable, __file__, "--ranks", str(directory), what]
+            if code := subprocess.run(command, env=os.environ | extra).returncode:
                 return code
             found |= json.loads((directory / f"{what}.json").read_text())
     print(json.dumps(found))
@@ -281,8 +278,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan-for-gpu", type=Path, metavar="FILE", help="write an 8B layout's local copies")
     parser.add_argument("--gpu", type=Path, metavar="FILE", help="time the copies of such a file on this GPU")
+    parser.add_argument("--ranks", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
+        if options.ranks is not None:
+            return launch(measure, options.ranks, RANKS, ["nla_megatron.rollout.preload"])
         if options.plan_for_gpu is not None:
             silence_libraries()
             write_local_copies(options.plan_for_gpu, QWEN3_8B, 2)

@@ -108,7 +108,7 @@ def train(scratch: Path, world: World) -> None:
     modules = {
         name: TrainModule(model, world, OptimConfig(), 1, 1, "float32") for name, model in (("av", av), ("ar", ar))
     }
-    Checkpoints(scratch / "run", "rl", world, keep=1).save(1, modules, {})
+    Checkpoints(scratch / "run", "rl", world, keep=1).save(1, modules, {}, {})
 
 
 def train_mixture(scratch: Path, world: World) -> None:

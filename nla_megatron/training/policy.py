@@ -6,6 +6,7 @@ Legend: N rollouts of a step, T tokens of the longest sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class PolicyLearning:
     def _update_policy(self, batch: Batch, number: int) -> Update:
         total = float(batch.fields["mask"].sum())
         loss = policy_loss(self.algorithm, self.config.rollout.temperature, total)
-        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=self._check_gap)
+        check = partial(check_gap, self.config.rollout.max_logprob_gap)
+        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=check)
 
     def _update_critic(
         self, rollouts: list[Rollout], sampled: Sampled, credit: Credit, weights: Tensor, chosen: list[int], number: int
@@ -91,14 +93,16 @@ class PolicyLearning:
         loss = value_loss(self.algorithm, float(batch.fields["mask"].sum()))
         return self.critic.update(batch, loss, value_statistics(self.algorithm), number)
 
-    def _check_gap(self, statistics: dict[str, float]) -> None:
-        limit, gap = self.config.rollout.max_logprob_gap, statistics["logprob_gap_max"]
-        if limit is not None and not gap <= limit:
-            raise RolloutError(
-                f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
-                f"at most rollout.max_logprob_gap={limit:g}",
-                "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
-            )
+
+def check_gap(limit: float | None, statistics: dict[str, float]) -> None:
+    """Raises RolloutError where sampler and trainer are further apart than `limit`, or not comparable at all."""
+    gap = statistics["logprob_gap_max"]
+    if limit is not None and not gap <= limit:  # so that NaN is refused too
+        raise RolloutError(
+            f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
+            f"at most rollout.max_logprob_gap={limit:g}",
+            "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
+        )
 
 
 def minibatches(groups_N: Tensor, algorithm: AlgorithmConfig, seed: int, number: int) -> list[list[int]]:

@@ -70,6 +70,14 @@ def test_a_critic_comes_back_from_a_checkpoint(world: World, directory: Path, tm
     assert torch.equal(values(fresh), values(module))
 
 
+def test_torchs_generator_goes_on_where_it_was(world: World, directory: Path, tmp_path: Path) -> None:
+    module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
+    checkpoints.save(1, {"critic": module}, {}, {})
+    drawn = torch.rand(3)
+    checkpoints.resume({"critic": module}, {}, {})
+    assert torch.equal(torch.rand(3), drawn)
+
+
 def test_an_algorithms_moving_average_comes_back_from_a_checkpoint(
     world: World, directory: Path, tmp_path: Path
 ) -> None:

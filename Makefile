@@ -1,5 +1,6 @@
 # make demo   install what is missing, run the whole loop, print where the report is   (OUT=runs/demo)
-# make test   install what is missing, run the tests
+# make test   install what is missing, run the tests but for the slow ones
+# make test-slow  the slow ones: more layouts, Slurm (from Debian, where this may install it), sweeps
 # make check  style, formatting, types
 # make setup  install alone
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-slow slurm check clean
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -26,7 +27,16 @@ demo: $(STAMP)
 	$(BIN)/nla-megatron demo out=$(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) slurm
+	$(BIN)/python -m pytest -m slow
+
+# Without Slurm its tests are skipped, and say so.
+slurm:
+	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get -qq update && apt-get -qq -y install --no-install-recommends slurm-wlm munge >/dev/null; } \
+		|| echo "Slurm is not installed, and cannot be from here: its tests are skipped"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

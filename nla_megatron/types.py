@@ -235,7 +235,7 @@ class Measured:
         texts: each one's answer in the form that was asked for; None where there is none.
         values: numbers per rollout (N,) fp32 by name, as the task calls them ("mse", "correct", "thinking_tokens").
         references: what each is compared with, where the task has such a thing.
-        counts: numbers of the whole step for the logs, such as references that could not be read.
+        counts: numbers of the task's rows for the logs, such as references that could not be read.
     """
 
     rollouts: tuple[Rollout, ...]

@@ -17,24 +17,22 @@ loaded by vLLM. Medians of three after one of each to warm up; start-up is left 
     plan_seconds_235b      the same for Qwen3-235B-A22B on 10,000 ranks; at most 60
     plan_growth            seconds per tensor for all of its blocks, over those for a quarter of them; near 1
 
-What one GPU makes of a plan's local copies, with torch alone. The plan is made where vLLM is:
+What one GPU makes of a plan's local copies, with torch alone; the plan is made where vLLM is. The last line is JSON:
+`bytes`, `copies`, and `fraction_of_copy_bandwidth`, bytes per second over those of one contiguous copy; at least 0.6.
 
     python tools/bench_reshard.py --plan-for-gpu copies.json
     python tools/bench_reshard.py --gpu copies.json
-
-The last line is JSON: `bytes`, `copies`, and `fraction_of_copy_bandwidth`, at least 0.6: the plan's bytes per second
-over those of one contiguous copy.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,7 +64,6 @@ QWEN3_8B = replace(
     SHAPE, num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_heads=32, head_dim=128, vocab_size=151_936
 )
 LAYOUTS = [({"tp": 2, "dp": 2}, 1), ({"dp": 4}, 2), ({"tp": 4}, 2), ({"pp": 2, "dp": 2}, 2), ({"tp": 2, "pp": 2}, 2)]
-_MMAP_THRESHOLD = -3  # as malloc.h numbers it
 STAGING, REPEATS, RANKS = 64 << 20, 3, 4
 
 
@@ -86,8 +83,7 @@ def on_paper(scratch: Path) -> dict[str, float]:
         layout = TrainLayout(**options, etp=options.get("tp", 1))
         found = summarise(SHAPE, config, layout, tp, False, "float32", STAGING, range(RANKS))
         worst = max(worst, ratio(found.received, found.bound))
-    layout = TrainLayout(tp=8, pp=4, dp=2, etp=8)
-    large = planning_seconds(scratch / "70b", LLAMA_70B, layout)
+    large = planning_seconds(scratch / "70b", LLAMA_70B, TrainLayout(tp=8, pp=4, dp=2, etp=8))
     # 10,000 ranks: experts over eight of the 5,000 ranks of each stage.
     layout = TrainLayout(tp=4, pp=2, dp=1250, ep=8, etp=1)
     mixture = planning_seconds(scratch / "235b", QWEN3_235B, layout)
@@ -124,11 +120,6 @@ def seconds(call: Callable[[], Any], world: Any) -> float:
 def peak_extra(call: Callable[[], Any]) -> int:
     """The bytes that this process holds at most during a call beyond those that it holds before."""
     gc.collect()
-    libc = ctypes.CDLL("libc.so.6")
-    # What the allocator keeps of earlier calls would hide what this one takes; holes between large blocks of other
-    # ages would be counted on top of it, so that those are mapped one by one from now on.
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
     call()
@@ -136,13 +127,12 @@ def peak_extra(call: Callable[[], Any]) -> int:
 
 
 def high_water() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
+    [kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kib) << 10
 
 
 def measure(arguments: Sequence[str]) -> int:
-    """One rank; rank 0 writes what it found beside the model."""
+    """One rank, for "seconds" or "memory"; rank 0 writes what it found beside the model."""
     from vllm import SamplingParams
 
     from nla_megatron.conversion.live import Exporter
@@ -165,21 +155,25 @@ def measure(arguments: Sequence[str]) -> int:
         [output] = engine.llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         return [next(iter(step.values())).logprob for step in output.prompt_logprobs[1:]]
 
-    gather = seconds(lambda: engine.load(exporter.tensors()), world)
-    expected = logprobs()
-    engine.load((name, tensor * 0.5) for name, tensor in exporter.tensors())
-    planned = seconds(resharder.load, world)
-    exact = logprobs() == expected
-    for _ in range(2):  # from the second on, what is there before is allocated in the same way
-        peaks = [peak_extra(resharder.load), peak_extra(lambda: engine.load(exporter.tensors()))]
-    found = gather_objects((exact, resharder.transfer.peak, *peaks), world)
+    if arguments[1] == "memory":
+        # The second of each, so that what is there before was allocated in the same way.
+        for _ in range(2):
+            peaks = [peak_extra(resharder.load), peak_extra(lambda: engine.load(exporter.tensors()))]
+        plan, whole = (max(one) for one in zip(*gather_objects(peaks, world), strict=True))
+        result = {
+            "peak_extra_bytes_plan": plan, "peak_extra_bytes_gather": whole, "staging_over_bound": plan / STAGING
+        }  # fmt: skip
+    else:
+        gather = seconds(lambda: engine.load(exporter.tensors()), world)
+        expected = logprobs()
+        engine.load((name, tensor * 0.5) for name, tensor in exporter.tensors())
+        planned = seconds(resharder.load, world)
+        found = gather_objects((logprobs() == expected, resharder.transfer.peak / STAGING), world)
+        exact, packed = all(one for one, _ in found), max(one for _, one in found)
+        result = {"exact": exact, "speedup_over_gather": gather / planned, "packed_over_bound": packed}
+        print(f"rank {world.rank}: full gather {gather:.2f} s, plan {planned:.2f} s", file=sys.stderr)
     if world.is_main:
-        print(f"full gather {gather:.2f} s, plan {planned:.2f} s", file=sys.stderr)
-        packed, plan, whole = (max(one[column] for one in found) for column in (1, 2, 3))
-        result = {"exact": all(one[0] for one in found), "speedup_over_gather": gather / planned,
-                  "peak_extra_bytes_plan": plan, "peak_extra_bytes_gather": whole,
-                  "staging_over_bound": plan / STAGING, "packed_over_bound": packed / STAGING}  # fmt: skip
-        (directory / "result.json").write_text(json.dumps(result))
+        (directory / f"{arguments[1]}.json").write_text(json.dumps(result))
     engine.close()
     return 0
 
@@ -244,11 +238,10 @@ def on_gpu(path: Path) -> dict[str, float]:
             do(copy, sources[copy.source], targets[copy.target])
 
     moved = 2 * sum(torch.Size(copy.shape).numel() for copy in copies)
-    one_gib = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    other = torch.empty_like(one_gib)
+    one_gib, other = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     plain = (1 << 30) / gpu_seconds(lambda: other.copy_(one_gib))
-    planned = moved / gpu_seconds(all_of_them)
-    return {"bytes": moved, "copies": len(copies), "fraction_of_copy_bandwidth": planned / plain}
+    fraction = moved / gpu_seconds(all_of_them) / plain
+    return {"bytes": moved, "copies": len(copies), "fraction_of_copy_bandwidth": fraction}
 
 
 def gpu_seconds(call: Callable[[], Any]) -> float:
@@ -271,18 +264,25 @@ def on_ranks() -> int:
         directory = Path(scratch) / "model"
         make_model(directory)
         found = on_paper(Path(scratch))
-        code = launch(measure, [str(directory)], RANKS, ["nla_megatron.rollout.preload"])
-        if code == 0:
-            print(json.dumps(found | json.loads((directory / "result.json").read_text())))
-    return code
+        # For memory large blocks are mapped one by one: the allocator's holes between them are none of a load's.
+        for what, extra in (("seconds", {}), ("memory", {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)})):
+            command = [sys.executable, __file__, "--ranks", str(directory), what]
+            if code := subprocess.run(command, env=os.environ | extra).returncode:
+                return code
+            found |= json.loads((directory / f"{what}.json").read_text())
+    print(json.dumps(found))
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure resharding.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--plan-for-gpu", type=Path, metavar="FILE", help="write an 8B layout's local copies")
     parser.add_argument("--gpu", type=Path, metavar="FILE", help="time the copies of such a file on this GPU")
+    parser.add_argument("--ranks", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
+        if options.ranks is not None:
+            return launch(measure, options.ranks, RANKS, ["nla_megatron.rollout.preload"])
         if options.plan_for_gpu is not None:
             silence_libraries()
             write_local_copies(options.plan_for_gpu, QWEN3_8B, 2)

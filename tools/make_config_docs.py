@@ -98,11 +98,11 @@ def limits(cls: type) -> dict[str, str]:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 3):
                 continue
             value, bound = (ast.unparse(one).replace("self.", "") for one in node.args[1:])
-            if node.func.id == "_one_of":
+            if node.func.id == "one_of":
                 named = vars(sys.modules[base.__module__])  # the choices are written out, or a constant of the module
                 choices = named[bound] if bound in named else ast.literal_eval(bound)
                 found[value] = "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
-            elif node.func.id == "_at_least":
+            elif node.func.id == "at_least":
                 found[value] = f"At least {bound}."
     return found
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from nla_megatron.config.options import is_import_path, resolve
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.types import Credit, Needs, PolicyTokens, Sampled
@@ -49,11 +49,15 @@ _ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {}
 
 
 def register(name: str) -> Callable[[Callable[[AlgorithmConfig], Algorithm]], Callable[[AlgorithmConfig], Algorithm]]:
-    """A decorator that makes an algorithm known by name; a name is taken once."""
+    """A decorator that makes an algorithm known by name; a name is taken once.
+
+    Raises:
+        ConfigError: another algorithm has that name.
+    """
 
     def add(factory: Callable[[AlgorithmConfig], Algorithm]) -> Callable[[AlgorithmConfig], Algorithm]:
         if name in _ALGORITHMS:
-            raise ValueError(f"algorithm {name!r} is registered already")
+            raise ConfigError(f"a second algorithm {name!r}", f"one; {_ALGORITHMS[name]} has it", "rename it")
         _ALGORITHMS[name] = factory
         return factory
 
@@ -69,25 +73,21 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
     # Each registers itself.
     from nla_megatron.algorithms import cispo, grpo, gspo, ppo, reinforce, reinforce_pp, rloo  # noqa: F401
 
-    if ":" in config.name:
-        return _imported(config.name)(config)
+    if is_import_path(config.name):
+        found = resolve(config.name, "algorithm.name")
+        if not hasattr(found, "credit"):
+            raise ConfigError(
+                f"algorithm.name={config.name!r}, which is {found!r:.80}", "a class with the methods of `Algorithm`",
+                "correct algorithm.name=",
+            )  # fmt: skip
+        made: Algorithm = found(config)
+        return made
     if config.name not in _ALGORITHMS:
         raise ConfigError(
             f"algorithm.name={config.name!r}", f"one of {', '.join(sorted(_ALGORITHMS))}, or package.module:Class",
             "set algorithm.name=",
         )  # fmt: skip
     return _ALGORITHMS[config.name](config)
-
-
-def _imported(path: str) -> Callable[[AlgorithmConfig], Algorithm]:
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"algorithm.name={path!r}: {error}", "package.module:Class, on Python's path",
-            "correct algorithm.name=, or add the folder of the package to PYTHONPATH",
-        ) from error  # fmt: skip
 
 
 def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:

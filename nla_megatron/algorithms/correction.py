@@ -31,5 +31,5 @@ def correction_weights(
     else:
         assert kind == "icepop", kind
     ratio_BT = difference_BT.exp()
-    kept_BT = ((ratio_BT >= low) & (ratio_BT <= high)) | (mask_BT == 0)
+    kept_BT = (ratio_BT >= low) & (ratio_BT <= high)
     return ratio_BT.masked_fill(~kept_BT, 0.0).where(mask_BT > 0, 1.0)

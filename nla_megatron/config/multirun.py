@@ -7,11 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nla_megatron.config.compose import conf_dir, named_refusal, store_schemas
 from nla_megatron.errors import ConfigError
 
 _LABEL_LENGTH = 100
+_SPECIAL, _ESCAPED = re.compile(r"([\\()\[\]{}:=, \t])"), r"\\\1"
+"""What means something to Hydra's grammar in the key of a dictionary."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,23 @@ def _plain(value: str) -> str:
 def quoted(value: str) -> str:
     """A text as one value of an override, whatever it holds; `${...}` keeps its meaning."""
     return "'" + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
+
+
+def literal(value: Any) -> str:
+    """A value of a configuration as an override gives it.
+
+    Example:
+        >>> literal({"levels": [1, 2], "path": "a b.parquet", "hub": None})
+        "{levels:[1,2],path:'a b.parquet',hub:null}"
+    """
+    if isinstance(value, dict):
+        pairs = (f"{_SPECIAL.sub(_ESCAPED, str(key))}:{literal(one)}" for key, one in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(literal, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return quoted(value) if isinstance(value, str) else repr(value)
 
 
 def with_paths_quoted(overrides: Sequence[str]) -> list[str]:

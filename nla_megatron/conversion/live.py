@@ -89,7 +89,8 @@ def load_reconstructor(
         SidecarError: the directory's sidecar says another head than `spec`.
         MissingFile, CheckpointError: weights or head of an AR are missing, or of another shape.
     """
-    known = resolved_spec(directory, spec)
+    # What does not say where it is read is read behind its last block, which is all that `shape` keeps.
+    known = resolved_spec(directory, spec, shape.num_layers - 1)
     model = build_reconstructor(shape, world, dtype, known, seed)
     load_from_hf(model, directory, shape, world, with_head=False)
     head = head_of(directory, shape, known)

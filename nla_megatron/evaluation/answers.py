@@ -21,7 +21,7 @@ from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rollout.engine import Engine
-from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.types import Measured, Rollout
 
 RESULTS, ROWS, EXAMPLES, REPORT = "eval.json", "rows.json", "examples.jsonl", "report.html"
@@ -69,16 +69,12 @@ def run(config: EvalConfig, world: World) -> None:
     with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress) as bar:
         for start in range(0, len(requests), _AT_ONCE):
             part = requests[start : start + _AT_ONCE]
-            rollouts += engine.generate(part, _no_vectors, config.samples).rollouts
+            rollouts += engine.generate(part, no_vectors, config.samples).rollouts
             bar.advance(len(part))
     if world.is_main:
         _write(config, task, task.measure(rollouts))
         mark_done(config)
     engine.close()
-
-
-def _no_vectors(rows: Sequence[int]) -> np.ndarray:
-    raise AssertionError("a plain language model takes no vectors")
 
 
 def _task(config: EvalConfig) -> TextTask:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,25 @@ SAME = {"task.name": "tasks", "role": "roles", "data": "data", "corpus": "corpor
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory: `name` is its path below the folder, `values` its record by dotted key."""
+    """One run's directory: `name` is its path below the folder, `record` what it was told."""
 
     name: str
     directory: Path
-    values: Mapping[str, Any]
+    record: Mapping[str, Any]
     metrics: Sequence[Row]
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The record by dotted key."""
+        return flat(self.record)
 
     @property
     def task(self) -> str:
         return str(self.values.get("task.name", DEFAULT_TASK))
+
+    @property
+    def seed(self) -> int:
+        return int(self.values[SEED])
 
     @property
     def steps(self) -> int:
@@ -83,7 +93,7 @@ def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[s
             continue
         name = str(directory.relative_to(root)) if directory != root else root.resolve().name
         if (directory / DONE).is_file():
-            runs.append(Run(name, directory, flat(record), read_table(directory / METRICS)))
+            runs.append(Run(name, directory, record, read_table(directory / METRICS)))
         else:
             unfinished.append(name)
     if not runs:

@@ -3,8 +3,8 @@
     out/results.csv  out/results.json     every figure of every run
     out/report.html                       the page
     out/curves/*.svg  *.png               learning curves
-    out/evaluations/RUN/HASH/             what `eval` wrote; HASH is of models, table and overrides
-    out/models/RUN/HASH/{av,ar}/          kept checkpoints as Hugging Face directories, which `eval` reads
+    out/evaluations/RUN/HASH/             what `eval` wrote; HASH is of models, rows and overrides
+    out/models/RUN/HASH/{av,ar,hf}/       kept checkpoints as Hugging Face directories, which `eval` reads
 
 An evaluation whose inputs are what they were is not repeated.
 """
@@ -30,14 +30,19 @@ from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectory
 from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_metric, direction, write_tables
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
-from nla_megatron.evaluation.runs import DEFAULT_TASK, FIGURES, Run, check_alike, find_runs, numbers
+from nla_megatron.evaluation.evaluable import (
+    TrainedModel,
+    can_be_evaluated,
+    evaluation_words,
+    models_of,
+    will_have,
+)
+from nla_megatron.evaluation.runs import FIGURES, Run, check_alike, find_runs, numbers
 from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
-ROLES = ("av", "ar")
 _FOR_EVAL = "eval."
-_EVALUATED = ("fve_", "extraction_failed_")  # how figures begin that an evaluation will have
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,21 @@ class Place:
     def exported(self) -> bool:
         return self.checkpoint == FINAL
 
+    @property
+    def parts(self) -> tuple[TrainedModel, ...]:
+        """The models that are evaluated."""
+        return models_of(self.run)
+
     @cached_property
     def words(self) -> list[str]:
         """The overrides of this place's evaluation, whose directory is named for everything that it reads."""
-        data = self.config.data or self.run.values.get("held_out")
-        if not data:
-            raise ConfigError(f"no held_out in the run {self.run.name}", "a table to evaluate on", "add data=")
-        models = [f"{role}={quoted(str(self.models / role))}" for role in ROLES]
-        words = [*models, f"data={quoted(str(data))}", *self.config.overrides]
+        if not can_be_evaluated(self.run, self.config.data):
+            raise ConfigError(f"no held_out in the run {self.run.name}", "rows to evaluate on", "add data=")
+        models = {one.key: str(self.models / one.exported) for one in self.parts}
+        words = [*evaluation_words(self.run, models, self.config.data), *self.config.overrides]
         record = run_record("eval", compose("eval", [*words, "out=''"]))
-        told = {key: value for key, value in record.items() if key not in (*ROLES, "parallel", "logger")}
-        read = [_identity(self.source / role) for role in ROLES]
+        told = {key: value for key, value in record.items() if key not in (*models, "parallel", "logger")}
+        read = [_identity(self.source / (one.exported if self.exported else one.module)) for one in self.parts]
         out = Path(self.config.out) / EVALUATIONS / _flat_name(self.run) / _hash([told, read])
         return [*words, f"out={quoted(str(out))}"]
 
@@ -99,15 +108,15 @@ def check(config: CompareConfig, world_size: int) -> None:
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
         return
     if config.data is None:
-        check_alike(runs, {"held_out": "held-out tables"})
-    if config.metric is not None and not config.metric.startswith(_EVALUATED):
+        check_alike(runs, dict.fromkeys(_rows_keys(runs), "held-out rows"))
+    if config.metric is not None and not will_have(runs[0].task, config.metric):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
-    import nla_megatron.evaluation.held_out as held_out
+    import nla_megatron.evaluation.command as evaluation
 
     for place in places:
         if place.exported and not is_done(place.evaluation):
             try:
-                held_out.check(place.evaluation, place.evaluation.ranks)
+                evaluation.check(place.evaluation, place.evaluation.ranks)
             except NlaError as error:
                 raise type(error)(f"{error.found} (evaluation of {place.name})", error.expected, error.remedy) from None
     check_launcher([_eval_job(config, place) for place in places], config.jobs, config.launcher)
@@ -154,10 +163,16 @@ def _check_directory(config: CompareConfig) -> None:
         )
 
 
+def _rows_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys that say which rows are held out."""
+    of_tasks = (key for run in runs for key in run.values if key.startswith("task.options.held_out"))
+    return list(dict.fromkeys(("held_out", *of_tasks)))
+
+
 def _evaluates(config: CompareConfig, runs: Sequence[Run]) -> bool:
-    """Whether these are runs that `eval` takes, and there is a table to evaluate on."""
-    mine = config.evaluate and config.command == "rl" and runs[0].task == DEFAULT_TASK
-    return mine and (config.data is not None or any(run.values.get("held_out") for run in runs))
+    """Whether these are runs that `eval` takes, and there are rows to evaluate on."""
+    mine = config.evaluate and config.command == "rl"
+    return mine and any(can_be_evaluated(run, config.data) for run in runs)
 
 
 def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
@@ -200,12 +215,12 @@ def _eval_job(config: CompareConfig, place: Place) -> Job:
 
 def _export_jobs(config: CompareConfig, place: Place) -> list[Job]:
     jobs = []
-    for role in ROLES:
-        base = place.run.values[role]
-        words = ("convert", "direction=export", f"checkpoint={quoted(str(place.source / role))}",
-                 f"hf={quoted(base)}", f"out={quoted(str(place.models / role))}")  # fmt: skip
-        log = Path(config.out) / LOGS / f"export_{place.name.replace('/', '__')}_{role}.log"
-        jobs.append(Job(f"{place.name} {role}", words, 1, log))
+    for one in place.parts:
+        base = place.run.values[one.key]
+        words = ("convert", "direction=export", f"checkpoint={quoted(str(place.source / one.module))}",
+                 f"hf={quoted(base)}", f"out={quoted(str(place.models / one.exported))}")  # fmt: skip
+        log = Path(config.out) / LOGS / f"export_{place.name.replace('/', '__')}_{one.key}.log"
+        jobs.append(Job(f"{place.name} {one.key}", words, 1, log))
     return jobs
 
 
@@ -247,8 +262,8 @@ def _run(config: CompareConfig, jobs: Sequence[Job]) -> list[Outcome]:
 
 def _write_sidecars(place: Place) -> None:
     """An exported checkpoint is of the contract of the model that its run began with."""
-    for role in ROLES:
-        directory, base = place.models / role, str(place.run.values[role])
+    for one in (part for part in place.parts if part.sidecar):
+        directory, base = place.models / one.exported, str(place.run.values[one.key])
         if model_sidecar_path(directory).is_file():
             continue
         parent = read_model_sidecar(base)

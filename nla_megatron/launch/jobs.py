@@ -190,4 +190,5 @@ def _devices() -> list[str]:
         return [one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one.strip()]
     import torch
 
-    return [str(device) for device in range(torch.cuda.device_count())]
+    # Where there is none, a process that computes has a stand-in that counts one.
+    return [str(device) for device in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

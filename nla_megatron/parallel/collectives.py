@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +48,11 @@ def broadcast_object(value: T | None, world: World, source: int = 0) -> T:
     if world.size > 1:
         dist.broadcast_object_list(box, group_src=source, group=world.control)
     return box[0]
+
+
+def by_rank_0(compute: Callable[[], T], world: World) -> T:
+    """What rank 0 computes, on every rank: another program that is asked may answer each rank differently."""
+    return broadcast_object(compute() if world.is_main else None, world)
 
 
 def barrier(world: World) -> None:

@@ -121,7 +121,7 @@ def initialise(config: ParallelConfig) -> World:
     else:
         # A process that was forked from one that imported torch has that one's number of threads.
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks))))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // ranks)))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     dp = data_parallel_size(config, dist.get_world_size())

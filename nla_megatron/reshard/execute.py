@@ -57,24 +57,29 @@ def carry_out(
     last = {name: number for number, bucket in enumerate(plan.buckets) for name in _written(bucket)}
     most = 0
     for number, bucket in enumerate(plan.buckets):
-        held = _Held(sources, made)
-        sends = [(message, _packed(message, held, device)) for message in bucket.sends]
-        receives = [(message, _empty(message, device)) for message in bucket.receives]
-        with peers_there():
-            works = _exchange(sends, receives)
-        for copy in bucket.local:
-            do(copy, held[copy.source], targets.tensor(copy.target))
-        with peers_there():
-            for work in works:
-                work.wait()
-        for message, packed in receives:
-            for copy in message.copies:
-                do(copy, packed, targets.tensor(copy.target))
-        most = max(most, bucket.staging + held.made)
+        # Packed buffers and what is made for the sources go with the call, before the next bucket's are made.
+        most = max(most, bucket.staging + _carry_bucket(bucket, _Held(sources, made), targets, device))
         for name in _written(bucket):
             if last[name] == number:
                 targets.finish(name)
     return most
+
+
+def _carry_bucket(bucket: Bucket, held: _Held, targets: Targets, device: torch.device) -> int:
+    """Returns the bytes that were made for the sources."""
+    sends = [(message, _packed(message, held, device)) for message in bucket.sends]
+    receives = [(message, _empty(message, device)) for message in bucket.receives]
+    with peers_there():
+        works = _exchange(sends, receives)
+    for copy in bucket.local:
+        do(copy, held[copy.source], targets.tensor(copy.target))
+    with peers_there():
+        for work in works:
+            work.wait()
+    for message, packed in receives:
+        for copy in message.copies:
+            do(copy, packed, targets.tensor(copy.target))
+    return held.made
 
 
 @contextmanager

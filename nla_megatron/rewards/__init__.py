@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
+
+from torch import Tensor
 
 from nla_megatron.config.schema import RewardConfig
 from nla_megatron.rewards.composition import Composed, here
@@ -16,10 +18,25 @@ __all__ = ["Reward", "Term", "make_reward", "register"]
 class Reward(Protocol):
     """From a step's measurements to rewards; `step` is the trainer's, 0-based, for schedules.
 
-    `state` and `load_state`: what must survive a resume, such as a moving average; numbers alone.
+    A step may measure more rollouts than it learns from: prompts that are replaced, greedy responses. `look` is for all
+    of them, `scores` looks at them beside those that count, and `settle` is told those that count, once a step. Called,
+    it is all three, where a step has one set of rollouts. `state` and `load_state`: what must survive a resume, such as
+    a moving average; numbers alone.
     """
 
     def __call__(self, measured: Measured, step: int) -> Scores: ...
+
+    def look(self, measured: Measured) -> dict[str, Tensor]:
+        """Each term of each rollout by itself, and their parts as `label/part`, (N,); asks whom it has to ask."""
+
+    def scores(
+        self, looked: Mapping[str, Tensor], measured: Measured, step: int, among: Mapping[str, Tensor] | None = None
+    ) -> Scores:
+        """Rewards of what was looked at; `among`: what was seen of the rollouts that the step learns from, if of others
+        than these."""
+
+    def settle(self, looked: Mapping[str, Tensor]) -> None:
+        """A step is over that learned from these: moving averages move."""
 
     def state(self) -> dict[str, float]: ...
 

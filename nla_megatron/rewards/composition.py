@@ -46,16 +46,34 @@ class Composed:
                 )
 
     def __call__(self, measured: Measured, step: int) -> Scores:
-        values: dict[str, Tensor] = {}
-        parts: dict[str, Tensor] = {}
+        looked = self.look(measured)
+        scores = self.scores(looked, measured, step)
+        self.settle(looked)
+        return scores
+
+    def look(self, measured: Measured) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for label, term in self.terms.items():
-            scores = self._scores(label, term, measured)
-            values[label] = scores.rewards
-            parts |= {f"{label}/{name}": part for name, part in scores.terms.items()}
+            scores = self._looked(label, term, measured)
+            found |= {label: scores.rewards, **{f"{label}/{name}": part for name, part in scores.terms.items()}}
+        return found
+
+    def scores(
+        self, looked: Mapping[str, Tensor], measured: Measured, step: int, among: Mapping[str, Tensor] | None = None
+    ) -> Scores:
+        among = looked if among is None else among
+        values = {
+            label: checked(term.among(looked[label], among[label]), measured, label)
+            for label, term in self.terms.items()
+        }
         rewards = self._combine(values, self.weights(step))
         if self.config.strict_format_gate:
             rewards = torch.where(values[FORMAT] > 0, rewards, self.config.non_strict_penalty)
-        return Scores(checked(rewards, measured, self.config.composition), values | parts)
+        return Scores(checked(rewards, measured, self.config.composition), {**looked, **values})
+
+    def settle(self, looked: Mapping[str, Tensor]) -> None:
+        for label, term in self.terms.items():
+            term.settle(looked[label])
 
     def weights(self, step: int) -> dict[str, float]:
         """Of each term at a step."""
@@ -74,7 +92,7 @@ class Composed:
             start = f"{label}/"
             term.load_state({key.removeprefix(start): value for key, value in state.items() if key.startswith(start)})
 
-    def _scores(self, label: str, term: Term, measured: Measured) -> Scores:
+    def _looked(self, label: str, term: Term, measured: Measured) -> Scores:
         def compute() -> Scores:
             found = term(measured)
             scores = found if isinstance(found, Scores) else Scores(found)

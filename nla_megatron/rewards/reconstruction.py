@@ -1,4 +1,7 @@
-"""The NLA reward: how well the AR rebuilds the activation from the text (docs/method.md). Shapes: N rollouts."""
+"""The NLA reward: how well the AR rebuilds the activation from the text (docs/method.md).
+
+Shapes: N rollouts, M rollouts that a step learns from.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +76,21 @@ class Reconstruction(Term):
         mse_N = named_values(measured, "mse", self.name).masked_fill(failed_N, geometry.ORTHOGONAL_MSE)
         if options.mse_reduction == "sum":
             mse_N = mse_N * named_values(measured, "d_model", self.name)
-        rewards_N = options.scale * geometry.reward(mse_N, options.transform, options.temperature)
+        return options.scale * geometry.reward(mse_N, options.transform, options.temperature)
+
+    def among(self, rewards_N: Tensor, step_M: Tensor) -> Tensor:
+        options = self.options
         if options.batch_normalise:
-            spread = rewards_N.std(correction=0)
-            rewards_N = (rewards_N - rewards_N.mean()) / spread if spread > _MIN_STD else torch.zeros_like(rewards_N)
+            spread = step_M.std(correction=0)
+            rewards_N = (rewards_N - step_M.mean()) / spread if spread > _MIN_STD else torch.zeros_like(rewards_N)
         elif options.ema_beta is not None:
-            rewards_N = rewards_N - self._moved(float(rewards_N.double().mean()), options.ema_beta)
+            rewards_N = rewards_N - self._before(step_M)
         return rewards_N.clamp(options.clip_low, options.clip_high) if self._clips else rewards_N
+
+    def settle(self, step_M: Tensor) -> None:
+        if self.options.ema_beta is not None:
+            beta, mean = self.options.ema_beta, float(step_M.double().mean())
+            self._average = beta * self._before(step_M) + (1 - beta) * mean
 
     def state(self) -> dict[str, float]:
         return {} if self._average is None else {"average": self._average}
@@ -91,8 +102,6 @@ class Reconstruction(Term):
     def _clips(self) -> bool:
         return self.options.clip_low is not None or self.options.clip_high is not None
 
-    def _moved(self, mean: float, beta: float) -> float:
-        """The average before this step, which then takes the step's mean in."""
-        before = mean if self._average is None else self._average
-        self._average = beta * before + (1 - beta) * mean
-        return before
+    def _before(self, step_M: Tensor) -> float:
+        """The average of the steps before; the first step's own."""
+        return float(step_M.double().mean()) if self._average is None else self._average

@@ -1,4 +1,6 @@
-"""Terms of a reward: each reads what a task measured and gives one number per rollout. Shapes: N rollouts.
+"""Terms of a reward: each reads what a task measured and gives one number per rollout.
+
+Shapes: N rollouts, M rollouts that a step learns from.
 
 A term is a class with `@register(name)` and a frozen dataclass of options, or a class or function of the user's own,
 named by its import path.
@@ -14,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from nla_megatron.config.options import bind, resolve
+from nla_megatron.config.options import bind, is_import_path, resolve
 from nla_megatron.errors import ConfigError, RewardError
 from nla_megatron.types import Measured, Scores
 
@@ -39,8 +41,19 @@ class Term:
         self.options = options
 
     def __call__(self, measured: Measured) -> Tensor | Scores:
-        """Rewards (N,), before any weight; as `Scores` where parts of it are worth a look in the logs."""
+        """Rewards (N,), before any weight; as `Scores` where parts of it are worth a look in the logs.
+
+        It may be called several times in a step, of which some rollouts are thrown away: what it carries from step to
+        step changes in `settle` alone.
+        """
         raise NotImplementedError
+
+    def among(self, rewards_N: Tensor, step_M: Tensor) -> Tensor:
+        """What `rewards_N` become beside `step_M`, the same term of all rollouts that the step learns from."""
+        return rewards_N
+
+    def settle(self, step_M: Tensor) -> None:
+        """Once a step, with this term of the rollouts that it learned from: for what is carried to the next one."""
 
     def needs(self) -> tuple[str, ...]:
         """Which of a task's named values it reads."""
@@ -108,7 +121,7 @@ def make_term(name: str, options: Mapping[str, Any], key: str) -> Term:
         ConfigError: an unknown name, a path that does not resolve, or options that the term has not.
     """
     terms = registered()
-    if ":" in name:
+    if is_import_path(name):
         found = resolve(name, f"{key}.term")
         if isinstance(found, type) and issubclass(found, Term):
             term = found(bind(options_type(found), options, f"{key}.options"))

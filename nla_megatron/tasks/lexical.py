@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _OPTIONS = "task.options"
-_SENTENCE = re.compile(r"[A-Z][^.!?\n]{20,}?[.!?](?=\s|$)")
+_SENTENCE = re.compile(r"(?:(?<=\s)|^)[A-Z](?!\S*[\"'()\[\]])[^.!?\n]{20,}?[.!?](?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LexicalOptions:
     """Options of the task `lexical`.
 
     `prompt_column`: of a file of prompts. A corpus (`doc_id`, `text`) gives the first sentence of each document, cut to
-    `prompt_words` words; without `data` the documents are the reference of the Python language, which every Python has.
+    `prompt_words` words; without `data` they are the paragraphs of the reference of Python, which every Python has.
     `held_out_fraction`: of the prompts, by a hash of each, to evaluate on and not to train on, where the command names
     no file of held-out ones.
     """
@@ -117,7 +117,7 @@ def _prompts_of(options: LexicalOptions, data: Data) -> list[str]:
     """The prompts of one part: of the held-out file, or a share of the others by a hash of each prompt."""
     if not data.training and data.held_out:
         return _read_prompts(data.held_out, options, "held_out")
-    prompts = _read_prompts(data.data, options, "data") if data.data else _beginnings(_documents(), options)
+    prompts = _read_prompts(data.data, options, "data") if data.data else _beginnings(_paragraphs(), options)
     if data.held_out:
         return prompts
     chosen = [prompt for prompt in prompts if is_held_out(prompt, options.held_out_fraction) != data.training]
@@ -150,16 +150,17 @@ def _read_prompts(path: str, options: LexicalOptions, key: str) -> list[str]:
     return prompts
 
 
-def _documents() -> list[str]:
+def _paragraphs() -> list[str]:
+    """Of the reference of the Python language, in a stable order."""
     import pydoc_data.topics
 
-    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    return [part for _, text in sorted(pydoc_data.topics.topics.items()) for part in text.split("\n\n")]
 
 
 def _beginnings(texts: Sequence[str], options: LexicalOptions) -> list[str]:
     """The first words of each text's first sentence, each once, in the texts' order."""
     found = (_SENTENCE.search(text) for text in texts)
-    sentences = (each[0].split()[: options.prompt_words] for each in found if each is not None)
+    sentences = (each[0].split()[: options.prompt_words] for each in found if each is not None and " " in each[0])
     return list(dict.fromkeys(" ".join(sentence) for sentence in sentences))
 
 

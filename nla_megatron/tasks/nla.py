@@ -38,7 +38,7 @@ from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.rollout.engine import PromptRequest
 from nla_megatron.tasks.curriculum import Curriculum
-from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, scale_name
+from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, differing, scale_name
 from nla_megatron.types import Microbatch, Rollout
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ class NlaTask:
             pairs["injection"] = (model.injection, self.sidecar.injection)
         for key, (found, expected) in pairs.items():
             if found != expected:
+                told, wanted = differing(found, expected)
                 raise SidecarError(
-                    f"{key} = {found} in the sidecar of {directory}",
-                    f"{expected}, as in the sidecar of {self.table.path}",
+                    f"{key} = {told} in the sidecar of {directory}",
+                    f"{wanted}, as in the sidecar of {self.table.path}",
                     "use a model and a table of the same build",
                 )  # fmt: skip
         return model
@@ -228,7 +229,7 @@ class NlaTask:
     def gold_text_batch(self, rows: Sequence[int]) -> Batch:
         """AR sequences of an ar_sft table's own prompts with their target activations."""
         return self._targets(
-            rows, [self.contract.ar_prompt_ids(self.tokenizer, self._gold_prompts[row]) for row in rows]
+            rows, [self.contract.ar_prompt_ids(self.tokenizer, self.gold_prompts[row]) for row in rows]
         )
 
     def _targets(self, rows: Sequence[int], ids: list[list[int]]) -> Batch:
@@ -236,14 +237,14 @@ class NlaTask:
 
     def gold_response_ids(self, row: int) -> list[int]:
         """The response that supervised training teaches for a row of an av_sft table, end token included."""
-        return self.contract.av_response_ids(self.tokenizer, self._gold_responses[row])
+        return self.contract.av_response_ids(self.tokenizer, self.gold_responses[row])
 
     @cached_property
-    def _gold_responses(self) -> list[str]:
+    def gold_responses(self) -> list[str]:
         return self.table.column(columns.RESPONSE)
 
     @cached_property
-    def _gold_prompts(self) -> list[str]:
+    def gold_prompts(self) -> list[str]:
         return self.table.column(columns.PROMPT)
 
     @cached_property

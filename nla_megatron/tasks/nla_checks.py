@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar
 from nla_megatron.contract.tables import Table
@@ -39,6 +41,15 @@ def check_blocks(sidecar: DatasetSidecar, injection: InjectionSpec, data: str, m
                 f"a block of {model}, {least} to {num_layers - 1}",
                 "use the model the table was made with",
             )
+
+
+def differing(found: Any, expected: Any) -> tuple[str, str]:
+    """Two values for a message; of two of one dataclass only the fields in which they differ."""
+    if not is_dataclass(found) or type(found) is not type(expected):
+        return str(found), str(expected)
+    names = [each.name for each in fields(found) if getattr(found, each.name) != getattr(expected, each.name)]
+    first, second = (", ".join(f"{name}={getattr(one, name)!r:.100}" for name in names) for one in (found, expected))
+    return first, second
 
 
 def scale_name(model: ModelSidecar) -> float | str | None:

@@ -44,7 +44,8 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
     if path.suffix not in SUFFIXES:
         raise ColumnError(f"{path}", f"a file that ends in {', '.join(SUFFIXES)}", "convert or rename the file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Texts may hold whatever else ends lines, so that only a line feed ends a row.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             rows.append(_picked(_parsed(line, f"line {number} of {path}"), columns, f"line {number} of {path}"))
     return rows
@@ -65,9 +66,16 @@ def _parquet(path: Path, columns: Sequence[str]) -> list[Row]:
 
 def _json(path: Path, columns: Sequence[str]) -> list[Row]:
     """One object, as Hendrycks' files are, or a list of them."""
-    content = _parsed(path.read_text(encoding="utf-8"), str(path))
+    content = _parsed(_text(path), str(path))
     rows = content if isinstance(content, list) else [content]
     return [_picked(row, columns, str(path)) for row in rows]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ColumnError(f"{path}: {error}", "a text in UTF-8", "convert the file to UTF-8") from None
 
 
 def _parsed(text: str, where: str) -> Any:

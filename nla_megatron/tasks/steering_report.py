@@ -28,9 +28,12 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: rewards (N,) by prompt, responses, and the task's own figures."""
+    """One of the two: rewards (N,) by response, responses, their tokens, and the task's own figures.
 
-    rewards: tuple[float, ...]
+    No rewards where they are made of something that is known of training rows alone.
+    """
+
+    rewards: tuple[float, ...] | None
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
     figures: Mapping[str, float]
@@ -54,20 +57,27 @@ class Comparison:
 
     def numbers(self) -> dict[str, float]:
         """What is logged. `eval_reward_gain` is the mean paired difference, `*_error` its standard error."""
-        pairs = zip(self.steered.rewards, self.plain.rewards, strict=True)
-        gains = [steered - plain for steered, plain in pairs]
         shared = {name: value for name, value in self.steered.figures.items() if name in self.plain.figures}
         return {
-            "eval_reward": _mean(self.steered.rewards),
-            "eval_reward_plain": _mean(self.plain.rewards),
-            "eval_reward_gain": _mean(gains),
-            "eval_reward_gain_error": _error(gains),
+            **self._reward_numbers(),
             "eval_response_length": _mean(self.steered.tokens),
             "eval_response_length_plain": _mean(self.plain.tokens),
             "eval_steered_tokens": float(self.applied),
             "eval_steering_failed": float(self.failed),
             **{f"eval_{name}": value for name, value in shared.items()},
             **{f"eval_{name}_plain": self.plain.figures[name] for name in shared},
+        }
+
+    def _reward_numbers(self) -> dict[str, float]:
+        steered, plain = self.steered.rewards, self.plain.rewards
+        if steered is None or plain is None:
+            return {}
+        gains = [one - other for one, other in zip(steered, plain, strict=True)]
+        return {
+            "eval_reward": _mean(steered),
+            "eval_reward_plain": _mean(plain),
+            "eval_reward_gain": _mean(gains),
+            "eval_reward_gain_error": _error(gains),
         }
 
 
@@ -101,8 +111,12 @@ def comparison_page(comparison: Comparison) -> str:
     numbers = comparison.numbers()
     paired = [name for name in numbers if f"{name}_plain" in numbers]
     both = [(name.removeprefix("eval_"), numbers[name], numbers[f"{name}_plain"]) for name in paired]
-    gain, error = numbers["eval_reward_gain"], numbers["eval_reward_gain_error"]
-    count = len(comparison.prompts)
+    gain = "Held-out responses have no reward here. "
+    if "eval_reward_gain" in numbers:
+        gain = (
+            f"Steering changes the mean reward of {len(comparison.prompts)} responses by "
+            f"{numbers['eval_reward_gain']:+.4g} (standard error {numbers['eval_reward_gain_error']:.2g}). "
+        )
     strengths: list[tuple[str | float, ...]] = [
         (name, *(values[key] for key in ("mean", "std", "min", "max"))) for name, values in comparison.strengths.items()
     ]
@@ -115,8 +129,7 @@ def comparison_page(comparison: Comparison) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Steered or not</title><style>{_STYLE}</style>"
         f"<h1>Steered or not, after {comparison.step} steps</h1>"
-        f"<p>Steering changes the mean reward of {count} responses by {gain:+.4g} (standard error {error:.2g}). "
-        f"{comparison.applied} tokens were steered, {comparison.failed} that should have been were not.</p>"
+        f"<p>{gain}{comparison.applied} tokens were steered, {comparison.failed} that should have been were not.</p>"
         + _table("The same prompts and seeds", ("", "steered", "not steered"), both)
         + _table("Strengths", ("", "mean", "std", "min", "max"), strengths)
         + _table("Responses", ("prompt", "steered", "not steered"), examples)

@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from nla_megatron.config.schema import TaskConfig
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.rollout.requests import PromptRequest, encode
+from nla_megatron.tasks.lengths import longest_row
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT = "{prompt}"
-_CHECKED_ROWS, _COUNTED_ROWS = 20_000, 500
 
 
 @dataclass(frozen=True)
@@ -185,23 +185,25 @@ class TextTask(ABC):
     def check_length(self, max_new_tokens: int, limit: int) -> int:
         """The longest prompt in tokens, which leaves room for its response.
 
-        The prompts of most bytes are counted in tokens; of a very large source, among evenly spaced ones. The sampler
-        looks at every prompt once more.
+        Of very many not all are counted (`longest_row`); the sampler looks at every prompt once more.
 
         Raises:
             LayoutError: a prompt that does not.
         """
-        stride = -(-self.rows // _CHECKED_ROWS)
-        texts = {row: self.text(row) for row in range(0, self.rows, stride)}
-        largest = sorted(texts, key=lambda row: (-len(texts[row].encode()), row))[:_COUNTED_ROWS]
-        lengths = {row: len(self.style.ids(self.tokenizer, texts[row])) for row in largest}
-        longest = max(lengths, key=lambda row: lengths[row])
-        if lengths[longest] + max_new_tokens > limit:
+        row, longest = longest_row(
+            self.rows, self.text, lambda row: len(self.style.ids(self.tokenizer, self.text(row)))
+        )
+        if longest + max_new_tokens > limit:
             raise LayoutError(
-                f"a prompt of {lengths[longest]} tokens (row {longest}) and rollout.max_new_tokens={max_new_tokens}",
+                f"a prompt of {longest} tokens (row {row}) and rollout.max_new_tokens={max_new_tokens}",
                 f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
             )  # fmt: skip
-        return lengths[longest]
+        return longest
+
+
+def no_vectors(rows: Sequence[int]) -> NoReturn:
+    """The activations of rows whose prompts are text: nobody asks for them."""
+    raise AssertionError("a text task has no activations")
 
 
 T = TypeVar("T", bound=TextTask)

@@ -97,7 +97,7 @@ class Checkpoints:
         """Load the newest complete checkpoint; returns the steps it holds, 0 where there is none. Collective.
 
         Raises:
-            CheckpointError: it is of another stage, of other modules, or of another `expected` entry.
+            CheckpointError: it is of another stage, of other modules or memories, or of another `expected` entry.
         """
         from megatron.core import dist_checkpointing
 
@@ -107,10 +107,12 @@ class Checkpoints:
             return 0
         step, directory = newest
         state = json.loads((directory / "state.json").read_text())
-        for key, value in {"stage": self.stage, "modules": sorted(modules), **expected}.items():
-            if state.get(key) != value:
+        found = {**state, "memory": sorted(state.get("memory", {}))}
+        wanted = {"stage": self.stage, "modules": sorted(modules), "memory": sorted(memory), **expected}
+        for key, value in wanted.items():
+            if found.get(key) != value:
                 raise CheckpointError(
-                    f"{key}={state.get(key)!r} in {directory}",
+                    f"{key}={found.get(key)!r} in {directory}",
                     f"{key}={value!r}",
                     "resume with the run's own command, or use another out=",
                 )

@@ -6,6 +6,7 @@ Legend: N rollouts of a step, T tokens of the longest sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron.algorithms import Algorithm
-from nla_megatron.config.schema import RlConfig
+from nla_megatron.config.schema import AlgorithmConfig, RlConfig
 from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.critic import response_values
@@ -55,7 +56,7 @@ class PolicyLearning:
             rewards=scored.scores.rewards,
             groups=scored.batch.groups,
             mask=mask_NT,
-            sampler=_sampler_logprobs(rollouts, mask_NT),
+            sampler=sampler_logprobs(rollouts, mask_NT),
             old=self.side.policy.rows(batch, collect, batch.longest) if needs.old else None,
             reference=reference,
             values=values,
@@ -68,7 +69,7 @@ class PolicyLearning:
         optional = {"old": sampled.old, "reference": sampled.reference}
         fields |= {name: values for name, values in optional.items() if values is not None}
         policy, critic = [], []
-        for chosen in self._minibatches(sampled.groups, number):
+        for chosen in minibatches(sampled.groups, self.config.algorithm, self.config.seed, number):
             rollouts = [batch.rollouts[index] for index in chosen]
             weights = self.algorithm.token_weights(sampled.mask[chosen])
             mine = {name: values[chosen] for name, values in fields.items()} | {"token_weights": weights}
@@ -80,7 +81,8 @@ class PolicyLearning:
     def _update_policy(self, batch: Batch, number: int) -> Update:
         total = float(batch.fields["mask"].sum())
         loss = policy_loss(self.algorithm, self.config.rollout.temperature, total)
-        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=self._check_gap)
+        check = partial(check_gap, self.config.rollout.max_logprob_gap)
+        return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=check)
 
     def _update_critic(
         self, rollouts: list[Rollout], sampled: Sampled, credit: Credit, weights: Tensor, chosen: list[int], number: int
@@ -91,29 +93,32 @@ class PolicyLearning:
         loss = value_loss(self.algorithm, float(batch.fields["mask"].sum()))
         return self.critic.update(batch, loss, value_statistics(self.algorithm), number)
 
-    def _minibatches(self, groups_N: Tensor, number: int) -> list[list[int]]:
-        """Rollouts of each optimizer step; later epochs go through the groups in an order of their own."""
-        algorithm, found = self.config.algorithm, []
-        count = int(groups_N.max()) + 1
-        for epoch in range(algorithm.epochs):
-            order = np.arange(count)
-            if epoch:
-                order = np.random.default_rng([self.config.seed, 6, number, epoch]).permutation(count)
-            for part in torch.from_numpy(order).chunk(algorithm.minibatches):
-                found.append(torch.isin(groups_N, part).nonzero()[:, 0].tolist())
-        return found
 
-    def _check_gap(self, statistics: dict[str, float]) -> None:
-        limit, gap = self.config.rollout.max_logprob_gap, statistics["logprob_gap_max"]
-        if limit is not None and not gap <= limit:
-            raise RolloutError(
-                f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
-                f"at most rollout.max_logprob_gap={limit:g}",
-                "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
-            )
+def check_gap(limit: float | None, statistics: dict[str, float]) -> None:
+    """Raises RolloutError where sampler and trainer are further apart than `limit`, or not comparable at all."""
+    gap = statistics["logprob_gap_max"]
+    if limit is not None and not gap <= limit:  # so that NaN is refused too
+        raise RolloutError(
+            f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
+            f"at most rollout.max_logprob_gap={limit:g}",
+            "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
+        )
 
 
-def _sampler_logprobs(rollouts: tuple[Rollout, ...], mask_NT: Tensor) -> Tensor:
+def minibatches(groups_N: Tensor, algorithm: AlgorithmConfig, seed: int, number: int) -> list[list[int]]:
+    """Rollouts of each optimizer step of step `number`, whole groups in parts whose sizes differ by one at most.
+
+    Later epochs go through the groups in an order of their own.
+    """
+    found, count = [], int(groups_N.max()) + 1
+    for epoch in range(algorithm.epochs):
+        order = np.random.default_rng([seed, 6, number, epoch]).permutation(count) if epoch else np.arange(count)
+        for part in np.array_split(order, algorithm.minibatches):
+            found.append(torch.isin(groups_N, torch.from_numpy(part)).nonzero()[:, 0].tolist())
+    return found
+
+
+def sampler_logprobs(rollouts: tuple[Rollout, ...], mask_NT: Tensor) -> Tensor:
     """The sampler's log-probs (N, T) at the positions that predict their tokens."""
     out = torch.zeros_like(mask_NT)
     for index, rollout in enumerate(rollouts):

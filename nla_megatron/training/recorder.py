@@ -18,6 +18,20 @@ def _file(run_dir: str, step: int) -> Path:
     return Path(run_dir) / "rollouts" / f"step_{step:08d}.jsonl"
 
 
+def check_replay(config: RlConfig) -> None:
+    """Raises MissingFile where a run replays more than was recorded."""
+    for step in range(config.steps if config.rollout.replay is not None else 0):
+        _recorded(config, step)
+
+
+def _recorded(config: RlConfig, step: int) -> Path:
+    """The file that a step is replayed from."""
+    path = _file(str(config.rollout.replay), step)
+    if not path.is_file():
+        raise MissingFile(f"no {path}", "a run made with rollout.record=true", "record more steps, or lower steps=")
+    return path
+
+
 class RolloutRecorder:
     """`rollout.record` writes `rollouts/step_*.jsonl`, one line per rollout; `rollout.replay` names a run to read."""
 
@@ -36,10 +50,7 @@ class RolloutRecorder:
         """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile."""
         if self.config.rollout.replay is None:
             return None
-        path = _file(self.config.rollout.replay, step)
-        if not path.is_file():
-            raise MissingFile(f"no {path}", "a run made with rollout.record=true", "record more steps, or lower steps=")
-        return [_rollout(json.loads(line)) for line in path.read_text().splitlines()]
+        return [_rollout(json.loads(line)) for line in _recorded(self.config, step).read_text().splitlines()]
 
 
 def _rollout(fields: dict[str, Any]) -> Rollout:

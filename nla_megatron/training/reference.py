@@ -57,11 +57,8 @@ class MovingCopy(FrozenCopy):
 
     def state(self, loading: bool) -> dict[str, Any]:
         """The sharded average under the model's names, for `dist_checkpointing`."""
-        from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-
         with self._standing_in():
-            # The entries hold parameters, which are the model's own again by the time they are written.
-            return dict_list_map_inplace(_detached, sharded_weights(self.chunks))
+            return sharded_weights(self.chunks)
 
     def load_state(self, loaded: dict[str, Any]) -> None:
         with self._standing_in():
@@ -69,23 +66,22 @@ class MovingCopy(FrozenCopy):
 
     @contextmanager
     def _standing_in(self) -> Iterator[None]:
-        """Inside, the model's parameters are the average itself, and what is loaded goes into it."""
-        own = [parameter.data for parameter in self.parameters]
-        self._stand_in(self.kept)
+        """Inside, the modules hold the average in place of their parameters, and what is loaded goes into it.
+
+        The parameters stay as they are: one whose data were of another type or device for a moment would lose the hook
+        by which Megatron collects its gradients.
+        """
+        pairs = zip(self.parameters, self.kept, strict=True)
+        average = {id(parameter): torch.nn.Parameter(kept, requires_grad=False) for parameter, kept in pairs}
+        modules = [module for chunk in self.chunks for module in chunk.modules()]
+        own = [(module, name, held) for module in modules for name, held in module.named_parameters(recurse=False)]
+        for module, name, held in own:
+            setattr(module, name, average[id(held)])
         try:
             yield
         finally:
-            self._stand_in(own)
-
-    def _stand_in(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.data = value
-
-
-def _detached(entry: Any) -> Any:
-    if isinstance(getattr(entry, "data", None), Tensor):
-        entry.data = entry.data.detach()
-    return entry
+            for module, name, held in own:
+                setattr(module, name, held)
 
 
 def make_reference(model: Any, config: AlgorithmConfig, needed: bool) -> FrozenCopy | MovingCopy | None:

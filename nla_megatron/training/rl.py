@@ -5,7 +5,7 @@ With the task `nla` the policy is the AV, and the judge is the AR, which learns 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,7 +17,7 @@ from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.interventions import intervene
-from nla_megatron.parallel.collectives import broadcast_object
+from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
 from nla_megatron.rollout.engine import Engine
@@ -25,16 +25,18 @@ from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
+from nla_megatron.training.recorder import check_replay
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
-from nla_megatron.types import Credit, Scores
+from nla_megatron.types import Credit
 
 
 def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     side = side_of(config)
+    _check_keys(config, side.own_keys)
     prompts = side.check(config, world_size)
     longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
@@ -48,7 +50,19 @@ def check(config: RlConfig, world_size: int) -> None:
         )  # fmt: skip
     if side.alone(config) is None:
         _check_credit(config, prompts)
+        check_replay(config)
     check_run_directory("rl", config)
+
+
+def _check_keys(config: RlConfig, own: tuple[str, ...]) -> None:
+    """A key of another task says nothing here, and whoever set it believes that it does."""
+    unset = RlConfig()
+    for key in ("model", "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum"):
+        if key not in own and getattr(config, key) != getattr(unset, key):
+            raise ConfigError(
+                f"{key}={getattr(config, key)!r} with task={config.task.name}, which does not read it",
+                f"of such keys only {', '.join(own)}", f"remove {key}, or choose another task=",
+            )  # fmt: skip
 
 
 def _check_credit(config: RlConfig, prompts: Prompts) -> None:
@@ -88,7 +102,9 @@ class RlTrainer:
         self.config, self.world = config, world
         self.side = side = make_side(config, world)
         self.algorithm = make_algorithm(config.algorithm)
-        self.reward = make_reward(config.reward, side.n_rows / config.batch_size, side.n_rows, self._once)
+        self.reward = make_reward(
+            config.reward, side.n_rows / config.batch_size, side.n_rows, once=partial(by_rank_0, world=world)
+        )
         self.critic = self._critic() if self.algorithm.needs.values else None
         self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
         self.engine = Engine(
@@ -109,6 +125,7 @@ class RlTrainer:
     def step(self, number: int) -> dict[str, float]:
         """One step: write, judge, credit, learn, hand over. Returns what to log."""
         clock = PhaseClock()
+        before = self._before(clock) if number == 0 else {}
         scored = self.sampling.step(number, clock)
         with clock.phase("look"):
             sampled = self.learning.look(scored, number)
@@ -123,7 +140,14 @@ class RlTrainer:
         if self.config.eval_every and (number + 1) % self.config.eval_every == 0:
             with clock.phase("eval"):
                 scalars |= self.side.evaluate(self.engine, number)
-        return {**scalars, **clock.seconds}
+        return {**before, **scalars, **clock.seconds}
+
+    def _before(self, clock: PhaseClock) -> dict[str, float]:
+        """What later evaluations are compared with: that of the policy as the run starts."""
+        if not self.config.eval_every:
+            return {}
+        with clock.phase("eval"):
+            return {f"before_{name}": value for name, value in self.side.evaluate(self.engine, -1).items()}
 
     def _critic(self) -> TrainModule:
         """It starts from the policy's blocks, and reads what the policy reads."""
@@ -132,15 +156,14 @@ class RlTrainer:
         intervene(model, side.interventions)
         return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
 
-    def _once(self, scores: Callable[[], Scores]) -> Scores:
-        """Another program is asked by one rank alone: it may answer each differently."""
-        return broadcast_object(scores() if self.world.is_main else None, self.world)
-
     def load_engine(self) -> None:
         """Hand the policy's present weights to the sampler."""
-        if self.resharder is not None:
-            with self.engine.replacing_weights():
-                self.resharder.load()
+        if self.resharder is None:
+            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
+            self.engine.forget()
+            return
+        with self.engine.replacing_weights():
+            self.resharder.load()
 
 
 def _of_rollouts(scored: Scored) -> dict[str, float]:

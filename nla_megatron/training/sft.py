@@ -22,6 +22,7 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.tasks.lengths import longest_row
 from nla_megatron.tasks.nla import MSE_SCALE, NlaTask
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.export import export
@@ -63,7 +64,18 @@ def check(config: SftConfig, world_size: int) -> None:
     for part in parts(config):
         task = part.task(config)
         check_layout(model_shape(part.role, part.model, task, config.reconstructor), config.parallel)
+        _check_length(_longest(part, task), config, task)
     check_run_directory("sft", config)
+
+
+def _longest(part: Part, task: NlaTask) -> int:
+    """Tokens of the longest row that a part learns from, as `longest_row` finds it."""
+    if part.role == "av":
+        texts = task.gold_responses
+        response = longest_row(len(texts), texts.__getitem__, lambda row: len(task.gold_response_ids(row)))[1]
+        return len(task.prompt_ids) + response
+    texts = task.gold_prompts
+    return longest_row(len(texts), texts.__getitem__, lambda row: task.gold_text_batch([row]).longest)[1]
 
 
 def spec_of(config: ArConfig) -> ReconstructorSpec:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from nla_megatron.config.run_directory import mark_done
 from nla_megatron.config.schema import RlConfig
@@ -22,19 +22,18 @@ from nla_megatron.models.strength_files import read_weights, write_predictor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
-from nla_megatron.rewards import make_reward
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import SaeOptions, predictor_config, sae_options
 from nla_megatron.tasks.sae_rows import TargetRows, names_of, read_targets
 from nla_megatron.tasks.steering_report import Comparison, Side, strength_statistics
-from nla_megatron.tasks.text import TextTask
+from nla_megatron.tasks.text import TextTask, no_vectors
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.loop import train
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.strengths import StrengthPolicy
-from nla_megatron.types import Rollout, RolloutBatch
+from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
 def steered_policy(config: RlConfig, options: SaeOptions, world: World) -> StrengthPolicy:
@@ -64,12 +63,11 @@ def steered_tokens(interventions: Sequence[Intervention], rollouts: Sequence[Rol
 
 
 def compared(
-    config: RlConfig, options: SaeOptions, task: TextTask, engine: Engine, interventions: Sequence[Intervention],
-    steered: Sequence[PromptRequest], step: int,
+    task: TextTask, engine: Engine, interventions: Sequence[Intervention], steered: Sequence[PromptRequest], step: int,
+    reward: Callable[[Measured, int], Tensor], samples: int,
 ) -> Comparison:  # fmt: skip
     """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions."""
-    samples = options.compare_samples
-    on = engine.generate(steered, no_vectors, samples, max(step, 0))
+    on = engine.generate(steered, no_vectors, samples, step)
     applied = _applied(engine)
     off = engine.generate([replace(each, only=(), strengths=None) for each in steered], no_vectors, samples)
     wanted = steered_tokens(interventions, on.rollouts)
@@ -77,17 +75,12 @@ def compared(
     return Comparison(
         step=step + 1,
         prompts=tuple(task.text(rollout.row) for rollout in on.rollouts),
-        steered=_side(config, task, on, step),
-        plain=_side(config, task, off, step),
+        steered=_side(task, on, reward, step),
+        plain=_side(task, off, reward, step),
         strengths=strength_statistics(torch.tensor(parts), names_of(interventions)),
         applied=applied,
         failed=max(0, wanted - applied),
     )
-
-
-def no_vectors(rows: Sequence[int]) -> np.ndarray:
-    """SAEs bring their own directions, so nobody asks."""
-    raise AssertionError("steering with an SAE takes no vectors")
 
 
 def _applied(engine: Engine) -> int:
@@ -102,13 +95,11 @@ def _applied(engine: Engine) -> int:
     return sum(everyone[:: engine.config.tp])
 
 
-def _side(config: RlConfig, task: TextTask, batch: RolloutBatch, step: int) -> Side:
+def _side(task: TextTask, batch: RolloutBatch, reward: Callable[[Measured, int], Tensor], step: int) -> Side:
     measured = task.measure(batch.rollouts)
-    # One of its own: a moving average of the training rewards is no part of a comparison.
-    rewards = make_reward(config.reward)(measured, max(step, 0)).rewards
     figures = {name: float(value) for name, value in task.figures(measured).items() if isinstance(value, int | float)}
     return Side(
-        tuple(rewards.tolist()),
+        tuple(reward(measured, step).tolist()),
         tuple(task.response_text(rollout) for rollout in batch.rollouts),
         tuple(len(rollout.response_ids) for rollout in batch.rollouts),
         figures,

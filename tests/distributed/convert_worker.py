@@ -108,7 +108,7 @@ def train(scratch: Path, world: World) -> None:
     modules = {
         name: TrainModule(model, world, OptimConfig(), 1, 1, "float32") for name, model in (("av", av), ("ar", ar))
     }
-    Checkpoints(scratch / "run", "rl", world, keep=1).save(1, modules, {})
+    Checkpoints(scratch / "run", "rl", world, keep=1).save(1, modules, {}, {})
 
 
 def train_mixture(scratch: Path, world: World) -> None:
@@ -121,7 +121,7 @@ def train_mixture(scratch: Path, world: World) -> None:
     av = build_verbalizer(shape, world, "float32")
     load_from_hf(av, str(hf), shape, world, with_head=True)
     module = TrainModule(av, world, OptimConfig(), 1, 1, "float32")
-    Checkpoints(scratch / "mixture", "rl", world, keep=1).save(1, {"av": module}, {})
+    Checkpoints(scratch / "mixture", "rl", world, keep=1).save(1, {"av": module}, {}, {})
 
 
 def trained(scratch: Path, world: World) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from tests.distributed.families_worker import (
 from tests.support.families import MODELS
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 CASES = [(name, layout) for name in MODELS for layout in layouts_of(name)]
 WIDE_CASES = [(name, layout) for name in MODELS for layout in wide_layouts_of(name)]
 COMPUTED_CASES = [(name, layout) for name, layout in CASES if layout in COMPUTED]

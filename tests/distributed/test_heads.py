@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.heads_worker import LAYOUTS, SPECS
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 CASES = [(name, layout) for name in SPECS for layout in LAYOUTS]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = ["tp1 pp1", "tp2 pp1", "tp4 pp1", "tp1 pp2", "tp2 pp2"]
 TRAINED = [*(f"all {layout}" for layout in LAYOUTS), "some tp2 pp1", "some tp2 pp2"]
 FAMILIES = [

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 BOUND_SECONDS = 30
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow
+
 RAISES, LOWERS = "block3_feature3", "block3_feature5"
 
 

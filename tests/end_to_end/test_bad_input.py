@@ -272,3 +272,9 @@ def test_torchrun_with_a_world_that_does_not_fit(toy: Path, tmp_path: Path) -> N
     )
     assert done.returncode != 0
     assert done.stderr.count("LayoutError") == 1
+
+
+@pytest.mark.parametrize("key", ["ar_updates=2", "ar_loss.kind=cosine", "av=somewhere", "ar_optim.lr=1.0"])
+def test_a_key_of_another_task_is_named(toy: Path, tmp_path: Path, refused: Any, key: str) -> None:
+    message = refused("ConfigError", "rl", "task=lexical", f"model={toy / 'pretrain' / 'hf'}", f"out={tmp_path}", key)
+    assert key.partition("=")[0].partition(".")[0] in message and "task=lexical" in message

@@ -12,6 +12,8 @@ from nla_megatron.rewards.utilisation import read_zero_shot
 from tests.support.ranks import command
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROWS, SAMPLES = 6, 2
 SHORT = ("rollout.max_new_tokens=10", "rollout.cpu_kv_cache_gib=0.05")
 MATH = ("task=math", "task.options.provider=generated", "task.options.held_out={options: {size: 40, start: 900}}")

@@ -18,6 +18,8 @@ from nla_megatron.conversion.hf import HEAD_FILE
 from tests.support.ranks import command
 from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "Explain <concept><INJECT></concept> and <concept><INJECT></concept>"
 ROLLOUT = ("rollout.max_new_tokens=12", "rollout.max_model_len=128", "rollout.max_num_seqs=16")
 

@@ -13,6 +13,8 @@ from tests.support.planted import LOWERS, RAISES, plant, write_prompts
 from tests.support.ranks import command
 from tests.support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = {"single": [], "tp2": ["parallel=tp2", "rollout=tp2"], "pp2": ["parallel=pp2"], "dp2": ["parallel=dp2"]}
 COMPARED = (
     "reward", "policy_loss", "kl", "entropy", "policy_grad_norm", "strength_mean", "strength_std", "strength_min",
@@ -71,3 +73,25 @@ def test_a_run_leaves_predictor_comparison_and_checkpoint_and_no_model(runs: dic
     comparison = json.loads((run / "steering" / "step_00000003.json").read_text())
     assert comparison["numbers"]["eval_reward_gain"] == metrics(run)[-1]["eval_reward_gain"]
     assert (run / "checkpoints" / "step_00000003" / "predictor").is_dir() and not (run / "hf").exists()
+
+
+def test_target_strengths_are_fitted_without_a_sampler_and_alike_on_two_ranks(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = runs["single"].parent
+    rows = [{"prompt": f"The {number}", "target_strengths": [number / 3 - 1]} for number in range(8)]
+    (tmp_path / "targets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, layout in (("one", []), ("two", ["parallel=pp2"])):
+        done = command(
+            "rl", "task=sae", f"out={tmp_path / name}", f"model={base / 'model'}", f"data={tmp_path / 'targets.jsonl'}",
+            f"held_out={tmp_path / 'targets.jsonl'}", "task.options.objective=mse", "task.options.predictor.hidden=32",
+            f"task.options.interventions=[{{layer: 3, mode: global, sae: {base / 'sae'}}}]", "steps=40",
+            "task.options.predictor.dropout=0", "eval_every=40", "batch_size=8", "optim.lr=1e-3",
+            "optim.warmup_steps=0", *layout,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert one[-1]["loss"] < 0.5 * one[0]["loss"] and one[-1]["eval_mse"] < 0.5 * one[0]["loss"]
+    for alone, spread in zip(one, two, strict=True):
+        assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert read_predictor(tmp_path / "two" / "predictor")[0].strengths == 1

@@ -102,12 +102,32 @@ def test_layouts_give_the_numbers_of_one_process(
         assert spread["logprob_gap_max"] <= 1e-3
 
 
-def test_math_counts_measures_and_evaluates(model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "rl"
-    train(model, out, *MATH, "steps=2")
-    last = metrics(out)[-1]
+@pytest.fixture(scope="module")
+def mathematics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("math") / "rl"
+    train(model, out, *MATH, "steps=2", "keep_every=1")
+    return out
+
+
+def test_math_counts_measures_and_evaluates(mathematics: Path) -> None:
+    last = metrics(mathematics)[-1]
     for name in ("eval_accuracy", "eval_format_rate", "eval_thinking_tokens_mean", "eval_truncated"):
         assert isinstance(last[name], float), name
+
+
+def test_every_checkpoint_of_a_run_is_evaluated_in_the_task_that_it_learned(mathematics: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    words = ("eval.rollout.max_new_tokens=10", "eval.rollout.cpu_kv_cache_gib=0.05", "eval.bootstrap=20")
+    done = command("compare", f"root={mathematics}", f"out={out}", "checkpoints=all", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "results.json").read_text())
+    assert found["metric"] == "accuracy" and sorted(row["step"] for row in found["runs"]) == [1, 2]
+    for row in found["runs"]:
+        assert row["rows"] == 9, "the run's own held-out rows"
+        assert all(
+            isinstance(row[name], float) for name in ("thinking_tokens_mean", "format_rate", "accuracy_ci95_low")
+        )
+    assert "Thinking tokens, mean" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ All of it is a function of (seed, step) and of the row numbers that the loop dra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +86,6 @@ class Mixture:
     def share(self, step: int, prompts: int) -> np.ndarray:
         """What part of step `step` (0-based) of so many prompts each source gets, with sum 1."""
         at = step * prompts / len(self) if self.by_epoch else float(step)
-        if self.by_epoch and not self.blend:
-            at = math.floor(at)
         stage = int(np.searchsorted(self.begins[1:], at, side="right"))
         here = self.shares[stage]
         if not self.blend or stage + 1 == len(self.shares):

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _BOXES = ("\\boxed", "\\fbox")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TAIL = re.compile(r"(?:\s|\.|\$|\\\)|\\\])*")
 
 
@@ -91,33 +93,24 @@ def boxes(text: str) -> Iterator[tuple[str, int]]:
 
     `\{` and `\}` are characters, not braces. A box that never closes is passed over.
     """
-    at = 0
-    while (start := _next_box(text, at)) is not None:
-        end = _closing(text, start)
-        if end is None:
-            at = start
-            continue
-        yield text[start:end], end + 1
-        at = end + 1
+    closing, at = _braces(text), 0
+    for found in _BOX.finditer(text):
+        end = closing.get(found.end() - 1)
+        if end is not None and found.start() >= at:
+            at = end + 1
+            yield text[found.end() : end], at
 
 
-def _next_box(text: str, at: int) -> int | None:
-    """Index after the next box's opening brace."""
-    found = re.compile(r"\\(?:boxed|fbox)\s*\{").search(text, at)
-    return None if found is None else found.end()
-
-
-def _closing(text: str, start: int) -> int | None:
-    depth, at = 1, start
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if not depth:
-            return at
-        at += 1
-    return None
+def _braces(text: str) -> dict[int, int]:
+    """Of every brace that closes, where it does. One pass: a policy may repeat a box that never closes."""
+    pairs: dict[int, int] = {}
+    opened: list[int] = []
+    for found in _BRACE.finditer(text):
+        if found[0] == "{":
+            opened.append(found.start())
+        elif found[0] == "}" and opened:
+            pairs[opened.pop()] = found.start()
+    return pairs
 
 
 def _thinking(text: str, tags: Tags) -> str:

@@ -16,11 +16,15 @@ _SIDES: dict[str, type[Side]] = {}
 
 
 def register(name: str) -> Callable[[type[Side]], type[Side]]:
-    """A decorator that makes a task's side known by the task's name; a name is taken once."""
+    """A decorator that makes a task's side known by the task's name; a name is taken once.
+
+    Raises:
+        ConfigError: another side has that name.
+    """
 
     def add(side: type[Side]) -> type[Side]:
         if name in _SIDES:
-            raise ValueError(f"side {name!r} is registered already")
+            raise ConfigError(f"a second side of task {name!r}", f"one; {_SIDES[name].__name__} has it", "rename it")
         _SIDES[name] = side
         return side
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -83,6 +83,9 @@ class Side(Protocol):
     def learners(self) -> Mapping[str, Stateful]:
         """All that a checkpoint holds, by name."""
 
+    own_keys: ClassVar[tuple[str, ...]]
+    """Keys of `RlConfig` that this task reads and others do not."""
+
     def __init__(self, config: RlConfig, world: World): ...
 
     @staticmethod
@@ -113,7 +116,7 @@ class Side(Protocol):
         """After the policy's update: what learns beside it does; returns what to log."""
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """Numbers on held-out rows with the models as they are; empty where there are none."""
+        """Numbers on held-out rows with the models as they are; empty where there are none. Step -1 is before any."""
 
     def export(self) -> None:
         """Write what was trained into the run's directory."""

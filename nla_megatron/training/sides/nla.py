@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ _AR_NAMES = {"loss": "ar_loss", "mse": "ar_mse"}
 @register("nla")
 class NlaSide:
     """Activations to prompts, explanations to errors; `measure` gives "mse", 2 where there is no explanation."""
+
+    own_keys: ClassVar[tuple[str, ...]] = ("av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum")
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world = config, world

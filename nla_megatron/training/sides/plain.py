@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.contract.files import write_json_lines
+from nla_megatron.contract.files import read_json_lines, write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -22,27 +20,21 @@ from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
-from nla_megatron.rewards import Term, make_reward
 from nla_megatron.rollout.requests import PromptRequest, Vectors
-from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
-from nla_megatron.types import Measured, Rollout, RolloutBatch, Scores
+from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards
+from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 EXAMPLES = 8
 """Held-out prompts whose responses are kept at every evaluation."""
-_SHUFFLE, _EVAL_STEP = 8, 0
-
-
-def no_vectors(rows: Sequence[int]) -> np.ndarray:
-    """Nothing intervenes, so nobody asks."""
-    raise AssertionError("a plain language model takes no vectors")
+_EVAL_STEP = 0
 
 
 @register("math")
@@ -56,6 +48,8 @@ class PlainSide:
 
     interventions: tuple[Intervention, ...] = ()
     marker: Marker | None = None
+
+    own_keys: ClassVar[tuple[str, ...]] = ("model",)
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
@@ -130,14 +124,15 @@ class PlainSide:
         """The task's figures, and the reward, of one response to each of `eval_rows` held-out rows.
 
         Responses are sampled as in training, at its temperature, with the same seeds at every evaluation, so that two
-        evaluations differ by the policy alone. A step of -1 is before the first one.
+        evaluations differ by the policy alone.
         """
         if self.held_out is None:
             return {}
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         requests = self.held_out.requests(rows, self.config.seed, _EVAL_STEP)
-        measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=max(step, 0)).rollouts)
-        figures, rewards = self.held_out.figures(measured), self._rewards(measured, max(step, 0))
+        measured = self.held_out.measure(engine.generate(requests, no_vectors, 1, training_step=step).rollouts)
+        figures, reward = self.held_out.figures(measured), held_out_rewards(self.config, self.n_rows, self.world)
+        rewards = None if reward is None else reward(measured, step)
         if rewards is not None:
             figures["reward"] = float(rewards.mean())
         if self.world.is_main:
@@ -146,17 +141,6 @@ class PlainSide:
                 examples = [{**one, "reward": value} for one, value in zip(examples, rewards.tolist(), strict=False)]
             keep_examples(Path(self.config.out), step + 1, examples)
         return {f"eval_{name}": float(value) for name, value in figures.items() if isinstance(value, int | float)}
-
-    def _rewards(self, measured: Measured, step: int) -> Tensor | None:
-        """The rewards of held-out responses; None where a term knows something of the training rows alone."""
-        # One of its own: a moving average of the training rewards is no part of an evaluation.
-        reward = make_reward(self.config.reward, self.n_rows / self.config.batch_size, once=self._once)
-        bound = any(type(term).check_rows is not Term.check_rows for term in reward.terms.values())
-        return None if bound else reward(measured, step).rewards
-
-    def _once(self, scores: Callable[[], Scores]) -> Scores:
-        """A judge is asked by one rank alone."""
-        return broadcast_object(scores() if self.world.is_main else None, self.world)
 
     def export(self) -> None:
         export(self.model, self.config.model, Path(self.config.out) / "hf", self.world)
@@ -170,18 +154,12 @@ def _open(config: RlConfig) -> tuple[TextTask, TextTask | None]:
     return task, open_task(config.task, replace(given, training=False), config.model, config.seed)
 
 
-def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
-    """Up to `wanted` rows, drawn once for all evaluations of a run."""
-    order: list[int] = np.random.default_rng([seed, _SHUFFLE]).permutation(available)[:wanted].tolist()
-    return order
-
-
 def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -> None:
     """Write the examples of an evaluation after `done` steps, and those of the first and the last one side by side."""
     folder = out / "evaluations"
     write_json_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
     files = sorted(folder.glob("step_*.jsonl"))
-    before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
+    before, after = (read_json_lines(file) for file in (files[0], files[-1]))
     pairs = [
         {"prompt": first["prompt"], "before": first, "after": last}
         for first, last in zip(before, after, strict=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,12 +26,13 @@ from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.sae import SaeOptions, check_steering, sae_options, without_steering
 from nla_megatron.tasks.sae_rows import names_of
 from nla_megatron.tasks.steering_report import strength_statistics, write_comparison
-from nla_megatron.tasks.text import Data, TextTask, open_task
+from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Prompts
-from nla_megatron.training.sides.plain import PlainSide, evaluation_rows
-from nla_megatron.training.steering import check_fit, compared, fit, no_vectors, steered_policy, steered_tokens
+from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards, terms_of_training_rows
+from nla_megatron.training.sides.plain import PlainSide
+from nla_megatron.training.steering import check_fit, compared, fit, steered_policy, steered_tokens
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
@@ -47,6 +48,8 @@ class SaeSide:
         """Without steering, the side of the text task."""
         options = sae_options(config.task)
         return super().__new__(cls) if options.steering else PlainSide(without_steering(config, options), world)
+
+    own_keys: ClassVar[tuple[str, ...]] = ("model",)
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
@@ -83,6 +86,11 @@ class SaeSide:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held-out rows", "prompts that nobody trains on",
                 "add held_out=, or options.held_out of the prompts",
+            )  # fmt: skip
+        if config.eval_every and (bound := terms_of_training_rows(config)):
+            raise ConfigError(
+                f"eval_every={config.eval_every} with the reward term {bound[0]!r}, which knows training rows alone",
+                "a reward of held-out responses, steered and not", "set eval_every=0, or choose another reward",
             )  # fmt: skip
         limit = min(config.rollout.max_model_len, shape.max_positions)
         lengths = [
@@ -147,7 +155,11 @@ class SaeSide:
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         plain = self.held_out.requests(rows, self.config.seed, 0)
         steered = self._steered(plain, None)
-        comparison = compared(self.config, self.options, self.held_out, engine, self.interventions, steered, step)
+        reward = held_out_rewards(self.config, self.n_rows, self.world)
+        assert reward is not None, "refused by the check"
+        comparison = compared(
+            self.held_out, engine, self.interventions, steered, step, reward, self.options.compare_samples
+        )
         if self.world.is_main:
             write_comparison(Path(self.config.out) / "steering", comparison)
         scalars = comparison.numbers()

@@ -56,6 +56,13 @@ def test_a_group_of_one_is_refused_with_a_groups_baseline_or_dynamic_sampling() 
         check_algorithm(AlgorithmConfig(name="reinforce", dynamic_sampling=2), 1)
 
 
+def test_more_minibatches_than_prompts_are_refused() -> None:
+    known = ["out=o", "av=a", "ar=b", "data=d", "batch_size=3"]
+    assert compose("rl", [*known, "algorithm.minibatches=3"]).algorithm.minibatches == 3
+    with pytest.raises(ConfigError, match="algorithm.minibatches=4 with batch_size=3"):
+        compose("rl", [*known, "algorithm.minibatches=4"])
+
+
 def test_an_unknown_algorithm_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.name='sarsa'[\s\S]*cispo, grpo, gspo, [\s\S]*reinforce"):
         make_algorithm(AlgorithmConfig(name="sarsa"))
@@ -93,9 +100,13 @@ def quoted(override: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["no.such.module:Thing", "nla_megatron.algorithms.grpo:Nothing", ":Grpo", "nla_megatron.algorithms.grpo:"]
-)
-def test_an_import_path_that_does_not_resolve_is_named(path: str) -> None:
+    "path",
+    [
+        "no.such.module:Thing", "nla_megatron.algorithms.grpo:Nothing", ":Grpo", "nla_megatron.algorithms.grpo:",
+        "nla_megatron.algorithms.kl:kl", "nla_megatron.algorithms:register",
+    ],
+)  # fmt: skip
+def test_an_import_path_that_does_not_resolve_to_an_algorithm_is_named(path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         check_algorithm(AlgorithmConfig(name=path), 4)
 
@@ -107,7 +118,7 @@ def test_an_option_that_an_algorithm_does_not_read_is_refused() -> None:
 
 def test_a_name_is_taken_once() -> None:
     make_algorithm(AlgorithmConfig())
-    with pytest.raises(ValueError, match="'grpo' is registered already"):
+    with pytest.raises(ConfigError, match="a second algorithm 'grpo'[\\s\\S]*Grpo"):
         register("grpo")(lambda config: make_algorithm(config))
     assert type(make_algorithm(AlgorithmConfig())).__name__ == "Grpo"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import Axis, axes_of, label_of, points_of, quoted, with_paths_quoted
+from nla_megatron.config.multirun import Axis, axes_of, label_of, literal, points_of, quoted, with_paths_quoted
 from nla_megatron.errors import ConfigError
 
 REQUIRED = ["av=av", "ar=ar", "data=data"]
@@ -75,6 +76,21 @@ def test_a_label_is_never_longer_than_a_name_may_be() -> None:
 @given(st.text(st.sampled_from("ab '\"\\,=[]{}()/:é"), max_size=12).filter(lambda text: text.strip() == text))
 def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
     assert compose("rl", [*REQUIRED, f"out={quoted(text)}"]).out == text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1e3, 1e3).map(lambda number: number + 0.5)
+    | st.text(st.sampled_from("ab '\"\\,=[]{}()/:é\n"), max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(st.sampled_from("ab_ 1.:=,{"), max_size=5).map("k{}k".format), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(VALUES)
+def test_a_literal_is_read_back_as_it_was(value: Any) -> None:
+    assert compose("rl", [*REQUIRED, "out=x", f"+task.options.given={literal(value)}"]).task.options["given"] == value
 
 
 def test_a_path_that_exists_needs_no_quotes(tmp_path: Path) -> None:

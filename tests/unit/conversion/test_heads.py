@@ -61,8 +61,8 @@ def deep(base: Path, world: World, tmp_path_factory: pytest.TempPathFactory) -> 
     return exported(base, tmp_path_factory.mktemp("ar") / "deep", DEEP, world)
 
 
-def edited(source: Path, target: Path, spec: ReconstructorSpec) -> Path:
-    """A copy whose sidecar says another head."""
+def edited(source: Path, target: Path, spec: ReconstructorSpec | None) -> Path:
+    """A copy whose sidecar says another head, or nothing of one."""
     shutil.copytree(source, target)
     write_model_sidecar(target, replace(read_model_sidecar(target), reconstructor=spec))
     return target
@@ -85,6 +85,19 @@ def test_an_exported_ar_comes_back_whole(base: Path, tmp_path: Path, world: Worl
     for name, tensor in load_file(file).items():
         assert torch.equal(kept.pop(name), tensor)
     assert kept == {}
+
+
+def test_an_ar_whose_sidecar_says_nothing_of_its_head_is_the_plain_one(
+    base: Path, tmp_path: Path, world: World
+) -> None:
+    """As other trainers write them: read behind the block that the table's activations are of."""
+    plain = exported(base, tmp_path / "plain", PLAIN, world)
+    told, untold = load_file(plain / VALUE_HEAD), edited(plain, tmp_path / "untold", None)
+    spec = resolved_spec(untold, None, LAYER)
+    for wanted in (spec, None):
+        found = load_reconstructor(str(untold), reconstructor_shape(untold, spec), world, "float32", wanted)
+        assert found.value_head is not None and found.spec.is_plain(LAYER)
+        assert torch.equal(found.value_head.state_dict()["weight"], told["weight"])
 
 
 def test_only_the_plain_ar_has_the_head_that_other_trainers_look_for(

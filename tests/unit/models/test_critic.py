@@ -70,6 +70,14 @@ def test_a_critic_comes_back_from_a_checkpoint(world: World, directory: Path, tm
     assert torch.equal(values(fresh), values(module))
 
 
+def test_torchs_generator_goes_on_where_it_was(world: World, directory: Path, tmp_path: Path) -> None:
+    module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
+    checkpoints.save(1, {"critic": module}, {}, {})
+    drawn = torch.rand(3)
+    checkpoints.resume({"critic": module}, {}, {})
+    assert torch.equal(torch.rand(3), drawn)
+
+
 def test_an_algorithms_moving_average_comes_back_from_a_checkpoint(
     world: World, directory: Path, tmp_path: Path
 ) -> None:
@@ -80,6 +88,15 @@ def test_an_algorithms_moving_average_comes_back_from_a_checkpoint(
     checkpoints.save(2, {"critic": module}, {}, {"algorithm": before})
     checkpoints.resume({"critic": module}, {}, {"algorithm": after})
     assert after.state() == before.state() != {}
+
+
+def test_a_checkpoint_without_what_is_carried_from_step_to_step_is_refused(
+    world: World, directory: Path, tmp_path: Path
+) -> None:
+    module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
+    checkpoints.save(1, {"critic": module}, {}, {})
+    with pytest.raises(CheckpointError, match=r"memory=\[\][\s\S]*memory=\['algorithm'\]"):
+        checkpoints.resume({"critic": module}, {}, {"algorithm": made("reinforce", baseline="ema")})
 
 
 def test_a_policy_of_another_shape_is_refused(world: World, directory: Path) -> None:

@@ -13,8 +13,10 @@ import torch
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, NlaError, WidthError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
-from nla_megatron.models.strength import PredictorConfig, StrengthPredictor, columns_of, dropout_seed
+from nla_megatron.models.strength import PredictorConfig, StrengthPredictor, columns_of, dropout_seed, pooled
 from nla_megatron.models.strength_files import DESCRIPTION, WEIGHTS, read_predictor, write_predictor
+from nla_megatron.types import Microbatch
+from tests.support.worlds import world_of
 
 
 def test_strengths_are_the_squashed_mlp_by_hand() -> None:
@@ -151,3 +153,10 @@ def test_damaged_exports_are_named(tmp_path: Path, damage: Any, error: type[NlaE
 def changed(folder: Path, key: str, value: Any) -> None:
     values = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps({**values, key: value}))
+
+
+def test_features_are_the_mean_over_a_prompts_own_tokens() -> None:
+    states_TBD = torch.tensor([[[1.0, 2.0], [4.0, 0.0]], [[3.0, 6.0], [9.0, 9.0]], [[2.0, 1.0], [9.0, 9.0]]])
+    lengths = torch.tensor([3, 1])
+    part = Microbatch(torch.zeros(2, 3, dtype=torch.long), lengths, torch.ones(2), torch.arange(2))
+    assert torch.equal(pooled(world_of())(states_TBD, part), torch.tensor([[2.0, 3.0], [4.0, 0.0]]))

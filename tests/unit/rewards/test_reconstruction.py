@@ -108,6 +108,27 @@ def test_the_moving_average_is_taken_off_before_it_moves() -> None:
     assert reward.state() == {"reconstruction/average": 0.75 * -1.25 + 0.25 * -0.5}
 
 
+def test_only_what_a_step_learns_from_moves_the_average_once() -> None:
+    """Of -1 and -3 the average is -2; a greedy response and a prompt that was thrown away are beside it, not in it."""
+    reward, seen = reconstruction(ema_beta=0.5), measured(["a", "b"], mse=[1.0, 3.0])
+    kept, others = reward.look(seen), reward.look(measured(["c", "d"], mse=[0.5, 4.0]))
+    for _ in range(2):
+        assert reward.scores(kept, seen, 0).rewards.tolist() == [1.0, -1.0]
+        assert reward.scores(others, seen, 0, among=kept).rewards.tolist() == [1.5, -2.0]
+    assert reward.state() == {}
+    reward.settle(kept)
+    assert reward.state() == {"reconstruction/average": -2.0}
+    reward.settle(others)
+    assert reward.state() == {"reconstruction/average": 0.5 * -2.0 + 0.5 * -2.25}
+
+
+def test_others_are_normalised_by_what_a_step_learns_from() -> None:
+    """Of -1 and -3: mean -2, deviation 1."""
+    reward, seen = reconstruction(batch_normalise=True), measured(["a", "b"], mse=[1.0, 3.0])
+    kept, others = reward.look(seen), reward.look(measured(["c", "d"], mse=[0.0, 4.0]))
+    assert reward.scores(others, seen, 0, among=kept).rewards.tolist() == [2.0, -2.0]
+
+
 def test_a_loaded_average_goes_on_where_it_was() -> None:
     first, second = reconstruction(ema_beta=0.5), reconstruction(ema_beta=0.5)
     assert first.state() == {}

@@ -18,7 +18,7 @@ from nla_megatron.config.schema import RewardConfig
 from nla_megatron.errors import ConfigError, RewardError
 from nla_megatron.messages import API_KEY_VARIABLE
 from nla_megatron.rewards import Term, make_reward, register
-from nla_megatron.rewards.terms import registered
+from nla_megatron.rewards.terms import checked, registered
 from nla_megatron.types import Measured, Scores
 from tests.support.measured import measured
 
@@ -234,6 +234,12 @@ def test_only_terms_that_say_so_are_computed_once() -> None:
     found = make_reward(RewardConfig(terms), once=on_one_rank)(SEEN, 0)
     assert len(computed) == 1
     assert found.terms["asks"].tolist() == [11.0] * 3 and found.terms["letters"].tolist() == [3.0, 0.0, 5.0]
+
+
+def test_whatever_a_term_computes_in_rewards_are_fp32() -> None:
+    values = torch.tensor([1.0, 1 / 3, 0.0], dtype=torch.float64)
+    found = checked(values, SEEN, "mine")
+    assert found.dtype == torch.float32 and torch.equal(found, values.float())
 
 
 def test_the_state_of_each_term_is_kept_under_its_label() -> None:

@@ -128,6 +128,17 @@ def test_a_model_of_another_build_is_refused(
     assert str(task.table.path) in caught.value.expected
 
 
+def test_of_another_prompt_contract_only_the_differences_are_told(
+    task: NlaTask, model_dir: Path, tmp_path: Path
+) -> None:
+    directory = tiny_model_sidecar(tmp_path, model_dir, "av")
+    other = replace(task, contract=replace(task.contract, marker="㈏", templates_av="Say <concept><INJECT></concept>"))
+    with pytest.raises(SidecarError) as caught:
+        other.check_model(str(directory), "av")
+    assert caught.value.found.startswith("prompt contract = templates_av=") and "㈏" in caught.value.expected
+    assert "templates_ar" not in caught.value.found + caught.value.expected
+
+
 def test_a_model_without_a_sidecar_is_refused(task: NlaTask, tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="nla_meta.yaml"):
         task.check_model(str(tmp_path), "av")

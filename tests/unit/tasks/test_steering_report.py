@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_the_page_shows_both_sides_and_escapes_what_the_model_wrote() -> None:
     assert "<script>" not in page and "&lt;script&gt;" in page and "two &lt;b&gt;" in page
     assert "<td>reward</td><td class=n>0.75</td><td class=n>0.5833</td>" in page
     assert "block1_feature3" in page and "12 tokens were steered" in page and "after 7 steps" in page
+
+
+def test_without_rewards_the_rest_is_compared() -> None:
+    one = comparison()
+    bare = replace(one, steered=replace(one.steered, rewards=None), plain=replace(one.plain, rewards=None))
+    assert bare.numbers() == {key: value for key, value in one.numbers().items() if "reward" not in key}
+    assert "have no reward" in comparison_page(bare) and "richness" in comparison_page(bare)
 
 
 def test_record_and_page_are_written_and_the_latest_is_kept(tmp_path: Path) -> None:

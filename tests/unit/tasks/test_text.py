@@ -74,6 +74,9 @@ def test_no_prompt_begins_twice(beginning: Any) -> None:
         ids = style.ids(beginning, QUESTION)
         assert ids[0] == bos and ids[1] != bos
     assert beginning.bos_token == "<|end|>", "the plain text above writes the beginning out itself"
+    once = PromptStyle().ids(beginning, QUESTION)
+    beginning.chat_template = "{{ bos_token }}" + beginning.chat_template
+    assert PromptStyle().ids(beginning, QUESTION) == once, "a template that writes it twice"
 
 
 def test_a_plain_prompt_is_the_tokenizers_own_and_never_ends(model_dir: Path, tokenizer: Any, beginning: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,9 @@ def test_wandb_writes_an_offline_run_into_the_run_directory(tmp_path: Path, monk
         logger.log(0, {"loss_of_this_test": 1.5})
         logger.log(1, {"loss_of_this_test": float("nan")})
     (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30  # another process writes it, which may be behind on a busy machine
+    while b"loss_of_this_test" not in run.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"loss_of_this_test" in run.read_bytes()
     assert len(read(tmp_path)) == 2
 

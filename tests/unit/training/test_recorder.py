@@ -9,7 +9,7 @@ import pytest
 
 from nla_megatron.config.schema import RlConfig, RolloutConfig
 from nla_megatron.errors import MissingFile
-from nla_megatron.training.recorder import RolloutRecorder
+from nla_megatron.training.recorder import RolloutRecorder, check_replay
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
 from tests.support.worlds import world_of
 
@@ -36,6 +36,16 @@ def test_a_step_that_was_not_recorded_is_named(tmp_path: Path) -> None:
     recorder(tmp_path, record=True).record(3, BATCH)
     with pytest.raises(MissingFile, match=r"step_00000004.jsonl[\s\S]*rollout.record=true"):
         recorder(tmp_path / "second", replay=str(tmp_path)).replayed(4)
+
+
+def test_a_run_that_replays_more_steps_than_were_recorded_is_refused_before_it(tmp_path: Path) -> None:
+    for step in range(2):
+        recorder(tmp_path, record=True).record(step, BATCH)
+    replayed = RlConfig(out="again", steps=2, rollout=RolloutConfig(replay=str(tmp_path)))
+    check_replay(replayed)
+    check_replay(replace(replayed, steps=9, rollout=RolloutConfig()))
+    with pytest.raises(MissingFile, match=r"step_00000002.jsonl"):
+        check_replay(replace(replayed, steps=3))
 
 
 def test_a_run_that_samples_replays_nothing(tmp_path: Path) -> None:

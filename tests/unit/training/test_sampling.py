@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nla_megatron.training.sampling import Scored, refilled
-from nla_megatron.types import InjectionCount, Measured, Rollout, RolloutBatch, Scores
+from nla_megatron.training.sampling import Drawn, refilled
+from nla_megatron.types import InjectionCount, Measured, Rollout, RolloutBatch
 
 SAMPLES = 2
 
 
-def scored(rewards_G2: list[tuple[float, float]], first_row: int) -> Scored:
+def drawn(rewards_G2: list[tuple[float, float]], first_row: int) -> Drawn:
     """Groups of two; texts, values and greedy rewards all tell the row that they belong to."""
     rollouts = tuple(
         Rollout(group, sample, first_row + group, (1, 2), (3,), (0.0,), f"{first_row + group}/{sample}", True)
@@ -27,18 +24,22 @@ def scored(rewards_G2: list[tuple[float, float]], first_row: int) -> Scored:
     rows = torch.tensor([float(rollout.row) for rollout in rollouts])
     measured = Measured(
         rollouts, tuple(rollout.text for rollout in rollouts), {"row": rows},
-        tuple(str(rollout.row) for rollout in rollouts), {"asked": float(len(rollouts))},
+        tuple(str(rollout.row) for rollout in rollouts), {"unreadable": 3.0},
     )  # fmt: skip
     batch = RolloutBatch(rollouts, InjectionCount(len(rollouts), len(rollouts)))
-    return Scored(batch, measured, Scores(rewards, {"term": rewards * 10}), greedy=rows)
+    return Drawn(batch, measured, {"term": rewards}, {"term": rows})
 
 
-def alike(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
-    by_group = rewards_N.view(-1, SAMPLES)
+def alike(drawn: Drawn) -> Tensor:
+    by_group = drawn.looked["term"].view(-1, SAMPLES)
     return (by_group[:, 0] == by_group[:, 1]).repeat_interleave(SAMPLES)
 
 
-ALGORITHM: Any = SimpleNamespace(uninformative=alike)
+def filled(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> Drawn:
+    found, more = drawn(one, 0), drawn(other, 100)
+    return refilled(found, alike(found), more, alike(more))
+
+
 pairs = st.lists(st.sampled_from([(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (2.0, 1.0)]), min_size=1, max_size=6)
 
 
@@ -46,10 +47,10 @@ pairs = st.lists(st.sampled_from([(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (2.0, 1.0)
 def test_dull_prompts_are_replaced_by_fresh_ones_as_far_as_these_go(
     one: list[tuple[float, float]], other: list[tuple[float, float]]
 ) -> None:
-    found = refilled(scored(one, 0), scored(other, 100), ALGORITHM)
+    found = filled(one, other)
     dull, fresh = sum(a == b for a, b in one), sum(a != b for a, b in other)
     assert found.replaced == min(dull, fresh)
-    assert int(alike(found.scores.rewards, found.batch.groups).sum()) == SAMPLES * (dull - found.replaced)
+    assert int(alike(found).sum()) == SAMPLES * (dull - found.replaced)
     kept = [row for row, (a, b) in enumerate(one) if a != b]
     assert set(kept) <= {rollout.row for rollout in found.batch.rollouts}, "a prompt that tells something stays"
 
@@ -58,7 +59,7 @@ def test_dull_prompts_are_replaced_by_fresh_ones_as_far_as_these_go(
 def test_texts_values_and_rewards_stay_with_their_rollouts(
     one: list[tuple[float, float]], other: list[tuple[float, float]]
 ) -> None:
-    found = refilled(scored(one, 0), scored(other, 100), ALGORITHM)
+    found = filled(one, other)
     rewards = {(row, sample): pair[sample] for row, pair in enumerate(one) for sample in range(SAMPLES)}
     rewards |= {(100 + row, sample): pair[sample] for row, pair in enumerate(other) for sample in range(SAMPLES)}
     keys = [(rollout.group, rollout.sample) for rollout in found.batch.rollouts]
@@ -67,12 +68,12 @@ def test_texts_values_and_rewards_stay_with_their_rollouts(
     for index, rollout in enumerate(found.batch.rollouts):
         assert found.measured.texts[index] == rollout.text == f"{rollout.row}/{rollout.sample}"
         assert found.measured.references[index] == str(rollout.row)
-        assert found.measured.values["row"][index] == rollout.row and found.greedy[index] == rollout.row
-        assert found.scores.rewards[index] == rewards[rollout.row, rollout.sample]
-        assert found.scores.terms["term"][index] == 10 * rewards[rollout.row, rollout.sample]
+        assert found.measured.values["row"][index] == rollout.row
+        assert found.greedy is not None and found.greedy["term"][index] == rollout.row
+        assert found.looked["term"][index] == rewards[rollout.row, rollout.sample]
 
 
-def test_what_was_asked_for_is_counted_over_all_rounds() -> None:
-    found = refilled(scored([(0.0, 0.0)], 0), scored([(0.0, 1.0)], 100), ALGORITHM)
+def test_requests_are_counted_over_all_rounds_and_what_the_task_counts_once() -> None:
+    found = filled([(0.0, 0.0)], [(0.0, 1.0)])
     assert found.batch.injections == InjectionCount(4, 4)
-    assert found.measured.counts == {"asked": 4.0} and found.rounds == 2
+    assert found.measured.counts == {"unreadable": 3.0} and found.rounds == 2

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nla_megatron.cli import main
+from nla_megatron.config.compose import compose
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
     ReconstructorSpec,
@@ -22,7 +23,9 @@ from nla_megatron.contract.sidecar import (
     write_dataset_sidecar,
 )
 from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape
+from nla_megatron.errors import ColumnError
 from nla_megatron.tasks.nla import NlaTask
+from nla_megatron.training.sft import check
 from tests.support.tiny import LAYER, tiny_model, tiny_tables
 
 STEPS = 4
@@ -144,6 +147,22 @@ def test_the_example_reads_any_head(base: Path, data: dict[str, Path], both: Pat
     torch.testing.assert_close(plain.reconstruct("about birds"), expected)
     vector_D = torch.from_numpy(NlaTask.open(str(data["rl"]), "rl", str(base)).table.vectors([0]))[0]
     assert isinstance(verbalize.write(both / "av", vector_D, 4), str)
+
+
+@pytest.mark.parametrize("role", ["av", "ar"])
+def test_a_row_that_is_too_long_is_named_before_anything_is_trained(
+    role: str, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    task = NlaTask.open(str(data[f"{role}_sft"]), f"{role}_sft", str(base))
+    if role == "av":
+        sequences = [[*task.prompt_ids, *task.gold_response_ids(row)] for row in range(task.table.n_rows)]
+    else:
+        sequences = task.gold_text_batch(range(task.table.n_rows)).ids
+    longest = max(map(len, sequences))
+    words = [word for word in sft(role, base, data, tmp_path / "run") if "=" in word]
+    check(compose("sft", [*words, f"max_length={longest}"]), 1)
+    with pytest.raises(ColumnError, match=f"a row of {longest} tokens"):
+        check(compose("sft", [*words, f"max_length={longest - 1}"]), 1)
 
 
 @pytest.mark.parametrize(

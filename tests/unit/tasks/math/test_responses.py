@@ -2,9 +2,19 @@ r"""The strict format and the lenient parse, case by case."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from nla_megatron.tasks.math.responses import Tags, after_hashes, boxes, last_box, read_response, strict_answer
+from nla_megatron.tasks.math.responses import (
+    Tags,
+    after_hashes,
+    boxes,
+    last_box,
+    lenient_answer,
+    read_response,
+    strict_answer,
+)
 
 TAGS = Tags()
 OPENED = Tags(opened=True)
@@ -99,6 +109,13 @@ def test_boxes_are_the_outermost_balanced_ones_in_order() -> None:
     text = "\\boxed{a{b}c} \\boxed{open \\boxed{d}"
     assert [content for content, _ in boxes(text)] == ["a{b}c", "d"]
     assert [text[end - 1] for _, end in boxes(text)] == ["}", "}"]
+
+
+def test_a_box_that_is_repeated_and_never_closes_is_read_in_one_pass() -> None:
+    """A policy that has run wild writes that as long as it may, in every response of a step."""
+    started = time.process_time()
+    assert lenient_answer("\\boxed{" * 20_000 + "4}", TAGS) == "4"
+    assert time.process_time() - started < 1
 
 
 def test_the_references_of_both_kinds_of_files() -> None:

@@ -1,0 +1,157 @@
+"""The commands that train and evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from nla_megatron.config.schema.checks import DTYPES, at_least, one_of
+from nla_megatron.config.schema.credit import AlgorithmConfig, RewardConfig
+from nla_megatron.config.schema.nla import ArConfig, ArLossConfig, CurriculumConfig, check_curriculum_ends
+from nla_megatron.config.schema.shared import OptimConfig, RolloutConfig, StageConfig, TaskConfig, TrainingStageConfig
+from nla_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """A new Qwen3-shaped model, for `pretrain`."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 512
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingStageConfig):
+    """A base model from nothing: next-token prediction on a corpus."""
+
+    corpus: str = MISSING
+    tokenizer: str = MISSING
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    sequence_length: int = 256
+    held_out: float = 0.1
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainingStageConfig):
+    """Supervised warm start of one of the two models, or of both in one run."""
+
+    role: str = MISSING
+    model: str = MISSING
+    data: str = MISSING
+    max_length: int = 512
+    """Longer rows are refused by name, never cut: a cut explanation has no end tag."""
+    ar_data: str | None = None
+    """With role both, the AR's table; `data` is the AV's."""
+    ar_model: str | None = None
+    """With role both, what the AR starts from. None: `model`."""
+    ar_optim: OptimConfig = field(default_factory=OptimConfig)
+    """With role both, the AR's optimizer; `optim` is the AV's."""
+    reconstructor: ArConfig = field(default_factory=ArConfig)
+    ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("role", self.role, ("av", "ar", "both"))
+        if (self.role == "both") != (self.ar_data is not None):
+            raise ConfigError(
+                f"role={self.role} with ar_data={self.ar_data}", "ar_data= with role=both, and only with it",
+                "set both, or neither",
+            )  # fmt: skip
+        if self.ar_model is not None and self.role != "both":
+            raise ConfigError(f"role={self.role} with ar_model={self.ar_model}", "role=both", "drop ar_model=")
+        if self.role == "av":
+            for key, value in (("reconstructor", self.reconstructor), ("ar_loss", self.ar_loss)):
+                if value != type(value)():
+                    raise ConfigError(f"{key} other than its defaults, with role=av", "role=ar or both", f"drop {key}")
+        check_curriculum_ends(self.curriculum, self.steps)
+        if self.role == "ar" and self.curriculum.steps:
+            raise ConfigError(
+                f"curriculum.steps={self.curriculum.steps} with role=ar", "role=av or both: the AR has no injection",
+                "drop curriculum",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RlConfig(TrainingStageConfig):
+    """On-policy training of a policy on a task. `batch_size` is prompts per step, `optim` the policy's."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    av: str = ""
+    """The policy of the task `nla`."""
+    ar: str = ""
+    """Who reads the AV's text, in the task `nla`."""
+    model: str = ""
+    """The policy of every other task: a Hugging Face directory."""
+    data: str = ""
+    """The task's table."""
+    held_out: str | None = None
+    eval_every: int = 0
+    eval_rows: int = 128
+    samples_per_prompt: int = 8
+    ar_optim: OptimConfig = field(default_factory=OptimConfig)
+    ar_updates: int = 1
+    """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
+    critic_optim: OptimConfig = field(default_factory=OptimConfig)
+    """Of the value model, where the algorithm has one."""
+    ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("ar_updates", self.ar_updates, 1)
+        check_curriculum_ends(self.curriculum, self.steps)
+        if self.rollout.temperature == 0:
+            raise ConfigError(
+                "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
+            )
+        if self.rollout.lora != "merged":
+            raise ConfigError(
+                f"rollout.lora={self.rollout.lora}", "merged", "rl trains all weights, of which there is no adapter"
+            )
+        at_least("samples_per_prompt", self.samples_per_prompt, 1)
+        if self.algorithm.minibatches > self.batch_size:
+            raise ConfigError(
+                f"algorithm.minibatches={self.algorithm.minibatches} with batch_size={self.batch_size}",
+                "at least one prompt in each", "lower algorithm.minibatches or raise batch_size",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalConfig(StageConfig):
+    """How well a model does its task on rows that nobody trained on: for `nla`, FVE with its controls."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    av: str = ""
+    ar: str = ""
+    model: str = ""
+    """Who answers, in every task but `nla`: a Hugging Face directory."""
+    data: str = ""
+    rows: int = 400
+    samples: int = 1
+    """Responses per row; more need a temperature. Of several, `math` reports pass@k. `nla` takes one."""
+    micro_batch_size: int = 32
+    dtype: str = "float32"
+    examples: int = 20
+    bootstrap: int = 1000
+    compare: str | None = None
+    """Another evaluation's directory: the paired difference in FVE (or in the task's own figure) is reported too."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        at_least("micro_batch_size", self.micro_batch_size, 1)
+        at_least("bootstrap", self.bootstrap, 1)
+        at_least("samples", self.samples, 1)
+        at_least("examples", self.examples, 0)

@@ -1,0 +1,82 @@
+"""What `eval` can be told of a finished `rl` run: whose models it reads, on which rows, in which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nla_megatron.config.multirun import literal
+from nla_megatron.config.schema import TaskConfig
+from nla_megatron.evaluation.runs import Run
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that a run trains: the key that names it in `rl` and in `eval`, where a run exports it, and its name in
+    checkpoints.
+
+    `sidecar`: it is told apart by an NLA sidecar.
+    """
+
+    key: str
+    exported: str
+    module: str
+    sidecar: bool
+
+
+_NLA = (TrainedModel("av", "av", "av", True), TrainedModel("ar", "ar", "ar", True))
+_PLAIN = (TrainedModel("model", "hf", "policy", False),)
+_LENGTHS = ("response_tokens_", "truncated")
+FIGURES_OF: Mapping[str, tuple[str, ...]] = {
+    "nla": ("fve_", "extraction_failed_"),
+    "math": (
+        "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
+        "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,
+    ),
+    "lexical": ("richness", "richness_ci95_", "words_", *_LENGTHS),
+}  # fmt: skip
+"""By task that `eval` knows, the figures that an evaluation will have; `_` and `.` end what only begins a name."""
+
+
+def will_have(task: str, metric: str) -> bool:
+    """Whether an evaluation of a task that `eval` knows has such a figure."""
+    return any(metric.startswith(name) if name[-1] in "_." else metric == name for name in FIGURES_OF[task])
+
+
+def models_of(run: Run) -> tuple[TrainedModel, ...]:
+    return _NLA if run.task == "nla" else _PLAIN
+
+
+def can_be_evaluated(run: Run, data: str | None) -> bool:
+    """Whether `eval` knows the task, and there are rows that the run did not train on: `data`, or its own."""
+    if run.task not in FIGURES_OF:
+        return False
+    if data is not None or run.values.get("held_out"):
+        return True
+    if run.task == "nla":
+        return False
+    from nla_megatron.tasks.text import Data, open_task
+
+    task = _task(run)
+    if task.options.get("held_out"):
+        return True
+    # Without a file of either kind a task has rows of its own, a part of which may be held out.
+    own = not run.values.get("data") and open_task(task, Data(training=False), str(run.values["model"]), run.seed)
+    return own not in (None, False)
+
+
+def evaluation_words(run: Run, models: Mapping[str, str], data: str | None) -> list[str]:
+    """The overrides of an evaluation of these models, by key, as the run's task has it."""
+    rows = data or run.values.get("held_out")
+    words = [f"{key}={literal(directory)}" for key, directory in models.items()]
+    words += [f"data={literal(str(rows))}"] if rows else []
+    if run.task == "nla":
+        return words
+    task = _task(run)
+    return [f"task={task.name}", *words, *(f"task.options.{key}={literal(one)}" for key, one in task.options.items())]
+
+
+def _task(run: Run) -> TaskConfig:
+    given: dict[str, Any] = run.record["task"]
+    return TaskConfig(given["name"], given["options"])

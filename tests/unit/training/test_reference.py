@@ -1,0 +1,123 @@
+"""The policy that a KL is measured to: as it was, or a moving average; neither disturbs the policy that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelConfig
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.logprobs import response_logprobs
+from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.training.checkpoint import Checkpoints
+from nla_megatron.training.losses import cross_entropy
+from nla_megatron.training.module import TrainModule
+from nla_megatron.training.reference import FrozenCopy, MovingCopy, make_reference
+from tests.support.tiny import tiny_model
+
+IDS, PROMPT, DECAY = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3, 0.75
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield initialise(ParallelConfig())
+    shut_down()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+def batch() -> Batch:
+    lengths = [len(row) for row in IDS]
+    return Batch(ids=IDS, fields={"mask": response_mask([PROMPT] * 2, lengths, max(lengths))})
+
+
+class Learner:
+    """A policy that learns its responses by heart, and what it is compared with."""
+
+    def __init__(self, directory: Path, world: World, dtype: str, reference: str = "ema"):
+        shape = read_shape(directory)
+        self.model: Any = build_verbalizer(shape, world, dtype)
+        load_from_hf(self.model, str(directory), shape, world, with_head=True)
+        found = make_reference(self.model, AlgorithmConfig(reference=reference, reference_decay=DECAY), True)
+        assert found is not None
+        self.reference = found
+        self.module = TrainModule(self.model, world, OPTIM, 10, 2, dtype)
+
+    def learn(self, steps: int) -> list[float]:
+        """Norms of the gradients."""
+        norms = []
+        for step in range(steps):
+            norms.append(self.module.update(batch(), cross_entropy(3.0), ("loss",), step).grad_norm)
+            if isinstance(self.reference, MovingCopy):
+                self.reference.follow()
+        return norms
+
+    def logprobs(self) -> torch.Tensor:
+        return self.module.rows(batch(), response_logprobs(1.0), 5)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().float().clone() for parameter in self.model.parameters()]
+
+    def average(self) -> list[torch.Tensor]:
+        return [value.clone() for value in self.reference.kept]
+
+
+def test_inside_the_model_is_what_it_was_and_outside_what_it_became(world: World, directory: Path) -> None:
+    learner = Learner(directory, world, "float32", reference="initial")
+    assert type(learner.reference) is FrozenCopy
+    before = learner.logprobs()
+    learner.learn(2)
+    after = learner.logprobs()
+    assert not torch.equal(before, after)
+    with learner.reference.in_place():
+        assert torch.equal(learner.logprobs(), before)
+    assert torch.equal(learner.logprobs(), after)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_is_of_the_weights_after_each_update(world: World, directory: Path, dtype: str) -> None:
+    learner = Learner(directory, world, dtype)
+    expected = learner.weights()
+    for _ in range(3):
+        learner.learn(1)
+        expected = [DECAY * one + (1 - DECAY) * new for one, new in zip(expected, learner.weights(), strict=True)]
+    for found, wanted in zip(learner.average(), expected, strict=True):
+        assert found.dtype == torch.float32 and torch.allclose(found, wanted, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_comes_back_from_a_checkpoint_to_the_bit(
+    world: World, directory: Path, tmp_path: Path, dtype: str
+) -> None:
+    learner, checkpoints = Learner(directory, world, dtype), Checkpoints(tmp_path, "rl", world, 1)
+    learner.learn(2)
+    checkpoints.save(2, {"reference": learner.reference}, {}, {})
+    kept, fresh = learner.average(), Learner(directory, world, dtype)
+    untouched = fresh.weights()
+    checkpoints.resume({"reference": fresh.reference}, {}, {})
+    assert all(torch.equal(one, other) for one, other in zip(fresh.average(), kept, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(fresh.weights(), untouched, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_policy_learns_on_after_its_average_was_saved(
+    world: World, directory: Path, tmp_path: Path, dtype: str
+) -> None:
+    """To the bit as if nothing had been saved, also where the average is of another type than the weights."""
+    straight, saved = (Learner(directory, world, dtype) for _ in range(2))
+    straight.learn(2)
+    saved.learn(2)
+    Checkpoints(tmp_path, "rl", world, 1).save(2, {"reference": saved.reference}, {}, {})
+    assert saved.learn(2) == straight.learn(2)
+    assert all(torch.equal(one, other) for one, other in zip(saved.weights(), straight.weights(), strict=True))

@@ -71,10 +71,9 @@ class FileProvider:
         return True
 
 
-@register("gsm8k")
 @dataclass
-class Gsm8k(FileProvider):
-    """Columns `question` and `answer`; the reference follows the answer's last `####`."""
+class QuestionAnswers(FileProvider):
+    """A column of questions and one of answers, in whichever form."""
 
     question_column: str = "question"
     answer_column: str = "answer"
@@ -82,6 +81,12 @@ class Gsm8k(FileProvider):
     @property
     def _columns(self) -> tuple[str, ...]:
         return (self.question_column, self.answer_column)
+
+
+@register("gsm8k")
+@dataclass
+class Gsm8k(QuestionAnswers):
+    """Columns `question` and `answer`; the reference follows the answer's last `####`."""
 
     @property
     def _expected(self) -> str:
@@ -138,15 +143,8 @@ class HendrycksMath(FileProvider):
 
 @register("table")
 @dataclass
-class AnswerTable(FileProvider):
+class AnswerTable(QuestionAnswers):
     """A column of questions and one of bare answers."""
-
-    question_column: str = "question"
-    answer_column: str = "answer"
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return (self.question_column, self.answer_column)
 
     @property
     def _expected(self) -> str:

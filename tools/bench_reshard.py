@@ -7,6 +7,8 @@ loaded by vLLM. Medians of three after one of each to warm up; start-up is left 
     sent_over_bound_max    bytes sent over those that are needed and not held, the most of the layouts in LAYOUTS; 1.0
     exact                  the engine's log-probs after both ways are the same bits
     speedup_over_gather    seconds of the full gather over seconds of the plan; at least 4
+    gather, plan           of one rank and one load: seconds, the processor's in the program and in the kernel, pages
+                           that the kernel had to find, and seconds in vLLM's repacking, which is in both
     peak_extra_bytes_plan, peak_extra_bytes_gather
                            the most that any rank's process grew by during a load (its high-water mark over what it
                            held before), by the plan and by the full gather; vLLM's own repacking is in both,
@@ -39,6 +41,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 from nla_megatron.config.schema import InterventionConfig, ParallelConfig, RolloutConfig
@@ -104,17 +107,35 @@ def planning_seconds(directory: Path, shape: ModelShape, layout: Any) -> float:
     return found.seconds_traced / 8 + found.seconds_planned
 
 
-def seconds(call: Callable[[], Any], world: Any) -> float:
+def cost(call: Callable[[], Any], world: Any) -> dict[str, float]:
+    """What one load costs this rank: medians over REPEATS."""
+    from vllm import _custom_ops
+
     from nla_megatron.parallel.collectives import barrier
 
-    times = []
+    repack, repacking = _custom_ops.create_onednn_mm, 0.0
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal repacking
+        start = time.perf_counter()
+        made = repack(*arguments)
+        repacking += time.perf_counter() - start
+        return made
+
+    found = []
+    _custom_ops.create_onednn_mm = timed
     for _ in range(1 + REPEATS):
         barrier(world)
-        start = time.perf_counter()
+        repacking, before, start = 0.0, getrusage(RUSAGE_SELF), time.perf_counter()
         call()
         barrier(world)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        took, after = time.perf_counter() - start, getrusage(RUSAGE_SELF)
+        found.append({
+            "seconds": took, "program": after.ru_utime - before.ru_utime, "kernel": after.ru_stime - before.ru_stime,
+            "pages": after.ru_minflt - before.ru_minflt, "repacking": repacking,
+        })  # fmt: skip
+    _custom_ops.create_onednn_mm = repack
+    return {name: statistics.median(one[name] for one in found[1:]) for name in found[0]}
 
 
 def peak_extra(call: Callable[[], Any]) -> int:
@@ -164,14 +185,16 @@ def measure(arguments: Sequence[str]) -> int:
             "peak_extra_bytes_plan": plan, "peak_extra_bytes_gather": whole, "staging_over_bound": plan / STAGING
         }  # fmt: skip
     else:
-        gather = seconds(lambda: engine.load(exporter.tensors()), world)
+        gather = cost(lambda: engine.load(exporter.tensors()), world)
         expected = logprobs()
         engine.load((name, tensor * 0.5) for name, tensor in exporter.tensors())
-        planned = seconds(resharder.load, world)
+        planned = cost(resharder.load, world)
         found = gather_objects((logprobs() == expected, resharder.transfer.peak / STAGING), world)
         exact, packed = all(one for one, _ in found), max(one for _, one in found)
-        result = {"exact": exact, "speedup_over_gather": gather / planned, "packed_over_bound": packed}
-        print(f"rank {world.rank}: full gather {gather:.2f} s, plan {planned:.2f} s", file=sys.stderr)
+        result = {
+            "exact": exact, "speedup_over_gather": gather["seconds"] / planned["seconds"], "packed_over_bound": packed,
+            "gather": gather, "plan": planned,
+        }  # fmt: skip
     if world.is_main:
         (directory / f"{arguments[1]}.json").write_text(json.dumps(result))
     engine.close()

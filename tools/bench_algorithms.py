@@ -5,8 +5,10 @@
     python tools/bench_algorithms.py --tasks lexical --algorithms grpo rloo
 
 A run's gain is its mean reward over the last steps less that over the first. The figure of an algorithm on a task is
-the mean gain over seeds, with the one-sided p-value of Student's t for a gain of 0. A table comes first; the last line
-is JSON: per task and algorithm `first`, `last`, `gain`, `p`, `seeds`, and `all_significant`: every p is below 0.05.
+the mean gain over seeds, with the one-sided p-value of Student's t for a gain of 0. The row `frozen` is grpo with a
+policy that stays as it is: what its reward gains is chance, and on nla the reconstructor's learning. A table comes
+first; the last line is JSON: per task and algorithm `first`, `last`, `gain`, `p`, `seeds`, and `all_significant`:
+every p is below 0.05, those of `frozen` aside.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from nla_megatron.launch.commands import run
 
 EDGE = 5
 """Steps at either end of a run that its gain compares."""
+FROZEN = ["optim.lr=1e-12"]
 COMMON = [
-    "samples_per_prompt=8", "micro_batch_size=32", "save_every=1000", "export=false", "optim.schedule=constant",
+    "samples_per_prompt=4", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
     "optim.warmup_steps=0", "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
     "rollout.max_num_batched_tokens=4096", "logger.progress=false",
 ]  # fmt: skip
@@ -59,6 +62,12 @@ def p_value(gains: list[float]) -> float:
     return 0.5 - math.copysign(inside, t)
 
 
+def runs_of(sweep: Path, algorithm: str, seeds: int) -> list[Path]:
+    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    wanted = [{"algorithm": algorithm, "seed": str(seed)} for seed in range(seeds)]
+    return [Path(job["out"]) for job in jobs if job["overrides"] in wanted]
+
+
 def rewards(directory: Path) -> list[float]:
     return [json.loads(line)["reward"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -84,16 +93,18 @@ def main() -> int:
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
-        code = run([
-            "rl", "-m", *arguments(task, options.demo), *COMMON, f"steps={options.steps}",
-            f"algorithm={','.join(options.algorithms)}", f"seed=range({options.seeds})", f"out={options.out / task}",
-        ])  # fmt: skip
-        if code:
-            return code
-        results[task] = {
-            name: measured(sorted((options.out / task).glob(f"*_algorithm={name},seed=*")))
-            for name in options.algorithms
-        }
+        results[task] = {}
+        for algorithms, extra, suffix in ((options.algorithms, [], ""), (["grpo"], FROZEN, "_frozen")):
+            out = options.out / (task + suffix)
+            code = run([
+                "rl", "-m", *arguments(task, options.demo), *COMMON, *extra, f"steps={options.steps}",
+                f"algorithm=choice({','.join(algorithms)})", f"seed=range({options.seeds})", f"out={out}",
+            ])  # fmt: skip
+            if code:
+                return code
+            for name in algorithms:
+                found = measured(runs_of(out, name, options.seeds))
+                results[task]["frozen" if suffix else name] = found
     print("| task | algorithm | first steps | last steps | gain | p |\n|---|---|---|---|---|---|")
     for task, found in results.items():
         for name, row in found.items():

@@ -4,11 +4,12 @@
     python tools/bench_algorithms.py                              # lexical and nla, resumable: the runs stay in --out
     python tools/bench_algorithms.py --tasks lexical --algorithms grpo rloo
 
-A run's gain is its mean reward over the last steps less that over the first. The figure of an algorithm on a task is
-the mean gain over seeds, with the one-sided p-value of Student's t for a gain of 0. The row `frozen` is grpo with a
-policy that stays as it is: what its reward gains is chance, and on nla the reconstructor's learning. A table comes
-first; the last line is JSON: per task and algorithm `first`, `last`, `gain`, `p`, `seeds`, and `all_significant`:
-every p is below 0.05, those of `frozen` aside.
+Rewards of one step are those of its prompts, and these differ more from step to step than models learn in a few of
+them. So each run is compared with one of the same seed, and so of the same prompts, in which nothing learns: its gain
+is the mean over the last steps of its reward less that one's. The figure is the mean gain over seeds, with the
+one-sided p-value of Student's t for no gain. On nla, where the reconstructor learns too, `policy_gain` is the same over
+runs in which it learns alone. A table comes first; the last line is JSON: per task and algorithm `untrained`,
+`trained`, `gain`, `p`, `policy_gain`, `policy_p`, `seeds`, and `all_significant`: every `p` is below 0.05.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ import numpy as np
 from nla_megatron.config.compose import conf_dir
 from nla_megatron.launch.commands import run
 
-EDGE = 5
-"""Steps at either end of a run that its gain compares."""
-FROZEN = ["optim.lr=1e-12"]
+LAST = 5
+"""Steps at the end of a run whose rewards are compared."""
+UNTRAINED, POLICY_ALONE_FROZEN = "untrained", "frozen_policy"
+CONTROLS = {
+    "lexical": {UNTRAINED: ["optim.lr=1e-12"]},
+    "nla": {UNTRAINED: ["optim.lr=1e-12", "ar_optim.lr=1e-12"], POLICY_ALONE_FROZEN: ["optim.lr=1e-12"]},
+}  # fmt: skip
+"""By task, runs of grpo that show what is no learning, or not the policy's."""
 COMMON = [
     "samples_per_prompt=4", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
     "optim.warmup_steps=0", "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
@@ -68,17 +74,40 @@ def runs_of(sweep: Path, algorithm: str, seeds: int) -> list[Path]:
     return [Path(job["out"]) for job in jobs if job["overrides"] in wanted]
 
 
-def rewards(directory: Path) -> list[float]:
-    return [json.loads(line)["reward"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def last_rewards(sweep: Path, algorithm: str, seeds: int) -> list[float]:
+    """The mean reward of the last steps, by seed."""
+    found = []
+    for run_dir in runs_of(sweep, algorithm, seeds):
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        found.append(statistics.mean(json.loads(line)["reward"] for line in lines[-LAST:]))
+    return found
 
 
-def measured(runs: list[Path]) -> dict[str, Any]:
-    ends = [(statistics.mean(found[:EDGE]), statistics.mean(found[-EDGE:])) for found in map(rewards, runs)]
-    gains = [last - first for first, last in ends]
-    return {
-        "first": statistics.mean(first for first, _ in ends), "last": statistics.mean(last for _, last in ends),
-        "gain": statistics.mean(gains), "p": p_value(gains), "seeds": len(gains),
-    }  # fmt: skip
+def measured(trained: list[float], controls: dict[str, list[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"trained": statistics.mean(trained), "seeds": len(trained)}
+    for control, prefix in ((UNTRAINED, ""), (POLICY_ALONE_FROZEN, "policy_")):
+        if control in controls:
+            gains = [one - other for one, other in zip(trained, controls[control], strict=True)]
+            row |= {f"{prefix}gain": statistics.mean(gains), f"{prefix}p": p_value(gains)}
+    return {UNTRAINED: statistics.mean(controls[UNTRAINED]), **row}
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    head = ("task", "algorithm", "untrained", "trained", "gain", "p", "policy's gain", "p")
+    lines = [head, ("---",) * len(head)]
+    for task, found in results.items():
+        for name, row in found.items():
+            alone = [f"{row['policy_gain']:+.3f}", f"{row['policy_p']:.4f}"] if "policy_gain" in row else ["", ""]
+            ends = [f"{row[UNTRAINED]:.3f}", f"{row['trained']:.3f}", f"{row['gain']:+.3f}", f"{row['p']:.4f}"]
+            lines.append((task, name, *ends, *alone))
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def swept(out: Path, task: str, demo: Path, algorithms: list[str], seeds: int, more: list[str]) -> int:
+    return run([
+        "rl", "-m", *arguments(task, demo), *COMMON, *more, f"algorithm=choice({','.join(algorithms)})",
+        f"seed=range({seeds})", f"out={out}",
+    ])  # fmt: skip
 
 
 def main() -> int:
@@ -93,22 +122,18 @@ def main() -> int:
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
-        results[task] = {}
-        for algorithms, extra, suffix in ((options.algorithms, [], ""), (["grpo"], FROZEN, "_frozen")):
-            out = options.out / (task + suffix)
-            code = run([
-                "rl", "-m", *arguments(task, options.demo), *COMMON, *extra, f"steps={options.steps}",
-                f"algorithm=choice({','.join(algorithms)})", f"seed=range({options.seeds})", f"out={out}",
-            ])  # fmt: skip
-            if code:
+        sweeps = {name: (["grpo"], extra, options.out / f"{task}_{name}") for name, extra in CONTROLS[task].items()}
+        sweeps[task] = (options.algorithms, [], options.out / task)
+        for algorithms, extra, out in sweeps.values():
+            more = [*extra, f"steps={options.steps}"]
+            if code := swept(out, task, options.demo, algorithms, options.seeds, more):
                 return code
-            for name in algorithms:
-                found = measured(runs_of(out, name, options.seeds))
-                results[task]["frozen" if suffix else name] = found
-    print("| task | algorithm | first steps | last steps | gain | p |\n|---|---|---|---|---|---|")
-    for task, found in results.items():
-        for name, row in found.items():
-            print(f"| {task} | {name} | {row['first']:.3f} | {row['last']:.3f} | {row['gain']:+.3f} | {row['p']:.4f} |")
+        controls = {name: last_rewards(sweeps[name][2], "grpo", options.seeds) for name in CONTROLS[task]}
+        results[task] = {
+            name: measured(last_rewards(options.out / task, name, options.seeds), controls)
+            for name in options.algorithms
+        }
+    print(*table(results), sep="\n")
     significant = all(row["p"] < 0.05 for found in results.values() for row in found.values())
     print(json.dumps({**results, "all_significant": significant}))
     return 0

@@ -46,7 +46,7 @@ The syntax is [Hydra's](https://hydra.cc/docs/advanced/override_grammar/basic/).
 `+provider.options.n_keywords=2`.
 
 Two things that every command has and not every command reads: `parallel` means nothing to `explain`, `build`,
-`merge` and `adopt`, which run in one process, and only the training commands log scalars, so
+`judge`, `merge` and `adopt`, which run in one process, and only the training commands log scalars, so
 elsewhere only `logger.progress` counts.
 """
 

@@ -29,7 +29,7 @@ _NLA = (TrainedModel("av", "av", "av", True), TrainedModel("ar", "ar", "ar", Tru
 _PLAIN = (TrainedModel("model", "hf", "policy", False),)
 _LENGTHS = ("response_tokens_", "truncated")
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
-    "nla": ("fve_", "extraction_failed_"),
+    "nla": ("fve_", "extraction_failed_", "named_"),
     "math": (
         "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
         "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,

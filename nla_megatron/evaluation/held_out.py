@@ -5,6 +5,7 @@ something.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +152,11 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
         value, low, high = interval(condition.mse_N.numpy())
         results |= {f"fve_{name}": value, f"fve_{name}_ci95": [low, high]}
         results[f"extraction_failed_{name}"] = sum(text is None for text in condition.texts) / len(rows)
+        if config.names:
+            results[f"named_{name}"] = {
+                figure: {"found": named(condition.texts, words), "of": len(rows)}
+                for figure, words in config.names.items()
+            }
     counts = [condition.injections for condition in conditions.values() if condition.injections is not None]
     results |= {"injected": sum(c.injected for c in counts), "expected_injections": sum(c.expected for c in counts)}
     if config.compare is not None:
@@ -160,6 +166,13 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
     write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": documents, **mses})
     with atomic_path(Path(config.out) / EXAMPLES) as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
+
+
+def named(texts: Sequence[str | None], words: Sequence[str]) -> int:
+    """How many of the texts have one of the words: whole, in any case; a text that is not there has none."""
+    # Not \b, which sees no word's end behind a sign such as the one of "C++".
+    anyone = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word.strip()) for word in words)})(?!\w)", re.IGNORECASE)
+    return sum(text is not None and anyone.search(text) is not None for text in texts)
 
 
 def _difference(

@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "nla_megatron.evaluation.command", True, "held-out figures of a task: FVE and its controls, accuracy, ...", True
     ),
+    "judge": Command("nla_megatron.evaluation.judges", False, "another model's judgement of an evaluation's texts"),
     "convert": Command(
         "nla_megatron.conversion.command",
         True,

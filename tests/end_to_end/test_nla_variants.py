@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,10 +70,14 @@ def test_sampler_and_trainer_agree_and_the_head_is_carried_on(built: Path, tmp_p
 def test_evaluation_reads_with_the_head_of_the_sidecar(built: Path, tmp_path: Path) -> None:
     models = (f"av={built / 'sft' / 'av'}", f"ar={built / 'sft' / 'ar'}")
     data = f"data={built / 'build' / 'held_out.parquet'}"
-    done = command("eval", *models, data, f"out={tmp_path / 'eval'}", "rows=8", *ROLLOUT)
+    done = command("eval", *models, data, f"out={tmp_path / 'eval'}", "rows=8", "+names.ends=[Ends]", *ROLLOUT)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+    examples = [json.loads(line) for line in (tmp_path / "eval" / "examples.jsonl").read_text().splitlines()]
+    ending = sum("ends" in re.findall(r"\w+", example["gold"].lower()) for example in examples)
+    assert found["named_gold"] == {"ends": {"found": ending, "of": 8}}
+    assert set(found) >= {"named_av", "named_shuffled"}
 
 
 def test_sampler_and_trainer_follow_the_same_curriculum(built: Path, tmp_path: Path) -> None:

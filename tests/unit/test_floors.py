@@ -16,6 +16,7 @@ FLOORS = (
     ("types", "errors"),
     ("config", "contract", "geometry"),
     ("messages",),
+    ("judging",),
     ("interventions", "rewards", "algorithms"),
     ("parallel",),
     ("models",),

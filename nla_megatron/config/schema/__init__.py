@@ -26,7 +26,14 @@ from nla_megatron.config.schema.shared import (
     TaskConfig,
     TrainingStageConfig,
 )
-from nla_megatron.config.schema.training import ArchitectureConfig, EvalConfig, PretrainConfig, RlConfig, SftConfig
+from nla_megatron.config.schema.training import (
+    ArchitectureConfig,
+    EvalConfig,
+    JudgeConfig,
+    PretrainConfig,
+    RlConfig,
+    SftConfig,
+)
 
 __all__ = [
     "AdoptConfig",
@@ -43,6 +50,7 @@ __all__ = [
     "ExplainConfig",
     "ExtractConfig",
     "InterventionConfig",
+    "JudgeConfig",
     "LauncherConfig",
     "MergeConfig",
     "OptimConfig",
@@ -72,6 +80,7 @@ SCHEMAS: dict[str, type] = {
     "sft": SftConfig,
     "rl": RlConfig,
     "eval": EvalConfig,
+    "judge": JudgeConfig,
     "convert": ConvertConfig,
     "plan": PlanConfig,
     "merge": MergeConfig,

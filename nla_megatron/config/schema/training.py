@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -147,11 +148,55 @@ class EvalConfig(StageConfig):
     bootstrap: int = 1000
     compare: str | None = None
     """Another evaluation's directory: the paired difference in FVE (or in the task's own figure) is reported too."""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """`nla`: words to look for in the explanations, whole and in any case, by their figure's name: of how many rows the
+    text names one of them."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
+        empty = [name for name, words in self.names.items() if not words or not all(map(str.strip, words))]
+        if empty or (self.names and self.task.name != "nla"):
+            raise ConfigError(
+                f"names.{empty[0]}={self.names[empty[0]]}" if empty else f"names in the task {self.task.name}",
+                "words to look for, in the task nla", "correct names=, or leave it out",
+            )  # fmt: skip
         at_least("micro_batch_size", self.micro_batch_size, 1)
         at_least("bootstrap", self.bootstrap, 1)
         at_least("samples", self.samples, 1)
         at_least("examples", self.examples, 0)
+
+
+@dataclass(frozen=True)
+class JudgeConfig(StageConfig):
+    """What another model makes of the texts of a finished evaluation. Needs ANTHROPIC_API_KEY in the environment."""
+
+    evaluation: str = MISSING
+    """The directory of an `eval` of the task nla. Its examples are judged; its `examples=` says how many there are."""
+    texts: list[str] = field(default_factory=lambda: ["explanation", "gold"])
+    """Which of an example's texts. One that is not there, as its response had no explanation, gets the worst score."""
+    rubrics: dict[str, str] = field(default_factory=dict)
+    """What makes a text good, in words, by the figure's name. The judge sees the text and its source."""
+    low: int = 1
+    """A rubric's worst score."""
+    high: int = 10
+    """A rubric's best score."""
+    candidates: int = 4
+    """Sources of other documents and the text's own, of which the judge has to find that one; 0 asks for no match."""
+    bootstrap: int = 1000
+    endpoint: dict[str, Any] = field(default_factory=dict)
+    """Who judges, and how patiently: the options of the reward term `judge` but for rubric, scale and reference.
+    Judgements are kept in `out` unless `cache` says where."""
+
+    def __post_init__(self) -> None:
+        at_least("bootstrap", self.bootstrap, 1)
+        if self.candidates < 0 or self.candidates == 1:
+            raise ConfigError(f"candidates={self.candidates}", "0, or at least 2", "correct candidates=")
+        if not self.low < self.high:
+            raise ConfigError(f"low={self.low} with high={self.high}", "low < high", "swap them")
+        empty = [name for name, rubric in self.rubrics.items() if not rubric.strip() or name == "source_match"]
+        if empty or not (self.rubrics or self.candidates) or not self.texts:
+            raise ConfigError(
+                f"rubrics {empty} and texts {self.texts}" if empty else "nothing to judge",
+                "a text, and a rubric in words under a name of its own, or candidates", "correct rubrics=, texts=",
+            )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nla_megatron.config.options import is_import_path, resolve
+from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.types import Credit, Needs, PolicyTokens, Sampled
@@ -45,23 +46,9 @@ class Algorithm(Protocol):
     def load_state(self, state: dict[str, float]) -> None: ...
 
 
-_ALGORITHMS: dict[str, Callable[[AlgorithmConfig], Algorithm]] = {}
-
-
-def register(name: str) -> Callable[[Callable[[AlgorithmConfig], Algorithm]], Callable[[AlgorithmConfig], Algorithm]]:
-    """A decorator that makes an algorithm known by name; a name is taken once.
-
-    Raises:
-        ConfigError: another algorithm has that name.
-    """
-
-    def add(factory: Callable[[AlgorithmConfig], Algorithm]) -> Callable[[AlgorithmConfig], Algorithm]:
-        if name in _ALGORITHMS:
-            raise ConfigError(f"a second algorithm {name!r}", f"one; {_ALGORITHMS[name]} has it", "rename it")
-        _ALGORITHMS[name] = factory
-        return factory
-
-    return add
+_ALGORITHMS: Registry[Callable[[AlgorithmConfig], Algorithm]] = Registry("algorithm")
+register = _ALGORITHMS.register
+"""A decorator that makes an algorithm known by name."""
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron.config.options import bind, is_import_path, resolve
+from nla_megatron.config.registry import Registry
 from nla_megatron.errors import ConfigError, RewardError
 from nla_megatron.types import Measured, Scores
 
@@ -70,7 +71,7 @@ class Term:
 
 
 T = TypeVar("T", bound=Term)
-_TERMS: dict[str, type[Term]] = {}
+_TERMS: Registry[type[Term]] = Registry("reward term", named=True)
 
 
 def register(name: str) -> Callable[[type[T]], type[T]]:
@@ -81,15 +82,8 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
     """
 
     def add(cls: type[T]) -> type[T]:
-        if name in _TERMS:
-            holder = _TERMS[name].__qualname__
-            raise ConfigError(
-                f"a second reward term {name!r} ({cls.__qualname__})", f"one; {holder} has it", "choose another name"
-            )
         options_type(cls)
-        cls.name = name
-        _TERMS[name] = cls
-        return cls
+        return _TERMS.register(name)(cls)
 
     return add
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import TaskConfig
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, response_mask
@@ -206,26 +207,9 @@ def no_vectors(rows: Sequence[int]) -> NoReturn:
     raise AssertionError("a text task has no activations")
 
 
-T = TypeVar("T", bound=TextTask)
-_TASKS: dict[str, type[TextTask]] = {}
-
-
-def register(name: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: makes a task known by name; a name is taken once.
-
-    Raises:
-        ConfigError: another task has that name.
-    """
-
-    def add(cls: type[T]) -> type[T]:
-        if name in _TASKS:
-            holder = _TASKS[name].__qualname__
-            raise ConfigError(f"a second task {name!r} ({cls.__qualname__})", f"one; {holder} has it", "rename it")
-        cls.name = name
-        _TASKS[name] = cls
-        return cls
-
-    return add
+_TASKS: Registry[type[TextTask]] = Registry("task", named=True)
+register = _TASKS.register
+"""Class decorator: makes a task known by name."""
 
 
 def text_tasks() -> tuple[str, ...]:

@@ -7,10 +7,11 @@ A provider is shown the text up to and including a position and writes what a re
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from nla_megatron.config.registry import Registry
 from nla_megatron.errors import ConfigError
 
 
@@ -86,28 +87,9 @@ class BaseProvider:
         raise NotImplementedError
 
 
-P = TypeVar("P", bound=BaseProvider)
-_PROVIDERS: dict[str, type[BaseProvider]] = {}
-
-
-def register(name: str) -> Callable[[type[P]], type[P]]:
-    """Class decorator: makes the provider known to `make_provider` as `name`.
-
-    Raises:
-        ConfigError: another provider has that name.
-    """
-
-    def add(cls: type[P]) -> type[P]:
-        if name in _PROVIDERS:
-            holder = _PROVIDERS[name].__qualname__
-            raise ConfigError(
-                f"a second provider {name!r} ({cls.__qualname__})", f"one; {holder} has it", "choose another name"
-            )
-        cls.name = name
-        _PROVIDERS[name] = cls
-        return cls
-
-    return add
+_PROVIDERS: Registry[type[BaseProvider]] = Registry("provider", named=True)
+register = _PROVIDERS.register
+"""Class decorator: makes a provider known to `make_provider` by name."""
 
 
 def make_provider(name: str, **options: object) -> Provider:

@@ -5,11 +5,12 @@ A provider is a class with `@register(name)`, or any class by its import path; i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from nla_megatron.config.options import bind, is_import_path, resolve
+from nla_megatron.config.registry import Registry
 from nla_megatron.errors import ConfigError
 
 
@@ -41,28 +42,9 @@ class Provider(Protocol):
     """How many problems were left out because no reference answer could be read."""
 
 
-P = TypeVar("P")
-_PROVIDERS: dict[str, type[Any]] = {}
-
-
-def register(name: str) -> Callable[[type[P]], type[P]]:
-    """Class decorator: makes a dataclass known to `make_provider` as `name`; a name is taken once.
-
-    Raises:
-        ConfigError: another provider has that name.
-    """
-
-    def add(cls: type[P]) -> type[P]:
-        if name in _PROVIDERS:
-            holder = _PROVIDERS[name].__qualname__
-            raise ConfigError(
-                f"a second provider of problems {name!r} ({cls.__qualname__})", f"one; {holder} has it",
-                "choose another name",
-            )  # fmt: skip
-        _PROVIDERS[name] = cls
-        return cls
-
-    return add
+_PROVIDERS: Registry[type[Any]] = Registry("provider of problems")
+register = _PROVIDERS.register
+"""Class decorator: makes a dataclass known to `make_provider` by name."""
 
 
 def make_provider(name: str, options: Mapping[str, Any], where: str = "task.options.provider") -> Provider:

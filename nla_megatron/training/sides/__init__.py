@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.parallel.world import World
@@ -12,23 +12,9 @@ from nla_megatron.parallel.world import World
 if TYPE_CHECKING:
     from nla_megatron.training.sides.base import Side
 
-_SIDES: dict[str, type[Side]] = {}
-
-
-def register(name: str) -> Callable[[type[Side]], type[Side]]:
-    """A decorator that makes a task's side known by the task's name; a name is taken once.
-
-    Raises:
-        ConfigError: another side has that name.
-    """
-
-    def add(side: type[Side]) -> type[Side]:
-        if name in _SIDES:
-            raise ConfigError(f"a second side of task {name!r}", f"one; {_SIDES[name].__name__} has it", "rename it")
-        _SIDES[name] = side
-        return side
-
-    return add
+_SIDES: Registry[type[Side]] = Registry("side of task")
+register = _SIDES.register
+"""A decorator that makes a task's side known by the task's name."""
 
 
 def side_of(config: RlConfig) -> type[Side]:

@@ -54,13 +54,19 @@ def touched(where: str, span: Span, positions: Sequence[int] = ()) -> tuple[rang
     return (range(begin, end),) if begin < end else ()
 
 
-def mark(slot_T: np.ndarray, where: str, slot: int, at: int, span: Span, positions: Sequence[int] = ()) -> int:
+def mark(
+    slot_T: np.ndarray, where: str, slot: int, at: int, span: Span, positions: Sequence[int] = (), vectors: int = 1
+) -> int:
     """Write `slot` at the touched tokens of a span that begins at index `at` of the batch; how many there are.
 
     Args:
         slot_T: (T,) int32 or int64, changed in place; the caller fills it with `UNTOUCHED` before each batch.
         slot: the request's row in the tables.
+        vectors: how many rows a request has there, one for each position: those from `slot * vectors` on.
     """
+    if vectors > 1:
+        each = enumerate(positions, slot * vectors)
+        return sum(mark(slot_T, where, row, at, span, (position,)) for row, position in each)
     count = 0
     for indices in touched(where, span, positions):
         slot_T[at + indices.start : at + indices.stop] = slot
@@ -74,14 +80,16 @@ def row_slots(
     lengths: Sequence[int],
     prompt_tokens: Sequence[int],
     positions: Sequence[Sequence[int]] = (),
+    vectors: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and decode steps of right-padded rows; row b's slot is b, and padding is untouched.
+    """Slots and decode steps of right-padded rows; row b's slot is b as `mark` writes it, and padding is untouched.
 
     Args:
         where: one of `spec.WHERE`.
         width: T, padding included.
         lengths, prompt_tokens: of each row.
         positions: absolute indices of each row, for "positions".
+        vectors: as of `mark`.
 
     Returns:
         slots (B, T) int32 and decode steps (B, T) int64. A rank of sequence parallelism, or one that stores tokens
@@ -91,6 +99,6 @@ def row_slots(
     step_BT = np.zeros((len(lengths), width), dtype=np.int64)
     for row, (length, prompt) in enumerate(zip(lengths, prompt_tokens, strict=True)):
         span = Span(0, length, prompt)
-        mark(slot_BT[row], where, row, 0, span, positions[row] if positions else ())
+        mark(slot_BT[row], where, row, 0, span, positions[row] if positions else (), vectors)
         step_BT[row, :length] = span.decode_steps()
     return slot_BT, step_BT

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nla_megatron.errors import ConfigError, InjectionError, WidthError
-from nla_megatron.interventions.maths import taken
+from nla_megatron.interventions.placement import taken
 from nla_megatron.interventions.spec import Intervention
 
 _DATA = "check the table that the request was made from"

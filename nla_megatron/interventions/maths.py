@@ -11,13 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-
-Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 _NOTHING = -0.0  # x + -0.0 is x bit for bit, also where x is -0.0
 
@@ -156,14 +152,6 @@ def _picked(stream_TD: Tensor, slots: Slots, rows_N: Tensor) -> tuple[Tensor, Te
     if slots.factor_T is not None:
         strength_NF = strength_NF * slots.factor_T[rows_N, None]
     return stream_TD[rows_N].float(), slots.table_SD[slot_N].float(), strength_NF
-
-
-def taken(vectors: Rows, count: int) -> Rows:
-    """What an intervention of `count` vectors takes of rows that bring one (N, E) or several (N, K, E) each.
-
-    One is the row's own, the last: (N, E). Of several it takes all: (N, count, E).
-    """
-    return vectors[:, -1] if count == 1 and vectors.ndim == 3 else vectors
 
 
 def check_vectors(vectors_ND: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Which tokens an intervention touches, for both sides that run a model.
+"""Which tokens an intervention touches, and with which vector, for both sides that run a model.
 
 The sampler sees spans of a request (a chunk of its prompt, then one token at a time, or all again after a preemption);
 the trainer sees whole rows. Both name a span by the absolute index of its first token, so both ask the same function.
@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 UNTOUCHED = -1
+Rows = TypeVar("Rows", np.ndarray, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,14 @@ def mark(
         slot_T[at + indices.start : at + indices.stop] = slot
         count += len(indices)
     return count
+
+
+def taken(vectors: Rows, count: int) -> Rows:
+    """What an intervention of `count` vectors takes of rows that bring one (N, E) or several (N, K, E) each.
+
+    One is the row's own, the last: (N, E). Of several it takes all: (N, count, E).
+    """
+    return vectors[:, -1] if count == 1 and vectors.ndim == 3 else vectors
 
 
 def row_slots(

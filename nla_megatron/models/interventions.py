@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nla_megatron.errors import InjectionError, WidthError
 from nla_megatron.interventions.checks import check_layers
-from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed, taken
-from nla_megatron.interventions.placement import UNTOUCHED, row_slots
+from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed
+from nla_megatron.interventions.placement import UNTOUCHED, row_slots, taken
 from nla_megatron.interventions.projection import Projection
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import EMBEDDING, Intervention

@@ -10,7 +10,7 @@ import numpy as np
 
 from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError
 from nla_megatron.interventions.checks import Marker, check_positions, check_vectors
-from nla_megatron.interventions.maths import taken
+from nla_megatron.interventions.placement import taken
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import Asked, salt_of
 

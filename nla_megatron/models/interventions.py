@@ -144,16 +144,18 @@ class Sites:
             self._check_several(number, injection, need)
 
     def _check_several(self, number: int, injection: Injection, need: str) -> None:
-        count, vectors = self.interventions[number].vectors, injection.vectors
-        if vectors is None or vectors.shape[1:-1] != (count,):
-            shape = None if vectors is None else tuple(vectors.shape)
-            raise WidthError(f"vectors of shape {shape} for {need}", f"{count} for each row", _DATA)
-        for row, positions in enumerate(injection.positions or ()):
-            only = injection.only and injection.only[row]
-            if len(positions) != count and (only is None or number in only):
-                raise InjectionError(
-                    f"positions {list(positions)} of a row for {need}", f"one for each of {count} vectors", _DATA
-                )
+        """Rows that take the intervention bring as many vectors, and a position for each."""
+        count, shape = (
+            self.interventions[number].vectors,
+            None if injection.vectors is None else injection.vectors.shape,
+        )
+        takes = [only is None or number in only for only in injection.only or (None,) * len(injection.lengths)]
+        found = {len(each) for each, taken_here in zip(injection.positions or (), takes, strict=True) if taken_here}
+        if found and (shape is None or shape[1:-1] != (count,)):
+            raise WidthError(f"vectors of shape {shape and tuple(shape)} for {need}", f"{count} for each row", _DATA)
+        if found - {count}:
+            wrong = min(found - {count})
+            raise InjectionError(f"{wrong} positions of a row for {need}", f"one for each of {count} vectors", _DATA)
 
     def _check_steering(self, number: int, steering: Steering | None, need: str) -> None:
         if steering is None:

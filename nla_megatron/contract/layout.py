@@ -199,7 +199,7 @@ def _one_marker_each(path: Path, markers: int, positions: int) -> None:
     if markers != positions:
         raise SidecarError(
             f"the AV template in {str(path)!r} has {markers} markers for 'pool.window' = {positions} activations",
-            "a marker for each", "build the table again with templates.positions=" + str(positions),
+            "a marker for each", f"build the table again with templates.positions={positions}",
         )  # fmt: skip
 
 

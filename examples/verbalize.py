@@ -36,8 +36,8 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def write(directory: Path, vector_D: Tensor, max_new_tokens: int) -> str:
-    """The AV's greedy response to an activation."""
+def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
+    """The AV's greedy response to an activation, or to those of several positions."""
     sidecar = read_model_sidecar(directory)
     tokenizer = load_tokenizer(directory)
     contract, spec = prompt_contract(sidecar), sidecar.injection
@@ -47,7 +47,7 @@ def write(directory: Path, vector_D: Tensor, max_new_tokens: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     prompt = contract.av_prompt_ids(tokenizer)
     for block in spec.blocks:
-        hook = injecting_hook(spec, vector_D, contract.marker_positions(prompt))
+        hook = injecting_hook(spec, vectors_KD, contract.marker_positions(prompt))
         model.model.layers[block].register_forward_hook(hook)
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -55,16 +55,18 @@ def write(directory: Path, vector_D: Tensor, max_new_tokens: int) -> str:
     return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
 
 
-def injecting_hook(spec: InjectionSpec, vector_D: Tensor, positions: Sequence[int]) -> Any:
-    """A forward hook for a block of `spec.blocks`: its output, the residual stream, is changed at every marker."""
+def injecting_hook(spec: InjectionSpec, vectors_KD: Tensor, positions: Sequence[int]) -> Any:
+    """A forward hook for a block of `spec.blocks`: its output, the residual stream, is changed at every marker, by the
+    one vector or by each marker's own."""
+    changes = list(zip(positions, vectors_KD.expand(len(positions), -1).split(1), strict=True))
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:
         stream_BTD = (output[0] if isinstance(output, tuple) else output).clone()
         # Only the first call sees the prompt; the later ones hold one new token each, and the cache remembers the rest.
         if stream_BTD.shape[1] > max(positions):
             scale = 1.0 if spec.scale is None else float(spec.scale)
-            for position in positions:
-                stream_BTD[:, position] = FORMULAS[spec.method](stream_BTD[:, position], vector_D[None], scale)
+            for position, vector_1D in changes:
+                stream_BTD[:, position] = FORMULAS[spec.method](stream_BTD[:, position], vector_1D, scale)
         return (stream_BTD, *output[1:]) if isinstance(output, tuple) else stream_BTD
 
     return hook
@@ -114,8 +116,9 @@ def main() -> None:
     logging.disable_progress_bar()
 
     table = Table.open(chosen.table or chosen.run / "build" / "held_out.parquet", "rl")
-    vector_D = torch.from_numpy(table.vectors([chosen.row]))[0]
-    response = write(chosen.av or chosen.run / "rl" / "av", vector_D, chosen.max_new_tokens)
+    vectors_KD = torch.from_numpy(table.inputs([chosen.row])).reshape(-1, table.d_model)
+    vector_D = vectors_KD[-1]
+    response = write(chosen.av or chosen.run / "rl" / "av", vectors_KD, chosen.max_new_tokens)
     explanation, gold = extract_explanation(response), table.column(columns.EXPLANATION)[chosen.row]
     reader = Reader(chosen.ar or chosen.run / "rl" / "ar")
     # What the activations have in common makes any two of them alike: an explanation has to do better than their mean.

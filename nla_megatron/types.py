@@ -134,10 +134,11 @@ class Steering:
 class Injection:
     """What a model's interventions need to know of the rows of a microbatch.
 
-    `vectors` (B, E) fp32, raw, one per row; the rest is the host's. `lengths` and `prompt_lengths` in tokens;
-    `positions` of each row, absolute indices in its prompt; `only`: the numbers of the interventions that a row takes,
-    None for all; `strengths` of each row, None for 1; `training_step` for schedules over training. `steering`: of the
-    whole batch, whose rows `rows` these are; it goes before `strengths`.
+    `vectors` (B, E) fp32, raw, one per row, or (B, K, E) of several, the own one last; the rest is the host's.
+    `lengths` and `prompt_lengths` in tokens; `positions` of each row, absolute indices in its prompt; `only`: the
+    numbers of the interventions that a row takes, None for all; `strengths` of each row, None for 1; `training_step`
+    for schedules over training. `steering`: of the whole batch, whose rows `rows` these are; it goes before
+    `strengths`.
     """
 
     vectors: Tensor | None
@@ -160,10 +161,10 @@ class Injection:
 class Microbatch:
     """Right-padded rows of one forward pass.
 
-    `ids` (B, T) int64; `lengths` (B,) int64; `weights` (B,) fp32, 0 for rows that only fill the last microbatch;
-    `rows` (B,) int64, the row's index in its batch; `vectors` (B, D) fp32, raw activations: what the AV reads, or the
-    AR's target; `injection` for the AV, None where its interventions leave the rows alone; `fields` whatever the loss
-    needs, (B, ...); `training_step`: the trainer's, 0-based.
+    `ids` (B, T) int64; `lengths` (B,) int64; `weights` (B,) fp32, 0 for rows that only fill the last microbatch; `rows`
+    (B,) int64, the row's index in its batch; `vectors` (B, D) fp32, raw activations: what the AV reads, (B, K, D) where
+    rows bring several, or the AR's target; `injection` for the AV, None where its interventions leave the rows alone;
+    `fields` whatever the loss needs, (B, ...); `training_step`: the trainer's, 0-based.
     """
 
     ids: Tensor

@@ -97,10 +97,18 @@ class InjectionSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """`pool`, our extension: one activation is the `mean` over the last `window` positions up to its own."""
+    """`pool`, our extension: what a row keeps of the last `window` positions up to its own.
+
+    `mean`: one activation, the mean over them. `stack`: all of them, those before its own in `preceding_vectors`.
+    """
 
     method: str
     window: int
+
+    @staticmethod
+    def positions_of(pool: PoolSpec | None) -> int:
+        """How many activations a row keeps."""
+        return pool.window if pool is not None and pool.method == "stack" else 1
 
 
 @dataclass(frozen=True)

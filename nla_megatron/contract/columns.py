@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 N_RAW_TOKENS = "n_raw_tokens"  # position of the activation + 1
 TEXT = "detokenized_text_truncated"  # the text up to and including that position
 VECTOR = "activation_vector"  # raw float32, never normalised in a file
+PRECEDING = "preceding_vectors"  # of the positions before it, oldest first, side by side; only where several are kept
 LAYER = "activation_layer"  # block index K
 DOC_ID = "doc_id"  # "{corpus}:{split}:{index}"
 EXPLANATION = "api_explanation"
@@ -38,20 +39,21 @@ _COLUMNS = {
 _OPTIONAL = {"av_sft": {TEXT, EXPLANATION}, "ar_sft": {TEXT}, "rl": {TEXT, EXPLANATION}}
 
 
-def schema(stage: str, d_model: int) -> pa.Schema:
+def schema(stage: str, d_model: int, positions: int = 1) -> pa.Schema:
     """The schema of the table that `stage` writes, with vectors of `d_model` float32.
 
     Args:
         stage: `base`, `explained`, `av_sft`, `ar_sft` or `rl`.
         d_model: the hidden size of the model the vectors come from.
+        positions: how many activations a row keeps; all but its own are in `preceding_vectors`.
 
     Raises:
-        ValueError: an unknown stage or a width below 1.
+        ValueError: an unknown stage, or a width or number of positions below 1.
     """
     import pyarrow as pa
 
-    if d_model < 1:
-        raise ValueError(f"d_model must be at least 1, got {d_model}")
+    if d_model < 1 or positions < 1:
+        raise ValueError(f"d_model and positions must be at least 1, got {d_model} and {positions}")
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     types = {
         N_RAW_TOKENS: pa.int64(),
@@ -59,7 +61,10 @@ def schema(stage: str, d_model: int) -> pa.Schema:
         VECTOR: pa.list_(pa.float32(), d_model),
         PROMPT: pa.string() if stage == "ar_sft" else messages,
     }
-    return pa.schema([(name, types.get(name, pa.string())) for name in _columns(stage)])
+    fields = [(name, types.get(name, pa.string())) for name in _columns(stage)]
+    if positions > 1:
+        fields.append((PRECEDING, pa.list_(pa.float32(), (positions - 1) * d_model)))
+    return pa.schema(fields)
 
 
 def check_columns(found: pa.Schema, stage: str, path: Path | str) -> int:
@@ -93,6 +98,24 @@ def check_columns(found: pa.Schema, stage: str, path: Path | str) -> int:
                 "write the table again with this type, or give the table of the right stage",
             )
     return int(found.field(VECTOR).type.list_size)
+
+
+def positions_of(found: pa.Schema, d_model: int, path: Path | str) -> int:
+    """How many activations a row of width `d_model` keeps: 1 without `preceding_vectors`.
+
+    Raises:
+        ColumnError: that column does not hold whole vectors side by side.
+    """
+    if PRECEDING not in found.names:
+        return 1
+    kind, (expected, fits) = found.field(PRECEDING).type, _rule(VECTOR, "base")
+    if not fits(kind) or kind.list_size == 0 or kind.list_size % d_model:
+        raise ColumnError(
+            f"column {PRECEDING!r} in {str(path)!r} has type {kind}",
+            f"{expected}, as long as one or more vectors of width {d_model}",
+            "write the table again with this type, or without this column",
+        )
+    return 1 + int(kind.list_size) // d_model
 
 
 def _columns(stage: str) -> tuple[str, ...]:

@@ -182,8 +182,10 @@ def _one_of(path: Path, key: str, value: object, allowed: tuple[str | None, ...]
 
 def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> None:
     if sidecar.pool is not None:
-        _one_of(path, "pool.method", sidecar.pool.method, ("mean",))
-        _at_least(path, "pool.window", sidecar.pool.window, 1)
+        _one_of(path, "pool.method", sidecar.pool.method, ("mean", "stack"))
+        _at_least(path, "pool.window", sidecar.pool.window, 2 if sidecar.pool.method == "stack" else 1)
+        if sidecar.pool.method == "stack" and sidecar.prompt_templates is not None:
+            _one_marker_each(path, sidecar.prompt_templates.av.count(INJECT), sidecar.pool.window)
     if sidecar.injection is not None:
         blocks = sidecar.injection.blocks
         if not blocks or len(set(blocks)) != len(blocks) or blocks[0] != sidecar.injection.layer:
@@ -191,6 +193,14 @@ def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> Non
                 f"'injection.layers' in {str(path)!r} is {list(blocks)}, with layer {sidecar.injection.layer}",
                 "different blocks, the first of them that of 'injection.layer'", _REMEDY,
             )  # fmt: skip
+
+
+def _one_marker_each(path: Path, markers: int, positions: int) -> None:
+    if markers != positions:
+        raise SidecarError(
+            f"the AV template in {str(path)!r} has {markers} markers for 'pool.window' = {positions} activations",
+            "a marker for each", f"build the table again with templates.positions={positions}",
+        )  # fmt: skip
 
 
 def _at_least(path: Path, key: str, value: int, least: int) -> None:

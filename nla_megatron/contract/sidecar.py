@@ -54,7 +54,7 @@ class DatasetSidecar:
         dataset_id: empty: derived from the other fields when written.
         tokens, prompt_templates, bos_policy: the `PromptContract`; all set in the training stages.
         injection: how the AV that this data is meant for receives the vector.
-        pool: how several positions became one activation; None where each is that of one position.
+        pool: what rows keep of several positions; None where each is of one.
         created_at, git_commit: empty: filled in when written.
     """
 
@@ -94,7 +94,7 @@ class ModelSidecar:
         extraction: block index K of the activations, and the scales.
         tokens, prompt_templates, bos_policy: the `PromptContract`. `bos_policy` is None only in foreign files.
         injection: how the AV receives the vector; None for an AR, and in files of other trainers.
-        pool: of the activations that it was trained on; None where each is that of one position.
+        pool: of the rows that it was trained on; None where each is of one position.
         reconstructor: how an AR reads; None for an AV, and for the AR that other trainers have too.
         training: whatever is worth recording; plain YAML values.
     """

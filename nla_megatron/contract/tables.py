@@ -2,7 +2,7 @@
 
 Parquet is the exchange format. For random access the first reader puts an uncompressed Arrow copy beside it, and every
 rank maps that one file, so that the page cache holds the vectors once per machine however many ranks read them.
-Shapes: N rows asked for, D width.
+Shapes: N rows asked for, D width, K activations of a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nla_megatron.contract.columns import VECTOR, check_columns
+from nla_megatron.contract.columns import PRECEDING, VECTOR, check_columns, positions_of
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.errors import ColumnError, MissingFile
 
@@ -60,7 +60,7 @@ def write_table(
 
     rows, held = 0, []
     # A dictionary of floats only costs time; strings such as `doc_id` shrink a lot.
-    texts = [name for name in schema.names if name != VECTOR]
+    texts = [name for name in schema.names if name not in (VECTOR, PRECEDING)]
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, use_dictionary=texts) as writer:
         for batch in batches:
             held.append(_as_table(batch, schema, path))
@@ -81,6 +81,7 @@ class Table:
         path: the parquet file.
         n_rows: its rows.
         d_model: D, the width of its vectors.
+        positions: K, the activations that a row keeps of consecutive positions, its own the last; mostly 1.
 
     Example:
         >>> table = Table.open("data/rl.parquet", "rl")
@@ -91,8 +92,10 @@ class Table:
     path: Path
     n_rows: int
     d_model: int
+    positions: int
     _data: pa.Table = field(repr=False)
-    _chunks: tuple[np.ndarray, ...] = field(repr=False)  # zero-copy views (rows of the chunk, D)
+    # By column, zero-copy views (rows of the chunk, its width).
+    _chunks: Mapping[str, tuple[np.ndarray, ...]] = field(repr=False)
     _starts: np.ndarray = field(repr=False)  # first row of each chunk
 
     @classmethod
@@ -115,25 +118,22 @@ class Table:
             remedy = "write the table again; the file may have been cut short while it was copied"
             raise ColumnError(f"{str(path)!r} is not readable: {error}", "a parquet file", remedy) from error
         d_model = check_columns(found, stage, path)
+        positions = positions_of(found, d_model, path)
         data = _mapped(path)
-        column = data.column(VECTOR)
-        if column.null_count or any(chunk.flatten().null_count for chunk in column.chunks):
-            raise ColumnError(
-                f"column {VECTOR!r} in {str(path)!r} has nulls", "a number everywhere", "extract the activations again"
-            )
-        chunks = tuple(chunk.flatten().to_numpy().reshape(-1, d_model) for chunk in column.chunks if len(chunk))
-        starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])[:-1]
-        return cls(path, data.num_rows, d_model, data, chunks, starts)
+        names = (VECTOR, PRECEDING) if positions > 1 else (VECTOR,)
+        chunks = {name: _views(data, name, path) for name in names}
+        starts = np.cumsum([0, *(len(chunk) for chunk in chunks[VECTOR])])[:-1]
+        return cls(path, data.num_rows, d_model, positions, data, chunks, starts)
 
     def column(self, name: str) -> list[Any]:
         """All values of a column other than the vectors, as Python objects.
 
         Raises:
             ColumnError: no such column.
-            ValueError: the vector column, which `vectors` reads.
+            ValueError: a column of vectors, which `vectors` and `preceding` read.
         """
-        if name == VECTOR:
-            raise ValueError(f"{VECTOR!r} as Python objects would stall the garbage collector; use vectors()")
+        if name in (VECTOR, PRECEDING):
+            raise ValueError(f"{name!r} as Python objects would stall the garbage collector; use vectors()")
         if name not in self._data.column_names:
             raise ColumnError(
                 f"no column {name!r} in {str(self.path)!r}; it has {', '.join(self._data.column_names)}",
@@ -152,6 +152,23 @@ class Table:
             ValueError: rows that are not whole numbers from 0 to below `n_rows`.
             ColumnError: a vector holds NaN or infinity, with its row.
         """
+        return self._floats(VECTOR, rows)
+
+    def preceding(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The vectors before each row's own, oldest first and side by side: (N, (K - 1) D); raises as `vectors`."""
+        if self.positions == 1:
+            return np.empty((len(rows), 0), dtype=np.float32)
+        return self._floats(PRECEDING, rows)
+
+    def inputs(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What the AV reads: `vectors` (N, D), or where rows keep several, all of them, the own last: (N, K, D)."""
+        own_ND = self.vectors(rows)
+        if self.positions == 1:
+            return own_ND
+        return np.concatenate([self.preceding(rows), own_ND], axis=1).reshape(-1, self.positions, self.d_model)
+
+    def _floats(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        chunks = self._chunks[name]
         rows_N = np.asarray(rows)
         if rows_N.ndim != 1 or (rows_N.size and rows_N.dtype.kind not in "iu"):
             raise ValueError(f"rows must be a flat sequence of integers, got {rows_N.dtype} of shape {rows_N.shape}")
@@ -161,19 +178,31 @@ class Table:
             raise ValueError(
                 f"row {outside[0]} is outside of {str(self.path)!r}, which has rows 0 to {self.n_rows - 1}"
             )
-        out_ND = np.empty((rows_N.size, self.d_model), dtype=np.float32)
+        width = self.d_model if name == VECTOR else (self.positions - 1) * self.d_model
+        out_ND = np.empty((rows_N.size, width), dtype=np.float32)
         chunk_N = np.searchsorted(self._starts, rows_N, side="right") - 1
         for index in np.unique(chunk_N):
             here = chunk_N == index
-            out_ND[here] = self._chunks[index][rows_N[here] - self._starts[index]]
+            out_ND[here] = chunks[index][rows_N[here] - self._starts[index]]
         bad = rows_N[~np.isfinite(out_ND).all(axis=1)]
         if bad.size:
             raise ColumnError(
-                f"column {VECTOR!r} in {str(self.path)!r} is not finite in row {bad[0]}",
+                f"column {name!r} in {str(self.path)!r} is not finite in row {bad[0]}",
                 "finite numbers",
                 "extract the activations again, in a wider dtype if the model overflows",
             )
         return out_ND
+
+
+def _views(data: pa.Table, name: str, path: Path) -> tuple[np.ndarray, ...]:
+    """The chunks of a column of vectors. Raises ColumnError where it has nulls."""
+    column = data.column(name)
+    if column.null_count or any(chunk.flatten().null_count for chunk in column.chunks):
+        raise ColumnError(
+            f"column {name!r} in {str(path)!r} has nulls", "a number everywhere", "extract the activations again"
+        )
+    width = column.type.list_size
+    return tuple(chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks if len(chunk))
 
 
 def _as_table(batch: Any, schema: pa.Schema, path: Path | str) -> pa.Table:

@@ -11,12 +11,19 @@ from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
-from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.contract.sidecar import (
+    DatasetSidecar,
+    InjectionSpec,
+    PoolSpec,
+    read_dataset_sidecar,
+    write_dataset_sidecar,
+)
 from nla_megatron.contract.splits import assign_split, held_out
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile, WidthError
 from nla_megatron.tasks.nla import load_tokenizer
+from nla_megatron.tasks.nla_checks import check_stack
 
 STAGES = {"av_sft": "av_sft", "ar_sft": "ar_sft", "rl": "rl", "held_out": "rl"}
 """Each table and the stage whose columns it has: the held-out rows are evaluated as RL rows are."""
@@ -55,7 +62,18 @@ def check(config: BuildConfig, world_size: int) -> None:
             f"{sidecar.extraction.d_model}, as its sidecar says",
             "extract the table again",
         )
+    _check_positions(config, table, PoolSpec.positions_of(sidecar.pool))
     check_run_directory("build", config)
+
+
+def _check_positions(config: BuildConfig, table: Table, positions: int) -> None:
+    """Each of a row's activations needs a marker of its own; a single one may enter at any number of them."""
+    check_stack(table, positions)
+    if positions > 1 and config.templates.positions != positions:
+        raise ConfigError(
+            f"templates.positions={config.templates.positions} for {config.input}, whose rows keep {positions} "
+            "activations each", "a marker for each", f"set templates.positions={positions}",
+        )  # fmt: skip
 
 
 def run(config: BuildConfig) -> None:
@@ -68,7 +86,8 @@ def run(config: BuildConfig) -> None:
     for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
         stage = STAGES[split]
         out = Path(config.out) / f"{split}.parquet"
-        written = write_table(out, _batches(table, rows, stage, contract), columns.schema(stage, table.d_model))
+        schema = columns.schema(stage, table.d_model, table.positions)
+        written = write_table(out, _batches(table, rows, stage, contract), schema)
         sidecar = DatasetSidecar.from_contract(
             contract, stage=stage, row_count=written, extraction=source.extraction, api_summaries=source.api_summaries,
             injection=injection_of(config.intervention), pool=source.pool, parent_datasets=(source.dataset_id,),
@@ -117,7 +136,7 @@ def _batches(table: Table, rows: list[int], stage: str, contract: PromptContract
         chunk = rows[start : start + _ROWS_PER_BATCH]
         explanations = [values[columns.EXPLANATION][row] for row in chunk]
         batch: dict[str, Any] = {name: [values[name][row] for row in chunk] for name in names}
-        batch[columns.VECTOR] = table.vectors(chunk)
+        batch[columns.VECTOR], batch[columns.PRECEDING] = table.vectors(chunk), table.preceding(chunk)
         if stage == "ar_sft":
             batch[columns.PROMPT] = [contract.templates_ar.format(explanation=text) for text in explanations]
         else:

@@ -51,7 +51,7 @@ def run(config: ExplainConfig) -> None:
     explained = _explain(config, provider, texts)
     kept = sorted(explained)
     out = Path(config.out) / TABLE
-    rows = write_table(out, _batches(base, kept, explained), columns.schema("explained", base.d_model))
+    rows = write_table(out, _batches(base, kept, explained), columns.schema("explained", base.d_model, base.positions))
     source = read_dataset_sidecar(config.input)
     write_dataset_sidecar(
         out,
@@ -121,4 +121,5 @@ def _batches(base: Table, kept: list[int], explained: dict[int, str]) -> Iterato
             **{name: [values[name][row] for row in rows] for name in names},
             columns.EXPLANATION: [explained[row] for row in rows],
             columns.VECTOR: base.vectors(rows),
+            columns.PRECEDING: base.preceding(rows),
         }

@@ -92,7 +92,7 @@ def run(config: ExtractConfig, world: World) -> None:
 
     batches = _activations(config, world, model, passages, layer)
     if world.speaks_for_its_rows:
-        write_table(_part(config, world.dp_rank), batches, columns.schema("base", shape.hidden_size))
+        write_table(_part(config, world.dp_rank), batches, _schema(config, shape))
     else:
         for _ in batches:
             pass
@@ -132,11 +132,16 @@ def sample_positions(
     return tuple(sorted(candidates[index] for index in chosen))
 
 
-def pooled_at(stream_TD: Tensor, positions: Sequence[int], window: int) -> Tensor:
-    """The mean of the `window` positions that end with each of `positions`, (len(positions), D) fp32."""
+def pooled_at(stream_TD: Tensor, positions: Sequence[int], pool: str, window: int) -> Tensor:
+    """What rows keep of the `window` positions that end with each of `positions`, fp32.
+
+    Returns:
+        (len(positions), K, D): for `stack` all of them, the first one first; otherwise their mean alone.
+    """
     last_N = torch.tensor(positions, device=stream_TD.device)
     back_W = torch.arange(window, device=stream_TD.device)
-    return stream_TD[last_N[:, None] - back_W].float().mean(dim=1)
+    window_NWD = stream_TD[last_N[:, None] - back_W].float()
+    return window_NWD.flip(1) if pool == "stack" else window_NWD.mean(dim=1, keepdim=True)
 
 
 def _activations(
@@ -156,7 +161,8 @@ def _activations(
             ) -> None:
                 for column, (row, weight) in enumerate(zip(part.rows.tolist(), part.weights.tolist(), strict=True)):
                     if weight:
-                        pooled = pooled_at(hidden_TBD[:, column], chunk[row].positions, config.pool_window)
+                        stream_TD = hidden_TBD[:, column]
+                        pooled = pooled_at(stream_TD, chunk[row].positions, config.pool, config.pool_window)
                         found[row] = pooled.cpu().numpy()
 
             batch = Batch(ids=[passage.ids for passage in chunk])
@@ -168,15 +174,25 @@ def _activations(
 
 def _columns(chunk: list[Passage], vectors: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
     rows = [(passage, position) for passage in chunk for position in passage.positions]
+    vectors_NKD = np.concatenate(vectors)
     return {
         columns.N_RAW_TOKENS: [position + 1 for _, position in rows],
         columns.TEXT: tokenizer.batch_decode(
             [passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True
         ),
-        columns.VECTOR: np.concatenate(vectors),
+        columns.VECTOR: vectors_NKD[:, -1],
+        columns.PRECEDING: vectors_NKD[:, :-1].reshape(len(rows), -1),
         columns.LAYER: [layer] * len(rows),
         columns.DOC_ID: [passage.doc_id for passage, _ in rows],
     }
+
+
+def _pool(config: ExtractConfig) -> PoolSpec | None:
+    return PoolSpec(config.pool, config.pool_window) if config.pool != "last" else None
+
+
+def _schema(config: ExtractConfig, shape: ModelShape) -> Any:
+    return columns.schema("base", shape.hidden_size, PoolSpec.positions_of(_pool(config)))
 
 
 def _part(config: ExtractConfig, share: int) -> Path:
@@ -189,7 +205,7 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
     parts = [_part(config, share) for share in range(world.dp)]
     batches = (batch for part in parts for batch in pq.ParquetFile(part).iter_batches())
     table = Path(config.out) / TABLE
-    rows = write_table(table, batches, columns.schema("base", shape.hidden_size))
+    rows = write_table(table, batches, _schema(config, shape))
     if not rows:
         raise ConfigError(
             f"no position of {config.corpus} qualifies",
@@ -200,8 +216,8 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
         base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,
         corpus_slice=CorpusSlice(config.documents_start, documents), positions_per_doc=config.positions_per_doc,
     )  # fmt: skip
-    pool = PoolSpec(config.pool, config.pool_window) if config.pool != "last" else None
-    write_dataset_sidecar(table, DatasetSidecar(stage="base", row_count=rows, extraction=extraction, pool=pool))
+    sidecar = DatasetSidecar(stage="base", row_count=rows, extraction=extraction, pool=_pool(config))
+    write_dataset_sidecar(table, sidecar)
     for part in parts:
         part.unlink()
     mark_done(config)

@@ -129,7 +129,7 @@ def _verbalised(
     task: NlaTask, engine: Engine, reader: RowRunner, targets: list[int], sources: list[int], seed: int
 ) -> Condition:
     """Texts written for the activations of `sources`, scored against those of `targets`."""
-    batch = engine.generate(task.requests(sources, seed, 0), task.table.vectors, 1)
+    batch = engine.generate(task.requests(sources, seed, 0), task.table.inputs, 1)
     texts = explanations_of(batch.rollouts)
     mse_N, _ = task.score(reader, targets, texts)
     return Condition(mse_N, tuple(texts), batch.injections)

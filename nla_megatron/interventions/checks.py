@@ -1,4 +1,7 @@
-"""What is checked before anything is generated or trained: models, vectors, markers. Legend: N vectors, D wide."""
+"""What is checked before anything is generated or trained: models, vectors, markers.
+
+Legend: N requests, K vectors each, D wide.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nla_megatron.errors import ConfigError, InjectionError, WidthError
+from nla_megatron.interventions.placement import taken
 from nla_megatron.interventions.spec import Intervention
 
 _DATA = "check the table that the request was made from"
@@ -38,34 +42,37 @@ def check_layers(interventions: Sequence[Intervention], num_layers: int) -> None
 
 
 def check_vectors(
-    intervention: Intervention, vectors_ND: np.ndarray, hidden_size: int, names: Sequence[object] = ()
+    intervention: Intervention, vectors: np.ndarray, hidden_size: int, names: Sequence[object] = ()
 ) -> None:
     """Every vector can be injected.
 
     Args:
-        vectors_ND: raw activations; for `project`, before the projection.
+        vectors: raw activations (N, D), or (N, K, D) where requests bring several; for `project`, before the
+            projection.
         names: of the requests, for messages; their numbers by default.
 
     Raises:
-        WidthError: another width than the intervention takes, or not one vector per request.
+        WidthError: another width than the intervention takes, or another number of vectors per request.
         InjectionError: NaN, inf, or a norm of zero in fp32.
     """
-    width = intervention.vector_width or hidden_size
-    if vectors_ND.ndim != 2 or vectors_ND.shape[1] != width or (names and len(names) != len(vectors_ND)):
+    width, count = intervention.vector_width or hidden_size, intervention.vectors
+    several = (count,) if count > 1 else ()
+    if taken(vectors, count).shape != (len(names or vectors), *several, width):
         raise WidthError(
-            f"vectors of shape {tuple(vectors_ND.shape)} for {intervention.mode} at {intervention.place}",
-            f"(requests, {width})", "use activations of this model, or mode=project with their vector_width",
+            f"vectors of shape {tuple(vectors.shape)} for {intervention.mode} at {intervention.place}",
+            f"({', '.join(str(each) for each in ('requests', *several, width))})",
+            "use activations of this model, or mode=project with their vector_width",
         )  # fmt: skip
     # Overflow and NaN are what is looked for here.
     with np.errstate(all="ignore"):
-        norms_N = np.sqrt(np.square(vectors_ND, dtype=np.float32).sum(axis=1, dtype=np.float32))
-    wrong = np.flatnonzero(~np.isfinite(norms_N) | (norms_N == 0))
+        norms = np.sqrt(np.square(vectors, dtype=np.float32).sum(axis=-1, dtype=np.float32)).reshape(-1)
+    wrong = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(wrong):
-        first = int(wrong[0])
+        first = int(wrong[0]) * len(vectors) // len(norms)
         name = names[first] if names else first
         raise InjectionError(
-            f"{len(wrong)} of {len(vectors_ND)} vectors cannot be injected; the first, of request {name}, has norm "
-            f"{norms_N[first]}", "finite vectors with a direction", _DATA,
+            f"{len(wrong)} of {len(norms)} vectors cannot be injected; the first, of request {name}, has norm "
+            f"{norms[wrong[0]]}", "finite vectors with a direction", _DATA,
         )  # fmt: skip
 
 
@@ -84,14 +91,19 @@ def check_positions(
         name: of the request, for messages.
 
     Raises:
-        InjectionError: no position, or one given twice or not asked for, a position outside the prompt, a token that
-            is not the marker, or another neighbour than the marker's.
+        InjectionError: no position, or one given twice or not asked for, not one for each of several vectors, a
+            position outside the prompt, a token that is not the marker, or another neighbour than the marker's.
     """
     request = f"request {name}" if name != "" else "a request"
     if bool(positions) != (intervention.where == "positions") or len(set(positions)) != len(positions):
         raise InjectionError(
             f"{request} names positions {list(positions)} for an intervention at {intervention.where!r}",
             "different positions where it is at 'positions', none elsewhere", _DATA,
+        )  # fmt: skip
+    if intervention.vectors not in (1, len(positions)):
+        raise InjectionError(
+            f"{request} names positions {list(positions)} for {intervention.vectors} vectors",
+            "a position for each vector", _DATA,
         )  # fmt: skip
     for position in positions:
         if not 0 <= position < len(prompt_ids):

@@ -155,6 +155,6 @@ def _picked(stream_TD: Tensor, slots: Slots, rows_N: Tensor) -> tuple[Tensor, Te
 
 
 def check_vectors(vectors_ND: Tensor) -> int:
-    """Rows that cannot be injected: not finite, or of no direction."""
+    """Vectors, of one row or several (N, K, D), that cannot be injected: not finite, or of no direction."""
     norms = vectors_ND.float().norm(dim=-1)
     return int((~torch.isfinite(norms) | (norms == 0)).sum())

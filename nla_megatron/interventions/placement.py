@@ -1,4 +1,4 @@
-"""Which tokens an intervention touches, for both sides that run a model.
+"""Which tokens an intervention touches, and with which vector, for both sides that run a model.
 
 The sampler sees spans of a request (a chunk of its prompt, then one token at a time, or all again after a preemption);
 the trainer sees whole rows. Both name a span by the absolute index of its first token, so both ask the same function.
@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 UNTOUCHED = -1
+Rows = TypeVar("Rows", np.ndarray, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,32 @@ def touched(where: str, span: Span, positions: Sequence[int] = ()) -> tuple[rang
     return (range(begin, end),) if begin < end else ()
 
 
-def mark(slot_T: np.ndarray, where: str, slot: int, at: int, span: Span, positions: Sequence[int] = ()) -> int:
+def mark(
+    slot_T: np.ndarray, where: str, slot: int, at: int, span: Span, positions: Sequence[int] = (), vectors: int = 1
+) -> int:
     """Write `slot` at the touched tokens of a span that begins at index `at` of the batch; how many there are.
 
     Args:
         slot_T: (T,) int32 or int64, changed in place; the caller fills it with `UNTOUCHED` before each batch.
         slot: the request's row in the tables.
+        vectors: how many rows a request has there, one for each position: those from `slot * vectors` on.
     """
+    if vectors > 1:
+        each = enumerate(positions, slot * vectors)
+        return sum(mark(slot_T, where, row, at, span, (position,)) for row, position in each)
     count = 0
     for indices in touched(where, span, positions):
         slot_T[at + indices.start : at + indices.stop] = slot
         count += len(indices)
     return count
+
+
+def taken(vectors: Rows, count: int) -> Rows:
+    """What an intervention of `count` vectors takes of rows that bring one (N, E) or several (N, K, E) each.
+
+    One is the row's own, the last: (N, E). Of several it takes all: (N, count, E).
+    """
+    return vectors[:, -1] if count == 1 and vectors.ndim == 3 else vectors
 
 
 def row_slots(
@@ -74,14 +93,16 @@ def row_slots(
     lengths: Sequence[int],
     prompt_tokens: Sequence[int],
     positions: Sequence[Sequence[int]] = (),
+    vectors: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and decode steps of right-padded rows; row b's slot is b, and padding is untouched.
+    """Slots and decode steps of right-padded rows; row b's slot is b as `mark` writes it, and padding is untouched.
 
     Args:
         where: one of `spec.WHERE`.
         width: T, padding included.
         lengths, prompt_tokens: of each row.
         positions: absolute indices of each row, for "positions".
+        vectors: as of `mark`.
 
     Returns:
         slots (B, T) int32 and decode steps (B, T) int64. A rank of sequence parallelism, or one that stores tokens
@@ -91,6 +112,6 @@ def row_slots(
     step_BT = np.zeros((len(lengths), width), dtype=np.int64)
     for row, (length, prompt) in enumerate(zip(lengths, prompt_tokens, strict=True)):
         span = Span(0, length, prompt)
-        mark(slot_BT[row], where, row, 0, span, positions[row] if positions else ())
+        mark(slot_BT[row], where, row, 0, span, positions[row] if positions else (), vectors)
         step_BT[row, :length] = span.decode_steps()
     return slot_BT, step_BT

@@ -48,6 +48,8 @@ class Intervention:
         then: the vector mode that follows `project`.
         vector_width: width of the vectors that `project` takes; None is the hidden size.
         projection_layers: of `project`; 1 is linear.
+        vectors: how many a row brings: 1 is its own at every position; of several, the i-th enters at the i-th
+            position, and its own is the last.
         sae: path that `sae_files.load_sae` reads, for the SAE modes.
         features: the SAE's features that `features` and `clamp` set; `global` scales all and names none.
         max_acts: largest activation of each feature named; empty is 1 for each.
@@ -68,6 +70,7 @@ class Intervention:
     then: str = "norm_add"
     vector_width: int | None = None
     projection_layers: int = 1
+    vectors: int = 1
     sae: str | None = None
     features: tuple[int, ...] = ()
     max_acts: tuple[float, ...] = ()
@@ -80,6 +83,7 @@ class Intervention:
         if not is_block and self.layer != EMBEDDING:
             raise ConfigError(f"layer={self.layer!r}", f"a block, 0 or more, or {EMBEDDING!r}", "set layer")
         self._check_strength()
+        self._check_vectors()
         self._check_projection()
         self._check_features()
 
@@ -91,6 +95,13 @@ class Intervention:
             raise ConfigError(f"strength={value} of replace", "the norm of what replaces the stream", "set strength")
         if self.takes_vectors and value == 0:
             raise ConfigError(f"strength=0 of {self.mode}", "a strength that does something", "remove the intervention")
+
+    def _check_vectors(self) -> None:
+        if self.vectors != 1 and not (self.vectors > 1 and self.takes_vectors and self.where == "positions"):
+            raise ConfigError(
+                f"vectors={self.vectors} of {self.mode} at {self.where!r}",
+                "1, or several where vectors enter at positions", "set vectors",
+            )  # fmt: skip
 
     def _check_projection(self) -> None:
         if self.mode != "project" and (self.vector_width is not None or self.projection_layers != 1):
@@ -166,10 +177,10 @@ class Intervention:
         return self.schedule.factors() if self.schedule.over == "decode" else (1.0,)
 
     @classmethod
-    def recorded(cls, method: str, layer: int, scale: float) -> Intervention:
+    def recorded(cls, method: str, layer: int, scale: float, vectors: int = 1) -> Intervention:
         """The one that a sidecar or a configuration describes."""
         place = EMBEDDING if layer == TOKEN_EMBEDDING else layer
-        return cls(place, method, strength=scale)
+        return cls(place, method, strength=scale, vectors=vectors)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for another process."""

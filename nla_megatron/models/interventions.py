@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nla_megatron.errors import InjectionError, WidthError
 from nla_megatron.interventions.checks import check_layers
 from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed
-from nla_megatron.interventions.placement import UNTOUCHED, row_slots
+from nla_megatron.interventions.placement import UNTOUCHED, row_slots, taken
 from nla_megatron.interventions.projection import Projection
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import EMBEDDING, Intervention
@@ -114,8 +114,8 @@ class Sites:
         """Whether a microbatch has what all of the model's interventions need, those of other stages included.
 
         Raises:
-            InjectionError: the batch lacks positions, prompt lengths or vectors.
-            WidthError: vectors of another width.
+            InjectionError: the batch lacks positions, prompt lengths or vectors, or positions for several vectors.
+            WidthError: vectors of another width, or another number of them.
         """
         if batch.injection is not None:
             for number in range(len(self.interventions)):
@@ -135,11 +135,27 @@ class Sites:
         if injection.vectors is None:
             raise InjectionError(f"a batch without vectors for {need}", "a vector for each row", _DATA)
         width = intervention.vector_width or self.hidden_size
-        if injection.vectors.shape[1] != width:
+        if injection.vectors.shape[-1] != width:
             raise WidthError(
-                f"vectors of width {injection.vectors.shape[1]} for {need}", f"{width}",
+                f"vectors of width {injection.vectors.shape[-1]} for {need}", f"{width}",
                 "use activations of this model, or mode=project with their vector_width",
             )  # fmt: skip
+        if intervention.vectors > 1:
+            self._check_several(number, injection, need)
+
+    def _check_several(self, number: int, injection: Injection, need: str) -> None:
+        """Rows that take the intervention bring as many vectors, and a position for each."""
+        count, shape = (
+            self.interventions[number].vectors,
+            None if injection.vectors is None else injection.vectors.shape,
+        )
+        takes = [only is None or number in only for only in injection.only or (None,) * len(injection.lengths)]
+        found = {len(each) for each, taken_here in zip(injection.positions or (), takes, strict=True) if taken_here}
+        if found and (shape is None or shape[1:-1] != (count,)):
+            raise WidthError(f"vectors of shape {shape and tuple(shape)} for {need}", f"{count} for each row", _DATA)
+        if found - {count}:
+            wrong = min(found - {count})
+            raise InjectionError(f"{wrong} positions of a row for {need}", f"one for each of {count} vectors", _DATA)
 
     def _check_steering(self, number: int, steering: Steering | None, need: str) -> None:
         if steering is None:
@@ -169,10 +185,12 @@ class Sites:
         strengths = [
             intervention.strengths(None if chosen else injection.strengths_of(row, number), injection.training_step)
             for row in range(len(injection.lengths))
+            for _ in range(intervention.vectors)
         ]
         vectors = injection.vectors
         if not intervention.takes_vectors or vectors is None:
             vectors = torch.zeros(len(strengths), 0, device=device)
+        vectors = taken(vectors, intervention.vectors).flatten(0, -2)
         slots = Slots(
             slot_T=_sent(slot_N, device),
             table_SD=vectors,
@@ -185,7 +203,8 @@ class Sites:
         """Slots and decode steps of the tokens that this rank holds, (T, B) each."""
         prompts = injection.prompt_lengths or injection.lengths
         where, positions = self.interventions[number].where, injection.positions or ()
-        slot_BT, step_BT = row_slots(where, width, injection.lengths, prompts, positions)
+        vectors = self.interventions[number].vectors
+        slot_BT, step_BT = row_slots(where, width, injection.lengths, prompts, positions, vectors)
         for row, only in enumerate(injection.only or ()):
             if only is not None and number not in only:
                 slot_BT[row] = UNTOUCHED
@@ -205,7 +224,8 @@ def _chosen(intervention: Intervention, number: int, injection: Injection, devic
         return None
     # Each strength of a request that asks for 1: what the intervention itself and its schedule multiply with.
     factor = intervention.strengths(None, injection.training_step)[0]
-    return Chosen(steering, torch.tensor(injection.rows, device=device), columns, factor)
+    rows_B = torch.tensor(injection.rows, device=device).repeat_interleave(intervention.vectors)
+    return Chosen(steering, rows_B, columns, factor)
 
 
 def check_parts(chunk: Any, parts: Sequence[Microbatch]) -> None:

@@ -28,7 +28,8 @@ class Asked:
     """The interventions of one request, in the order of the engine's.
 
     `prompt_tokens`: where generated tokens begin. `positions`: absolute, for interventions at "positions". `vectors`:
-    fp32 (D,) for each intervention, after any projection; None where it takes none. `strengths`: F of each
+    fp32 (D,) for each intervention, or (K, D) where it takes several, after any projection; None where it takes none.
+    `strengths`: F of each
     intervention, None where it leaves this request alone. `samples`: responses that share all this.
     """
 

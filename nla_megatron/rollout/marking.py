@@ -127,13 +127,14 @@ class Marker:
     def _mark_chunk(self, number: int, live: Live, start: int, first: int, count: int) -> Iterable[int]:
         """Several tokens of one request, prompt or recomputed; the tokens of the batch that were marked."""
         site, asked = self.sites[number], live.asked
-        where = site.intervention.where
+        where, vectors = site.intervention.where, site.intervention.vectors
         if asked.strengths[number] is None:
             return
         # What is computed again after a preemption may come in pieces, and one of them be a single token.
         self._end_run(number, live)
         span = Span(first, count, asked.prompt_tokens)
-        live.period.marked[number] += mark(site.host_slot_T, where, live.slot, start, span, asked.positions)
+        marked = mark(site.host_slot_T, where, live.slot, start, span, asked.positions, vectors)
+        live.period.marked[number] += marked
         for indices in touched(where, span, asked.positions):
             live.period.changed[number].append((first + indices.start, first + indices.stop))
             here = slice(start + indices.start, start + indices.stop)

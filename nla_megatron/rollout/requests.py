@@ -10,6 +10,7 @@ import numpy as np
 
 from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError
 from nla_megatron.interventions.checks import Marker, check_positions, check_vectors
+from nla_megatron.interventions.placement import taken
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import Asked, salt_of
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from nla_megatron.types import Rollout
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
-"""Rows of the data table -> activations (N, D) fp32; asked only for this replica's share."""
+"""Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last; asked
+only for this replica's share."""
 
 Project = Callable[[np.ndarray], np.ndarray]
 """For the mode `project`: vectors (N, E) to (N, D), as the trainer has it at that moment."""
@@ -34,10 +36,10 @@ class PromptRequest:
     A `position` of None is for requests that take no intervention at positions: the engine has none, or `only` leaves
     them out.
 
-    `more_positions`: further places of the same vector. `only`: numbers of the engine's interventions that this request
-    takes; None is all, () leaves it as the model is. `strengths`: for each intervention of the engine one number, or F
-    for steered features; None is 1. `samples`: in place of the call's. `greedy`: the likeliest tokens, one response;
-    its log-probs are those at temperature 1.
+    `more_positions`: further places of the same vector, or of the others where a row brings several. `only`: numbers of
+    the engine's interventions that this request takes; None is all, () leaves it as the model is. `strengths`: for each
+    intervention of the engine one number, or F for steered features; None is 1. `samples`: in place of the call's.
+    `greedy`: the likeliest tokens, one response; its log-probs are those at temperature 1.
     """
 
     group: int
@@ -135,10 +137,10 @@ class Terms:
     def _vectors(
         self, requests: Sequence[PromptRequest], vectors: Vectors, project: Project | None
     ) -> list[np.ndarray | None]:
-        """For each intervention what its requests bring, (N, D), or None where it takes no vectors."""
+        """For each intervention what its requests bring, (N, D) or (N, K, D), or None where it takes no vectors."""
         if not requests or not any(each.takes_vectors for each in self.interventions):
             return [None] * len(self.interventions)
-        raw_NE = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
+        raw = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
         names = [request.name for request in requests]
         brought: list[np.ndarray | None] = []
         for intervention in self.interventions:
@@ -146,14 +148,15 @@ class Terms:
                 brought.append(None)
                 continue
             try:
-                check_vectors(intervention, raw_NE, self.hidden_size, names)
+                check_vectors(intervention, raw, self.hidden_size, names)
             except InjectionError as error:
                 raise ColumnError(error.found, error.expected, "extract the table again") from error
+            own = np.ascontiguousarray(taken(raw, intervention.vectors))
             if intervention.mode == "project":
                 assert project is not None, "checked when the engine starts"
-                brought.append(np.ascontiguousarray(project(raw_NE), dtype=np.float32))
-            else:
-                brought.append(raw_NE)
+                projected_ND = project(own.reshape(-1, own.shape[-1]))
+                own = np.ascontiguousarray(projected_ND, dtype=np.float32).reshape(*own.shape[:-1], -1)
+            brought.append(own)
         return brought
 
     def _strengths(self, request: PromptRequest, training_step: int) -> tuple[tuple[float, ...] | None, ...]:

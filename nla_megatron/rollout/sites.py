@@ -21,10 +21,10 @@ from nla_megatron.interventions.spec import VECTOR_MODES, Intervention
 class Site:
     """Where an intervention happens.
 
-    `slots` is what the operator reads: `slot_T` (tokens,) int32, `table_SD` and `strength_SF` one row per request that
-    is under way, `factor_T` (tokens,) the schedule over decode steps. `applied_S` counts, on the device, the tokens
-    that were changed. The host's copies of the buffers per token are `host_slot_T` and `host_factor_T`; on the CPU they
-    are the buffers themselves.
+    `slots` is what the operator reads: `slot_T` (tokens,) int32, `table_SD` and `strength_SF` a row for each vector of
+    each request that is under way, `factor_T` (tokens,) the schedule over decode steps. `applied_S` counts, on the
+    device, the tokens that were changed. The host's copies of the buffers per token are `host_slot_T` and
+    `host_factor_T`; on the CPU they are the buffers themselves.
     """
 
     def __init__(
@@ -32,15 +32,15 @@ class Site:
     ):
         self.intervention, self.formula, self.device = intervention, formula, device
         self.factors = np.array(intervention.decode_factors(), dtype=np.float32)
-        table_width = width if intervention.takes_vectors else 0
+        table_width, rows = width if intervention.takes_vectors else 0, slots * intervention.vectors
         self.slots = Slots(
             slot_T=torch.full((tokens,), UNTOUCHED, dtype=torch.int32, device=device),
-            table_SD=torch.zeros(slots, table_width, device=device),
-            strength_SF=torch.zeros(slots, intervention.num_strengths, device=device),
+            table_SD=torch.zeros(rows, table_width, device=device),
+            strength_SF=torch.zeros(rows, intervention.num_strengths, device=device),
             factor_T=torch.full((tokens,), float(self.factors[0]), device=device),
         )
         assert self.slots.factor_T is not None
-        self.applied_S = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.applied_S = torch.zeros(rows, dtype=torch.int64, device=device)
         on_host = device.type == "cpu"
         self._slot = self.slots.slot_T if on_host else self.slots.slot_T.cpu().pin_memory()
         self._factor = self.slots.factor_T if on_host else self.slots.factor_T.cpu().pin_memory()
@@ -69,20 +69,28 @@ class Site:
         self._dirty = end
 
     def fill(self, slots: list[int], vectors: Sequence[np.ndarray | None], strength_NF: Tensor) -> None:
-        """Put N requests into slots: their vectors (D,), None for one that brings none, and strengths (N, F)."""
-        index = torch.tensor(slots).to(self.device, non_blocking=True)
-        self.slots.strength_SF[index] = strength_NF.to(self.device, non_blocking=True)
+        """Put N requests into slots: their vectors (D,) or (K, D), None for one without any, and strengths (N, F)."""
+        index = self._rows_of(slots)
+        strengths = strength_NF.repeat_interleave(self.intervention.vectors, dim=0)
+        self.slots.strength_SF[index] = strengths.to(self.device, non_blocking=True)
         if any(vector_D is not None for vector_D in vectors):
-            nothing = np.zeros(self.slots.table_SD.shape[1], dtype=np.float32)
-            vectors_ND = torch.from_numpy(np.stack([nothing if each is None else each for each in vectors]))
+            nothing = np.zeros((self.intervention.vectors, self.slots.table_SD.shape[1]), dtype=np.float32)
+            rows = [nothing if each is None else each.reshape(nothing.shape) for each in vectors]
+            vectors_ND = torch.from_numpy(np.concatenate(rows))
             self.slots.table_SD[index] = vectors_ND.to(self.device, non_blocking=True)
 
     def take_applied(self, slots: list[int]) -> Tensor:
         """The counts of some slots, (N,) on the device, which start again at 0."""
-        index = torch.tensor(slots).to(self.device, non_blocking=True)
-        counts_N = self.applied_S[index]
+        index = self._rows_of(slots)
+        counts_N = self.applied_S[index].view(len(slots), -1).sum(dim=1)
         self.applied_S[index] = 0
         return counts_N
+
+    def _rows_of(self, slots: list[int]) -> Tensor:
+        """The rows of the tables that N slots have, (N K,), as `placement.mark` names them."""
+        count = self.intervention.vectors
+        rows = [slot * count + number for slot in slots for number in range(count)]
+        return torch.tensor(rows).to(self.device, non_blocking=True)
 
     def change(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Change `hidden` so that its sum with `residual` is the stream after the intervention."""

@@ -39,11 +39,14 @@ class Curriculum:
     config: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     @classmethod
-    def of(cls, injection: InjectionSpec, config: CurriculumConfig, num_layers: int | None = None) -> Curriculum:
+    def of(
+        cls, injection: InjectionSpec, config: CurriculumConfig, num_layers: int | None = None, vectors: int = 1
+    ) -> Curriculum:
         """Those of the record first, then one for each further block of the curriculum.
 
         Args:
             num_layers: the AV's blocks; None checks none.
+            vectors: how many activations a row of the table keeps.
 
         Raises:
             ConfigError: a block of the curriculum that the model lacks, or a strength of nothing for `replace`.
@@ -62,7 +65,7 @@ class Curriculum:
         further = [block for block in dict.fromkeys(config.layers) if block not in injection.blocks]
         blocks = (*injection.blocks, *further)
         return cls(
-            tuple(Intervention.recorded(injection.method, block, scale) for block in blocks),
+            tuple(Intervention.recorded(injection.method, block, scale, vectors) for block in blocks),
             len(injection.blocks),
             config,
         )

@@ -120,7 +120,7 @@ class NlaTask:
             contract=prompt_contract(sidecar),
             tokenizer=tokenizer,
             intervention=InterventionConfig(spec.method, spec.layer, scale, layers),
-            curriculum=Curriculum.of(spec, curriculum or CurriculumConfig(), depth),
+            curriculum=Curriculum.of(spec, curriculum or CurriculumConfig(), depth, table.positions),
         )
 
     def check_model(self, directory: str, role: str) -> ModelSidecar:
@@ -182,7 +182,7 @@ class NlaTask:
 
     @property
     def marker_positions(self) -> tuple[int, ...]:
-        """Where the vector enters the prompt."""
+        """Where the vector enters the prompt, or each of a row's vectors in order."""
         return self._prompt[1]
 
     def requests(
@@ -219,7 +219,7 @@ class NlaTask:
             only=None if condition.only is None else [condition.only] * len(ids),
             strengths=None if condition.strengths is None else [condition.strengths] * len(ids),
             prompt_lengths=[len(self.prompt_ids)] * len(ids),
-            vectors=lambda chosen: self.table.vectors([rows[index] for index in chosen]),
+            vectors=lambda chosen: self.table.inputs([rows[index] for index in chosen]),
         )
 
     def text_batch(self, rows: Sequence[int], explanations: Sequence[str]) -> Batch:

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar
+from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar, PoolSpec
 from nla_megatron.contract.tables import Table
 from nla_megatron.errors import SidecarError, WidthError
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING
@@ -26,6 +26,17 @@ def check_table(table: Table, sidecar: DatasetSidecar) -> None:
         raise SidecarError(
             f"{table.n_rows} rows in {table.path}",
             f"{sidecar.row_count}, as its sidecar says",
+            "put table and sidecar of the same build together",
+        )
+    check_stack(table, PoolSpec.positions_of(sidecar.pool))
+
+
+def check_stack(table: Table, positions: int) -> None:
+    """Raises SidecarError where rows keep another number of activations than the sidecar's `positions`."""
+    if table.positions != positions:
+        raise SidecarError(
+            f"{table.positions} activations in each row of {table.path}",
+            f"{positions}, as its sidecar says",
             "put table and sidecar of the same build together",
         )
 

@@ -29,14 +29,14 @@ from tests.support import hooked
 from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
-MARKER, LEFT, RIGHT, POSITION, SAMPLES = 40, 22, 31, 4, 2
+MARKER, LEFT, RIGHT, POSITION, SECOND, SAMPLES = 40, 22, 31, 4, 27, 2
 EOS = 2
 CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
 # Prompts of 34 tokens and more in batches of at most 32, and a cache that holds about half of 6 sequences.
 CONFIG = RolloutConfig(
     max_new_tokens=28, max_num_batched_tokens=32, max_num_seqs=6, kv_block_size=32, max_model_len=128
 )
-ONLY = (None, *((number,) for number in range(8)), (0, 2, 5), ())
+ONLY = (None, *((number,) for number in range(8)), (0, 2, 5), (), (8, 9))
 
 
 def interventions(sae: Path) -> tuple[Intervention, ...]:
@@ -50,15 +50,23 @@ def interventions(sae: Path) -> tuple[Intervention, ...]:
         Intervention(0, "clamp", "prompt", features=(5,), max_acts=(2.0,), **steering),
         Intervention(2, "global", "generated", **steering),
         Intervention(0, "norm_add", "all", 0.3, Schedule("cosine", "decode", 1.0, 0.5, 12)),
+        Intervention(0, "norm_add", vectors=2),
+        Intervention(2, "project", strength=0.7, vectors=2),
     )
 
 
-def by_hand(request: PromptRequest, v: torch.Tensor, sae: hooked.PlainSae, w: torch.Tensor) -> list[hooked.Change]:
-    """The same eight, without the package: which token, how strongly, by what formula."""
-    prompt = len(request.prompt_ids)
+def by_hand(request: PromptRequest, pair: torch.Tensor, sae: hooked.PlainSae, w: torch.Tensor) -> list[hooked.Change]:
+    """The same ten, without the package: which token, how strongly, by what formula.
+
+    All but the last two, of which each marker has its own vector, take the row's own one, the second of the `pair`.
+    """
+    prompt, v, places = len(request.prompt_ids), pair[1], (request.position, *request.more_positions)
 
     def at_marker(s: float) -> Callable[[int], float | None]:
-        return lambda t: s if t == POSITION else None
+        return lambda t: s if t in places else None
+
+    def only_at(place: int, s: float) -> Callable[[int], float | None]:
+        return lambda t: s if t == place else None
 
     def cosine(t: int) -> float:
         done = min(max(t - prompt, 0), 12) / 12
@@ -74,8 +82,12 @@ def by_hand(request: PromptRequest, v: torch.Tensor, sae: hooked.PlainSae, w: to
         hooked.Change(2, sae.scaled, v, lambda t: None if t < prompt else 1.0 if request.strengths is None else 1.5),
         hooked.Change(0, hooked.norm_add, v, cosine),
     ]
+    numbered = list(enumerate(every))
+    for place, each in zip((POSITION, SECOND), pair, strict=True):
+        numbered.append((8, hooked.Change(0, hooked.norm_add, each, only_at(place, 1.0))))
+        numbered.append((9, hooked.Change(2, hooked.norm_add, w @ each + 0.25, only_at(place, 0.7))))
     # Those of one layer in the engine's order: a later hook of transformers sees what an earlier one returned.
-    return [change for number, change in enumerate(every) if request.only is None or number in request.only]
+    return [change for number, change in numbered if request.only is None or number in request.only]
 
 
 class Bench:
@@ -93,15 +105,19 @@ class Bench:
 
         self.sae = hooked.PlainSae(load_file(scratch / f"sae{tp}" / "sae_weights.safetensors"))
         rng = np.random.default_rng(3)
-        self.vectors = rng.standard_normal((len(ONLY), shape.hidden_size)).astype(np.float32) * 4
+        own = rng.standard_normal((len(ONLY), shape.hidden_size)).astype(np.float32) * 4
         self.w = torch.from_numpy(rng.standard_normal((shape.hidden_size,) * 2).astype(np.float32))
         prompt = [int(each) for each in rng.integers(5, 590, 30)]
-        prompt[POSITION - 1 : POSITION + 2] = [LEFT, MARKER, RIGHT]
+        for position in (POSITION, SECOND):
+            prompt[position - 1 : position + 2] = [LEFT, MARKER, RIGHT]
+        before = rng.standard_normal(own.shape).astype(np.float32) * 4
+        self.vectors = np.stack([before, own], axis=1)
         # Prompts of several lengths that share their first block.
         self.requests = [
             PromptRequest(
                 group, group, (*prompt, *(int(each) for each in rng.integers(5, 590, 4 + group))), POSITION,
-                100 + 10 * group, only=only, strengths=(None,) * 6 + ((1.5,), None) if only == (6,) else None,
+                100 + 10 * group, (SECOND,) if only in (None, (8, 9)) else (), only=only,
+                strengths=(None,) * 6 + ((1.5,), None, None, None) if only == (6,) else None,
             )
             for group, only in enumerate(ONLY)
         ]  # fmt: skip
@@ -120,13 +136,15 @@ class Bench:
     def sample(self, requests: Sequence[PromptRequest] | None = None, samples: int = SAMPLES) -> tuple[Rollout, ...]:
         return self.engine.generate(requests or self.requests, self.read, samples).rollouts
 
-    def gap(self, rollouts: Sequence[Rollout], temperature: float = 1.0, wrong: int = 0) -> float:
-        """Largest difference of log-probs; `wrong` takes another row's vector."""
+    def gap(
+        self, rollouts: Sequence[Rollout], temperature: float = 1.0, wrong: int = 0, swapped: bool = False
+    ) -> float:
+        """Largest difference of log-probs; `wrong` takes another row's vectors, `swapped` the other one's place."""
         worst = 0.0
         for rollout in rollouts:
             request = self.requests[rollout.group]
-            vector = torch.from_numpy(self.vectors[(rollout.row + wrong) % len(ONLY)])
-            changes = by_hand(request, vector, self.sae, self.w)
+            pair = torch.from_numpy(self.vectors[(rollout.row + wrong) % len(ONLY)])
+            changes = by_hand(request, pair.flip(0) if swapped else pair, self.sae, self.w)
             want = self.hooked.logprobs(rollout.prompt_ids, rollout.response_ids, changes, temperature)
             worst = max(worst, float((want - torch.tensor(rollout.logprobs)).abs().max()))
         return worst
@@ -149,8 +167,10 @@ def faults(bench: Bench) -> dict[str, str]:
         "greedy_group": named(lambda: bench.sample([replace(first, greedy=True)])),
         "width": named(lambda: engine.generate(two, lambda rows: np.ones((len(rows), 7), np.float32), 1)),
         "nan": named(lambda: engine.generate(two, lambda rows: np.full((len(rows), 64), np.nan, np.float32), 1)),
+        "one_position": named(lambda: bench.sample([replace(bench.requests[-1], more_positions=())])),
+        "one_vector": named(lambda: engine.generate(two, lambda rows: bench.read(rows)[:, 1], 1)),
         "zero": named(lambda: engine.generate(two, lambda rows: np.zeros((len(rows), 64), np.float32), 1)),
-        "unknown_intervention": named(lambda: bench.sample([replace(first, only=(8,))])),
+        "unknown_intervention": named(lambda: bench.sample([replace(first, only=(10,))])),
     }
     site, rank = engine.marker.sites[0], bench.world.rank
     engine.forget()
@@ -203,6 +223,7 @@ def main(result: str, scratch: str, tp: str) -> None:
     out: dict[str, Any] = {
         "order": [(r.group, r.sample, r.row) for r in first],
         "gap": bench.gap(first),
+        "gap_swapped_vectors": bench.gap([r for r in first if r.group == len(ONLY) - 1], swapped=True),
         "gap_wrong_vectors": bench.gap([r for r in first if r.group in (1, 2, 3)], wrong=1),
         "cut": sum(len(report.computed[5]) > 1 for report in reports),
         "preempted": sum(report.preemptions for report in reports),

@@ -43,8 +43,10 @@ LAYOUTS = {
     "tp2 pp2 sequence parallel recomputed": ParallelConfig(tp=2, pp=2, sequence_parallel=True, recompute="full"),
 }
 BLOCKS, STEP = 5, 3
-PROMPTS, LENGTHS = (6, 8, 5, 7), (11, 15, 9, 12)
+PROMPTS, LENGTHS = (6, 10, 5, 7), (11, 15, 9, 12)
 POSITIONS = ((3,), (1, 6), (4,), (0, 2, 5))
+# Of rows that bring two vectors; with sequence parallelism those of the second row are on different ranks.
+PAIRS = ((3, 5), (1, 9), (0, 4), (6, 2))
 CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
 STRENGTHS = (1.5, 0.5, 1.25, 2.0)  # 1 would change nothing
@@ -62,13 +64,15 @@ def interventions(sae: Path) -> tuple[Intervention, ...]:
         Intervention(4, "global", "generated", **steering),
         Intervention(3, "norm_add", "all", 0.3, Schedule("cosine", "training", 1.0, 0.5, 6)),
         Intervention("embedding", "norm_add", "prompt", 0.5),
+        Intervention(2, "norm_add", strength=1.5, vectors=2),
+        Intervention(4, "replace", strength=2.0, vectors=2),
     )
 
 
 NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding")
 CASES: dict[str, tuple[int, ...]] = {name: (number,) for number, name in enumerate(NAMES)}
-CASES |= {"all": tuple(range(len(NAMES))), "none": ()}
-FEWER = ("replace", "add", "project", "global", "all")
+CASES |= {"all": tuple(range(len(NAMES))), "none": (), "several vectors": (0, len(NAMES), len(NAMES) + 1)}
+FEWER = ("replace", "add", "project", "global", "all", "several vectors")
 """Where chunks or shards are new and the modes are not."""
 
 
@@ -81,6 +85,8 @@ class Reference:
         shape = read_shape(directory)
         self.ids = [rng.integers(3, shape.vocab_size, length).tolist() for length in LENGTHS]
         self.vectors = rng.standard_normal((len(LENGTHS), shape.hidden_size)).astype(np.float32) * 5
+        before = rng.standard_normal(self.vectors.shape).astype(np.float32) * 5
+        self.pairs = np.stack([before, self.vectors], axis=1)
         self.w = torch.eye(shape.hidden_size).requires_grad_()
         self.b = torch.zeros(shape.hidden_size).requires_grad_()
 
@@ -89,7 +95,14 @@ class Reference:
         own = STRENGTHS[row]
 
         def marked(s: float) -> Callable[[int], float | None]:
-            return lambda t: s if t in POSITIONS[row] else None
+            places = POSITIONS if max(only, default=0) < len(NAMES) else PAIRS
+            return lambda t: s if t in places[row] else None
+
+        def pair(layer: int, formula: hooked.Formula, s: float) -> list[hooked.Change]:
+            return [
+                hooked.Change(layer, formula, torch.from_numpy(each), lambda t, at=at: s if t == at else None)
+                for at, each in zip(PAIRS[row], self.pairs[row], strict=True)
+            ]
 
         trained = 0.3 * (1.0 - 0.5 * (1 - math.cos(math.pi * STEP / 6)) / 2)
         every = [
@@ -103,7 +116,10 @@ class Reference:
             hooked.Change(3, hooked.norm_add, v, lambda t: trained),
             hooked.Change("embedding", hooked.norm_add, v, lambda t: 0.5 if t < prompt else None),
         ]
-        return [change for number, change in enumerate(every) if number in only]
+        chosen = [change for number, change in enumerate(every) if number in only]
+        if len(NAMES) in only:
+            chosen += [*pair(2, hooked.norm_add, 1.5), *pair(4, hooked.replace, 2.0)]
+        return chosen
 
     def run(self, only: Sequence[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Log-probs of each response, and the gradient of their mean loss by name."""
@@ -122,10 +138,12 @@ class Reference:
 
 def batch_of(reference: Reference, only: tuple[int, ...]) -> Batch:
     mask = response_mask(PROMPTS, LENGTHS, max(LENGTHS))
-    own = tuple(tuple((s,) if number == 6 else None for number in range(len(NAMES))) for s in STRENGTHS)
+    own = tuple(tuple((s,) if number == 6 else None for number in range(len(NAMES) + 2)) for s in STRENGTHS)
+    several = max(only, default=0) >= len(NAMES)
+    vectors = reference.pairs if several else reference.vectors
     return Batch(
-        ids=reference.ids, fields={"mask": mask}, positions=POSITIONS, prompt_lengths=PROMPTS,
-        vectors=lambda rows: reference.vectors[list(rows)], only=[only] * len(LENGTHS), strengths=own,
+        ids=reference.ids, fields={"mask": mask}, positions=PAIRS if several else POSITIONS, prompt_lengths=PROMPTS,
+        vectors=lambda rows: vectors[list(rows)], only=[only] * len(LENGTHS), strengths=own,
         training_step=STEP,
     )  # fmt: skip
 
@@ -237,17 +255,21 @@ def faults(directory: Path, scratch: Path, world: World, reference: Reference) -
         return named(lambda: module.rows(batch, response_logprobs(1.0), max(LENGTHS)))
 
     marked, everywhere = Intervention(4, "norm_add"), Intervention(0, "add", "generated")
+    pair, pairs = Intervention(4, "norm_add", vectors=2), {"vectors": lambda rows: reference.pairs[list(rows)]}
     return {
         "layer": named(lambda: build(Intervention(BLOCKS, "add"))),
         "sae": named(lambda: build(Intervention(0, "global", "all", sae=str(scratch / "narrow")))),
         "width": run(marked, **wide),
         "nan": run(marked, **nan),
-        "outside": run(marked, positions=[(3,), (8,), (4,), (0,)]),
+        "outside": run(marked, positions=[(3,), (10,), (4,), (0,)]),
         "prompt": run(everywhere, prompt_lengths=(6, 16, 5, 7)),
         "no_prompts": run(everywhere, prompt_lengths=None),
         "no_positions": run(marked, positions=None),
         "no_vectors": run(marked, vectors=None),
+        "single_vectors": run(pair, positions=PAIRS),
+        "fewer_positions": run(pair, positions=[*PAIRS[:3], (2,)], **pairs),
         "fine": run(marked),
+        "fine_pairs": run(pair, positions=PAIRS, **pairs),
     }
 
 
@@ -283,6 +305,8 @@ def main(result: str, scratch: str) -> None:
         shifted = reference.vectors.copy()
         reference.vectors = np.roll(shifted, 1, axis=0)
         out["wrong vectors"] = compare(found["tp2 pp2"]["norm_add"], reference.run(CASES["norm_add"]))
+        reference.vectors, reference.pairs = shifted, reference.pairs[:, ::-1].copy()
+        out["swapped vectors"] = compare(found["tp2 pp2"]["several vectors"], reference.run(CASES["several vectors"]))
         Path(result).write_text(json.dumps(out, indent=1))
     barrier(world)
 

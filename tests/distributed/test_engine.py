@@ -34,14 +34,15 @@ def test_the_requests_were_cut_preempted_and_served_from_the_cache(found: Any) -
 
 def test_the_vectors_matter_to_the_logprobs(found: Any) -> None:
     assert found["gap_wrong_vectors"] > 1e-2
+    assert found["gap_swapped_vectors"] > 1e-2
 
 
 def test_rollouts_come_in_order_with_explicit_groups(found: Any) -> None:
-    assert found["order"] == [[group, sample, group] for group in range(11) for sample in range(2)]
+    assert found["order"] == [[group, sample, group] for group in range(12) for sample in range(2)]
 
 
 def test_replicas_get_equal_shares(found: Any) -> None:
-    assert found["replicas"] == ([22, 22] if found["tp"] == 2 else [10, 12])
+    assert found["replicas"] == ([24, 24] if found["tp"] == 2 else [12, 12])
 
 
 def test_sampling_depends_on_the_seeds_alone(found: Any) -> None:
@@ -92,7 +93,9 @@ def test_reloaded_weights_are_the_ones_that_sample_though_the_prompts_were_cache
         ("width", "WidthError: vectors of shape"),
         ("nan", "ColumnError: "),
         ("zero", "ColumnError: "),
-        ("unknown_intervention", "ConfigError: strengths for 8 interventions and only=(8,)"),
+        ("unknown_intervention", "ConfigError: strengths for 10 interventions and only=(10,)"),
+        ("one_position", "InjectionError: request group 11 (row 11) names positions [4] for 2 vectors"),
+        ("one_vector", "WidthError: vectors of shape"),
     ],
 )
 def test_what_cannot_be_served_is_named_before_generation(found: Any, fault: str, message: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.support.ranks import torchrun
 
 NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding", "all")
-FEWER = ("replace", "add", "project", "global", "all")
+NAMES += ("several vectors",)
+FEWER = ("replace", "add", "project", "global", "all", "several vectors")
 PLAIN = ("tp2 pp2", "tp2 pp2 recomputed")
 CUT = ("tp2 pp2 vpp2 recomputed", "tp2 pp2 sequence parallel recomputed")
 CASES = [(layout, name) for layout in PLAIN for name in (*NAMES, "none")]
@@ -37,6 +38,8 @@ def test_every_intervention_changes_every_row(found: Any, name: str) -> None:
 
 def test_other_vectors_would_be_seen(found: Any) -> None:
     assert found["wrong vectors"]["logprob"] > 1e-2 and found["wrong vectors"]["gradient"] > 1e-2
+    # Both of a row's vectors, each at the other's marker.
+    assert found["swapped vectors"]["logprob"] > 1e-2 and found["swapped vectors"]["gradient"] > 1e-2
 
 
 def test_blocks_are_recomputed_while_other_microbatches_are_under_way(found: Any) -> None:
@@ -61,12 +64,15 @@ def test_av_and_ar_learn_alike_on_every_layout(found: Any, layout: str) -> None:
         ("sae", "narrow' is 32 wide"),
         ("width", "WidthError: vectors of width 7"),
         ("nan", "ColumnError: 1 activations that are zero or not finite"),
-        ("outside", "InjectionError: positions [8] in row 1, whose prompt has 8 tokens"),
+        ("outside", "InjectionError: positions [10] in row 1, whose prompt has 10 tokens"),
         ("prompt", "InjectionError: a prompt of 16 tokens in row 1, which has 15"),
         ("no_prompts", "InjectionError: a batch without prompt lengths for add at 'generated' of block 0"),
         ("no_positions", "InjectionError: a batch without positions for norm_add at 'positions' of block 4"),
         ("no_vectors", "InjectionError: a batch without vectors for norm_add at 'positions' of block 4"),
+        ("single_vectors", "WidthError: vectors of shape (1, 64) for norm_add at 'positions' of block 4"),
+        ("fewer_positions", "InjectionError: 1 positions of a row for norm_add at 'positions' of block 4"),
         ("fine", "no error"),
+        ("fine_pairs", "no error"),
     ],
 )
 def test_wrong_input_is_named_on_every_rank(found: Any, fault: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Several blocks, several markers, pooled activations and another head, from the table to RL and evaluation."""
+"""Several blocks, markers or activations, pooling and another head, from the table to RL and evaluation."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
+import torch
 
+from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import (
     PoolSpec,
     read_dataset_sidecar,
     read_model_sidecar,
     write_dataset_sidecar,
 )
+from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import HEAD_FILE
+from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.ranks import command
 from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
 
@@ -105,3 +111,64 @@ def test_sampler_and_trainer_follow_the_same_curriculum(built: Path, tmp_path: P
     for again, first in zip(steps["replayed"], steps["harder"], strict=True):
         assert again["policy_loss"] == pytest.approx(first["policy_loss"], abs=1e-4)
         assert again["entropy"] == pytest.approx(first["entropy"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, the activations of three positions a row, at two blocks, and both models' warm start."""
+    out = tmp_path_factory.mktemp("stacked")
+    base, names = tiny_model(out / "base"), sorted(topics)[:24]
+    corpus = [json.dumps({"doc_id": f"topics:train:{name}", "text": topics[name][:300]}) for name in names]
+    (out / "corpus.jsonl").write_text("\n".join(corpus))
+    template = "Explain " + " and ".join(["<concept><INJECT></concept>"] * 3)
+    model, tables = f"model={base}", {name: out / "build" / f"{name}.parquet" for name in ("av_sft", "ar_sft")}
+    for words in (
+        ("extract", model, f"corpus={out / 'corpus.jsonl'}", "layer=2", "pool=stack", "pool_window=3", "min_position=8",
+         "max_length=48", "positions_per_doc=2", "batch_size=5", "parallel=tp2", f"out={out / 'extract'}"),
+        ("explain", f"input={out / 'extract' / 'base.parquet'}", f"out={out / 'explain'}"),
+        ("build", model, f"input={out / 'explain' / 'explained.parquet'}", "held_out=0.3", f"templates.av='{template}'",
+         f"templates.ar='{AR_TEMPLATE}'", "templates.positions=3", "intervention.layers=[0,2]", f"out={out / 'build'}"),
+        ("sft", "role=both", model, f"data={tables['av_sft']}", f"ar_data={tables['ar_sft']}", f"out={out / 'sft'}",
+         "steps=2", "batch_size=4", "parallel=tp2"),
+    ):  # fmt: skip
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_extract_stacks_the_hidden_states_of_transformers(stacked: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stacked / "base"), load_tokenizer(str(stacked / "base"))
+    table = Table.open(stacked / "extract" / "base.parquet", "base")
+    assert (table.n_rows, table.positions) == (48, 3)
+    rows = zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), table.inputs(range(48)), strict=True)
+    for doc_id, stop, vectors_KD in rows:
+        ids = tokenizer(topics[doc_id.split(":")[-1]][:300])["input_ids"][:48]
+        with torch.no_grad():
+            states_TD = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+        np.testing.assert_allclose(vectors_KD, states_TD[stop - 3 : stop], atol=1e-4)
+    rl = Table.open(stacked / "build" / "rl.parquet", "rl")
+    keys = list(zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), strict=True))
+    here = zip(rl.column(columns.DOC_ID), rl.column(columns.N_RAW_TOKENS), strict=True)
+    np.testing.assert_array_equal(rl.inputs(range(rl.n_rows)), table.inputs([keys.index(key) for key in here]))
+
+
+def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path, tmp_path: Path) -> None:
+    models = (f"av={stacked / 'sft' / 'av'}", f"ar={stacked / 'sft' / 'ar'}")
+    held_out = stacked / "build" / "held_out.parquet"
+    done = command(
+        "rl", *models, f"data={stacked / 'build' / 'rl.parquet'}", f"out={tmp_path / 'rl'}", "steps=2", "batch_size=3",
+        "samples_per_prompt=2", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "parallel=tp2",
+        f"held_out={held_out}", "eval_every=1", "eval_rows=4", *ROLLOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["injected"] for step in steps] == [6, 6]
+    assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
+    assert [read_model_sidecar(tmp_path / "rl" / role).pool for role in ("av", "ar")] == [PoolSpec("stack", 3)] * 2
+    trained = (f"av={tmp_path / 'rl' / 'av'}", f"ar={tmp_path / 'rl' / 'ar'}")
+    done = command("eval", *trained, f"data={held_out}", f"out={tmp_path / 'eval'}", "rows=8", *ROLLOUT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nla_megatron.contract import columns
+from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import PromptContract, wrap_explanation
 from nla_megatron.contract.sidecar import (
     ApiSummaries,
@@ -19,6 +20,7 @@ from nla_megatron.contract.sidecar import (
     DatasetSidecar,
     InjectionSpec,
     ModelSidecar,
+    PoolSpec,
     write_dataset_sidecar,
     write_model_sidecar,
 )
@@ -76,14 +78,16 @@ def tiny_model(directory: Path, **shape: Any) -> Path:
     return directory
 
 
-def tiny_contract(model: Path) -> PromptContract:
-    """The prompts of the tiny tables with the tokenizer of `model`."""
+def tiny_contract(model: Path, positions: int = 1) -> PromptContract:
+    """The prompts of the tiny tables with the tokenizer of `model`, and so many markers."""
     from transformers import PreTrainedTokenizerFast
 
-    return PromptContract.derive(PreTrainedTokenizerFast.from_pretrained(model), AV_TEMPLATE, AR_TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    template = several_markers(AV_TEMPLATE, positions)
+    return PromptContract.derive(tokenizer, template, AR_TEMPLATE, positions=positions)
 
 
-def tiny_rows(width: int, documents: int = 16, rows_per_document: int = 3) -> dict[str, Any]:
+def tiny_rows(width: int, documents: int = 16, rows_per_document: int = 3, positions: int = 1) -> dict[str, Any]:
     """Every column a table can have but the prompts: documents of nested prefixes, explanations, random vectors."""
     numbers = [(document, row) for document in range(documents) for row in range(rows_per_document)]
     rng = np.random.default_rng(0)
@@ -94,27 +98,30 @@ def tiny_rows(width: int, documents: int = 16, rows_per_document: int = 3) -> di
         columns.DOC_ID: [f"tiny:train:{document}" for document, _ in numbers],
         columns.EXPLANATION: [f"last: things\nabout: document {document}, row {row}" for document, row in numbers],
         columns.VECTOR: rng.standard_normal((len(numbers), width), dtype=np.float32),
+        columns.PRECEDING: rng.standard_normal((len(numbers), (positions - 1) * width), dtype=np.float32),
     }
 
 
 def tiny_table(path: Path, model: Path, stage: str, rows: Mapping[str, Any] | None = None) -> Path:
     """Write one table of `stage` for `model`, with its sidecar; `rows` are by default those of `tiny_rows`."""
     width = read_shape(model).hidden_size
-    values, contract = dict(rows or tiny_rows(width)), tiny_contract(model)
+    values = dict(rows or tiny_rows(width))
+    positions = 1 + values[columns.PRECEDING].shape[1] // width
+    pool, contract = PoolSpec("stack", positions) if positions > 1 else None, tiny_contract(model, positions)
     explanations: Sequence[str] = values[columns.EXPLANATION]
     if stage == "ar_sft":
         values[columns.PROMPT] = [AR_TEMPLATE.format(explanation=text) for text in explanations]
     else:
         values[columns.PROMPT] = [contract.messages()] * len(explanations)
     values[columns.RESPONSE] = [wrap_explanation(text) for text in explanations]
-    count = write_table(path, [values], columns.schema(stage, width))
+    count = write_table(path, [values], columns.schema(stage, width, positions))
     extraction = DatasetExtraction(str(model), width, LAYER, "tiny", CorpusSlice(0, 16), positions_per_doc=3)
     if stage in ("base", "explained"):
         summaries = ApiSummaries("keywords", 6, 0.0, "the last word") if stage == "explained" else None
-        sidecar = DatasetSidecar("base", count, extraction, api_summaries=summaries)
+        sidecar = DatasetSidecar("base", count, extraction, pool=pool, api_summaries=summaries)
     else:
         sidecar = DatasetSidecar.from_contract(
-            contract, stage=stage, row_count=count, extraction=extraction, injection=INJECTION
+            contract, stage=stage, row_count=count, extraction=extraction, injection=INJECTION, pool=pool
         )
     write_dataset_sidecar(path, sidecar)
     return path

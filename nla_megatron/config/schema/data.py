@@ -36,7 +36,8 @@ class ExtractConfig(StageConfig):
     min_position: int = 50
     positions_per_doc: int = 10
     pool: str = "last"
-    """last: the activation of a sampled position. mean: the mean of the last `pool_window` positions' up to it."""
+    """last: the activation of a sampled position. mean: the mean of the last `pool_window` positions' up to it. stack:
+    its own, and beside it those of the `pool_window` - 1 positions before it, which the AV reads too."""
     pool_window: int = 1
     documents_start: int = 0
     documents_length: int | None = None
@@ -50,10 +51,12 @@ class ExtractConfig(StageConfig):
         at_least("positions_per_doc", self.positions_per_doc, 1)
         at_least("min_position", self.min_position, 0)
         at_least("max_length", self.max_length, self.min_position + 1)
-        one_of("pool", self.pool, ("last", "mean"))
+        one_of("pool", self.pool, ("last", "mean", "stack"))
         at_least("pool_window", self.pool_window, 1)
         if self.pool == "last" and self.pool_window > 1:
-            raise ConfigError(f"pool_window={self.pool_window} with pool=last", "pool=mean", "set pool=mean")
+            raise ConfigError(f"pool_window={self.pool_window} with pool=last", "pool=mean or pool=stack", "set pool=")
+        if self.pool == "stack" and self.pool_window < 2:
+            raise ConfigError(f"pool_window={self.pool_window} with pool=stack", "at least 2", "set pool_window=")
         if self.pool_window > self.min_position + 1:
             raise ConfigError(
                 f"pool_window={self.pool_window} with min_position={self.min_position}",

@@ -135,8 +135,9 @@ class TemplateConfig:
     ar: str | None = None
     marker: str | None = None
     positions: int = 1
-    """How often the marker stands in the AV's prompt, the same vector at each. A template of your own holds `<INJECT>`
-    so many times, each between the same neighbours."""
+    """How often the marker stands in the AV's prompt: the same vector at each, or of a table of `pool=stack` each one
+    at its own, and then as many. A template of your own holds `<INJECT>` so many times, each between the same
+    neighbours."""
 
     def __post_init__(self) -> None:
         at_least("templates.positions", self.positions, 1)

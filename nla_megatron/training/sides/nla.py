@@ -48,7 +48,7 @@ class NlaSide:
         if config.held_out is not None:
             self.held_out = NlaTask.open(config.held_out, "rl", config.av, config.curriculum)
         self.ar_loss = make_reconstruction_loss(config.ar_loss)
-        self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.table.vectors
+        self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.table.inputs
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype)
         ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
@@ -130,7 +130,7 @@ class NlaSide:
         }
 
     def _batch_fve(self, batch: RolloutBatch, mse_N: Tensor) -> float:
-        vectors_ND = torch.from_numpy(self.vectors(list(dict.fromkeys(batch.rows))))
+        vectors_ND = torch.from_numpy(self.task.table.vectors(list(dict.fromkeys(batch.rows))))
         spread = geometry.variance(vectors_ND, self.task.mse_scale)
         return 1 - float(mse_N.mean()) / spread if spread else float("nan")
 
@@ -140,7 +140,7 @@ class NlaSide:
             return {}
         rows = list(range(min(self.config.eval_rows, self.held_out.table.n_rows)))
         requests = self.held_out.requests(rows, self.config.seed, step)
-        rollouts = engine.generate(requests, self.held_out.table.vectors, 1, step)
+        rollouts = engine.generate(requests, self.held_out.table.inputs, 1, step)
         mse_N, _ = self.held_out.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
         targets_ND = torch.from_numpy(self.held_out.table.vectors(rows))
         return {"eval_fve": geometry.fve(mse_N, targets_ND, self.held_out.mse_scale)}

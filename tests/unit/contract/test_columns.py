@@ -78,3 +78,30 @@ def test_extra_columns_and_large_strings_pass() -> None:
 def test_an_unknown_stage_is_a_programming_error() -> None:
     with pytest.raises(ValueError, match="unknown stage 'sft'"):
         columns.schema("sft", 4)
+
+
+@pytest.mark.parametrize("stage", columns.STAGES)
+def test_a_schema_of_several_positions_gives_their_number(stage: str) -> None:
+    written = columns.schema(stage, 4, positions=3)
+    assert columns.check_columns(written, stage, "t.parquet") == 4
+    assert written.field("preceding_vectors").type == pa.list_(pa.float32(), 8)
+    assert columns.positions_of(written, 4, "t.parquet") == 3
+    assert columns.positions_of(columns.schema(stage, 4), 4, "t.parquet") == 1
+    assert "preceding_vectors" not in columns.schema(stage, 4).names
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [pa.list_(pa.float32(), 6), pa.list_(pa.float32(), 0), pa.list_(pa.float64(), 8), pa.list_(pa.float32())],
+    ids=str,
+)
+def test_preceding_vectors_that_are_not_whole_vectors_are_named(wrong: pa.DataType) -> None:
+    found = columns.schema("rl", 4).append(pa.field("preceding_vectors", wrong))
+    with pytest.raises(ColumnError, match=r"column 'preceding_vectors' in 't.parquet' has type") as caught:
+        columns.positions_of(found, 4, "t.parquet")
+    assert str(wrong) in caught.value.found and "width 4" in caught.value.expected
+
+
+def test_no_positions_are_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="positions must be at least 1"):
+        columns.schema("rl", 4, positions=0)

@@ -343,3 +343,44 @@ def test_blocks_that_contradict_each_other_are_refused(
     )
     with pytest.raises(SidecarError, match=r"injection.layers"):
         write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)
+
+
+def stacked(tokenizer: Tok, pool: PoolSpec, markers: int) -> DatasetSidecar:
+    contract = PromptContract.derive(tokenizer, several_markers(AV_TEMPLATE, markers), positions=markers)
+    extraction = DatasetExtraction("base", 64, 2, "corpus", CorpusSlice(0, 4), 3)
+    return DatasetSidecar.from_contract(
+        contract, stage="rl", row_count=1, extraction=extraction, pool=pool, injection=InjectionSpec("add", 1, 0.5)
+    )
+
+
+def test_a_sidecar_says_how_many_activations_a_row_keeps(tmp_path: Path, tokenizer: Tok) -> None:
+    written = write_dataset_sidecar(tmp_path / "rl.parquet", stacked(tokenizer, PoolSpec("stack", 3), 3))
+    found = read_dataset_sidecar(tmp_path / "rl.parquet")
+    assert found == written and PoolSpec.positions_of(found.pool) == 3
+    assert PoolSpec.positions_of(PoolSpec("mean", 3)) == PoolSpec.positions_of(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "markers", "told"),
+    [
+        (PoolSpec("stack", 1), 1, "'pool.window'"),
+        (PoolSpec("stack", 3), 1, "has 1 markers for 'pool.window' = 3 activations"),
+        (PoolSpec("stack", 2), 3, "has 3 markers for 'pool.window' = 2 activations"),
+        (PoolSpec("max", 2), 1, "'pool.method'"),
+    ],
+)
+def test_activations_without_a_marker_each_are_refused(
+    tmp_path: Path, tokenizer: Tok, pool: PoolSpec, markers: int, told: str
+) -> None:
+    sidecar, path = stacked(tokenizer, pool, markers), tmp_path / "rl.parquet"
+    with pytest.raises(SidecarError) as caught:
+        write_dataset_sidecar(path, sidecar)
+    assert told in caught.value.found
+    write_dataset_sidecar(path, replace(sidecar, pool=PoolSpec("mean", 2)))
+    text = dataset_sidecar_path(path).read_text()
+    assert "method: mean\n  window: 2" in text
+    edited = text.replace("method: mean\n  window: 2", f"method: {pool.method}\n  window: {pool.window}")
+    dataset_sidecar_path(path).write_text(edited)
+    with pytest.raises(SidecarError) as caught:
+        read_dataset_sidecar(path)
+    assert told in caught.value.found

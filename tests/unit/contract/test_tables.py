@@ -239,3 +239,45 @@ def test_a_batch_that_does_not_fit_the_schema_is_named(tmp_path: Path) -> None:
 def test_an_array_that_is_not_rows_of_vectors_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         vector_array(np.ones(4))
+
+
+def stacked(path: Path, v_NKD: np.ndarray) -> Table:
+    preceding = {"preceding_vectors": v_NKD[:, :-1].reshape(len(v_NKD), -1)}
+    write_table(path, [{**batch(v_NKD[:, -1]), **preceding}], columns.schema("base", D, v_NKD.shape[1]))
+    return Table.open(path, "base")
+
+
+def test_vectors_before_a_row_s_own_come_back_oldest_first(tmp_path: Path) -> None:
+    v_NKD = np.random.default_rng(1).standard_normal((3000, 3, D)).astype(np.float32)
+    table, rows = stacked(tmp_path / "base.parquet", v_NKD), [2999, 0, 2047, 2048, 0]
+    assert (table.d_model, table.positions) == (D, 3)
+    np.testing.assert_array_equal(table.inputs(rows), v_NKD[rows])
+    np.testing.assert_array_equal(table.vectors(rows), v_NKD[rows, 2])
+    np.testing.assert_array_equal(table.preceding(rows), v_NKD[rows, :2].reshape(5, 2 * D))
+    assert table.inputs([]).shape == (0, 3, D)
+    with pytest.raises(ValueError, match="use vectors"):
+        table.column("preceding_vectors")
+
+
+def test_a_table_of_single_vectors_has_none_before_them(large: tuple[Path, np.ndarray]) -> None:
+    table = Table.open(large[0], "base")
+    assert table.positions == 1 and table.preceding([3, 4]).shape == (2, 0)
+    np.testing.assert_array_equal(table.inputs([3, 4]), large[1][[3, 4]])
+
+
+def test_a_number_that_is_none_before_a_row_s_own_vector_is_named(tmp_path: Path) -> None:
+    v_NKD = np.ones((4, 3, D), dtype=np.float32)
+    v_NKD[2, 0, 1] = np.nan
+    table = stacked(tmp_path / "base.parquet", v_NKD)
+    with pytest.raises(ColumnError, match=r"'preceding_vectors' in .* is not finite in row 2"):
+        table.inputs([0, 2])
+    table.vectors([0, 2])
+
+
+def test_nulls_before_a_row_s_own_vector_are_named(tmp_path: Path) -> None:
+    schema = columns.schema("base", D, 2)
+    write_table(
+        tmp_path / "base.parquet", [{**batch(random_vectors(2)), "preceding_vectors": [[1.0] * D, None]}], schema
+    )
+    with pytest.raises(ColumnError, match="'preceding_vectors' in .* has nulls"):
+        Table.open(tmp_path / "base.parquet", "base")

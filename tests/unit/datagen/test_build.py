@@ -12,10 +12,16 @@ import pytest
 from nla_megatron.config.schema import BuildConfig, InterventionConfig, TemplateConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import INJECT
-from nla_megatron.contract.sidecar import InjectionSpec, prompt_contract, read_dataset_sidecar
+from nla_megatron.contract.sidecar import (
+    InjectionSpec,
+    PoolSpec,
+    prompt_contract,
+    read_dataset_sidecar,
+    write_dataset_sidecar,
+)
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import build
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, WidthError
+from nla_megatron.errors import ConfigError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.tasks.nla import NlaTask, load_tokenizer
 from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, LAYER, tiny_config, tiny_rows, tiny_table
 
@@ -184,3 +190,55 @@ def test_several_blocks_and_markers_are_recorded_and_checked(config: BuildConfig
             InterventionConfig("add", layers=layers)
     with pytest.raises(ConfigError, match="2 times|1 times"):
         build.check(replace(several, templates=TemplateConfig(AV_TEMPLATE, AR_TEMPLATE, positions=2)), 1)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> BuildConfig:
+    """Of a table whose rows keep three activations."""
+    directory = tmp_path_factory.mktemp("stacked")
+    rows = tiny_rows(64, DOCUMENTS, ROWS_PER_DOCUMENT, positions=3)
+    source = tiny_table(directory / "explained.parquet", model_dir, "explained", rows)
+    return BuildConfig(
+        out=str(directory / "out"), input=str(source), model=str(model_dir), held_out=0.2,
+        templates=TemplateConfig(positions=3), intervention=InterventionConfig("add", layers=[0, 2]),
+    )  # fmt: skip
+
+
+def test_activations_of_several_positions_are_carried_through(stacked: BuildConfig) -> None:
+    build.check(stacked, 1)
+    build.run(stacked)
+    source = Table.open(stacked.input, "explained")
+    keys = list(zip(source.column(columns.DOC_ID), source.column(columns.N_RAW_TOKENS), strict=True))
+    for split, table in opened(stacked).items():
+        here = zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), strict=True)
+        assert table.positions == 3
+        np.testing.assert_array_equal(
+            table.inputs(range(table.n_rows)), source.inputs([keys.index(key) for key in here])
+        )
+        path = f"{stacked.out}/{split}.parquet"
+        assert read_dataset_sidecar(path).pool == PoolSpec("stack", 3)
+        task = NlaTask.open(path, build.STAGES[split], stacked.model)
+        assert [(each.layer, each.vectors) for each in task.interventions] == [(0, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("positions", [1, 2, 4])
+def test_as_many_markers_as_a_row_has_activations_are_asked_for(
+    stacked: BuildConfig, tmp_path: Path, positions: int
+) -> None:
+    wrong = replace(stacked, out=str(tmp_path / "out"), templates=TemplateConfig(positions=positions))
+    with pytest.raises(ConfigError, match=r"set templates.positions=3") as caught:
+        build.check(wrong, 1)
+    assert caught.value.found.startswith(f"templates.positions={positions} for {stacked.input}, whose rows keep 3")
+    assert not Path(wrong.out).exists()
+
+
+@pytest.mark.parametrize(("pool", "told"), [(None, "1, as its sidecar"), (PoolSpec("stack", 4), "4, as its sidecar")])
+def test_a_table_with_other_activations_than_its_sidecar_says_is_refused(
+    stacked: BuildConfig, model_dir: Path, tmp_path: Path, pool: PoolSpec | None, told: str
+) -> None:
+    rows = tiny_rows(64, DOCUMENTS, ROWS_PER_DOCUMENT, positions=3)
+    source = tiny_table(tmp_path / "explained.parquet", model_dir, "explained", rows)
+    write_dataset_sidecar(source, replace(read_dataset_sidecar(source), pool=pool))
+    with pytest.raises(SidecarError) as caught:
+        build.check(replace(stacked, out=str(tmp_path / "out"), input=str(source)), 1)
+    assert caught.value.found.startswith("3 activations in each row") and caught.value.expected.startswith(told)

@@ -201,3 +201,14 @@ def test_a_killed_process_loses_no_finished_row(tmp_path: Path, model_dir: Path)
         again = {request.user for request in server.received[asked:]}
     assert again == {"<text>row 3</text>", "<text>row 4</text>"}
     assert explained(config).column(columns.EXPLANATION) == [GOOD_BODY] * 5
+
+
+def test_activations_of_several_positions_are_carried_through(tmp_path: Path, model_dir: Path) -> None:
+    rows = {**tiny_rows(64, 3, 1, positions=3), columns.TEXT: ["whales sing; whales dive", "x", "rivers carry stones"]}
+    source = tiny_table(tmp_path / "base.parquet", model_dir, "base", rows)
+    config = ExplainConfig(out=str(tmp_path / "out"), input=str(source), max_failures=0.5)
+    run(config)
+    table = explained(config)
+    assert (table.n_rows, table.positions) == (2, 3)
+    np.testing.assert_array_equal(table.inputs([0, 1]), Table.open(source, "base").inputs([0, 2]))
+    assert read_dataset_sidecar(table.path).pool == read_dataset_sidecar(source).pool is not None

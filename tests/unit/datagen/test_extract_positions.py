@@ -113,8 +113,16 @@ def test_a_layer_outside_the_model_is_refused(layer: int) -> None:
 def test_a_pooled_activation_is_the_mean_of_the_positions_up_to_its_own() -> None:
     stream_TD = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     by_hand = [sum(stream_TD[at] for at in range(last - 3, last + 1)) / 4 for last in (3, 9, 19)]
-    torch.testing.assert_close(pooled_at(stream_TD, (3, 9, 19), 4), torch.stack(by_hand))
-    assert torch.equal(pooled_at(stream_TD, (3, 9), 1), stream_TD[[3, 9]])
+    torch.testing.assert_close(pooled_at(stream_TD, (3, 9, 19), "mean", 4), torch.stack(by_hand)[:, None])
+    assert torch.equal(pooled_at(stream_TD, (3, 9), "last", 1), stream_TD[[3, 9]][:, None])
+
+
+def test_stacked_activations_are_those_of_the_positions_up_to_its_own_in_order() -> None:
+    stream_TD = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = pooled_at(stream_TD, (2, 9, 19), "stack", 3)
+    assert found.dtype == torch.float32
+    for row, last in zip(found, (2, 9, 19), strict=True):
+        assert torch.equal(row, stream_TD[last - 2 : last + 1].float())
 
 
 @pytest.mark.parametrize(
@@ -124,6 +132,8 @@ def test_a_pooled_activation_is_the_mean_of_the_positions_up_to_its_own() -> Non
         ({"pool": "mean", "pool_window": 0}, "pool_window=0"),
         ({"pool_window": 4}, "pool_window=4 with pool=last"),
         ({"pool": "mean", "pool_window": 7, "min_position": 5}, "pool_window=7 with min_position=5"),
+        ({"pool": "stack", "pool_window": 7, "min_position": 5}, "pool_window=7 with min_position=5"),
+        ({"pool": "stack"}, "pool_window=1 with pool=stack"),
     ],
 )
 def test_a_window_that_is_not_full_or_not_known_is_refused(options: dict[str, Any], told: str) -> None:

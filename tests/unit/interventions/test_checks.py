@@ -72,3 +72,24 @@ def test_a_position_that_is_not_the_marker_s_is_named(positions: list[int], mark
 def test_positions_for_an_intervention_elsewhere_are_refused() -> None:
     with pytest.raises(InjectionError, match="at 'generated'"):
         check_positions(Intervention(1, where="generated"), PROMPT, [2])
+
+
+def test_as_many_vectors_as_the_intervention_takes_are_asked_for() -> None:
+    three = Intervention(1, vectors=3)
+    check_vectors(three, np.ones((2, 3, 4), dtype=np.float32), 4, names=["a", "b"])
+    # One that takes a single vector takes the row's own.
+    check_vectors(Intervention(1), np.ones((2, 3, 4), dtype=np.float32), 4)
+    for shape in ((2, 4), (2, 2, 4), (2, 3, 5), (2, 12)):
+        with pytest.raises(WidthError, match=r"vectors of shape[\s\S]*\(requests, 3, 4\)"):
+            check_vectors(three, np.ones(shape, dtype=np.float32), 4)
+    vectors = np.ones((2, 3, 4), dtype=np.float32)
+    vectors[1, 0] = 0
+    with pytest.raises(InjectionError, match=r"1 of 6 vectors cannot be injected; the first, of request b, has norm 0"):
+        check_vectors(three, vectors, 4, names=["a", "b"])
+
+
+def test_a_position_for_each_vector_is_asked_for() -> None:
+    check_positions(Intervention(1, vectors=2), PROMPT, [2, 4])
+    for positions in ([2], [0, 2, 4]):
+        with pytest.raises(InjectionError, match=r"request r7 names positions .* for 2 vectors"):
+            check_positions(Intervention(1, vectors=2), PROMPT, positions, name="r7")

@@ -69,3 +69,21 @@ def test_rows_and_a_flat_batch_of_spans_mark_the_same_tokens(data: st.DataObject
         [max(0, t - prompts[row]) if t < lengths[row] else 0 for t in range(max(lengths) + 2)] for row in range(rows)
     ]
     assert step_BT.tolist() == expected
+
+
+@given(st.data(), st.integers(2, 4), st.integers(4, 20), st.integers(0, 6))
+def test_the_i_th_position_takes_the_i_th_row_of_its_request_however_it_is_cut(
+    data: st.DataObject, count: int, prompt: int, generated: int
+) -> None:
+    total, slot = prompt + generated, 2
+    drawn = data.draw(st.lists(st.integers(0, prompt - 1), unique=True, min_size=count, max_size=count))
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=4))})
+    slot_T, marked = np.full(total, UNTOUCHED, dtype=np.int32), 0
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        marked += mark(slot_T, "positions", slot, begin, Span(begin, end - begin, prompt), drawn, count)
+    assert marked == count
+    assert {at: int(row) for at, row in enumerate(slot_T) if row >= 0} == {
+        at: slot * count + number for number, at in enumerate(drawn)
+    }
+    slot_BT, _ = row_slots("positions", total, [total] * 3, [prompt] * 3, [drawn] * 3, count)
+    assert slot_BT[2].tolist() == slot_T.tolist()

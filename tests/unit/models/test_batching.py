@@ -112,3 +112,15 @@ def test_masked_targets_are_the_response_and_nothing_else(sizes: list[tuple[int,
     targets, mask = next_token_targets(ids), response_mask(prompts, lengths, ids.shape[1]).bool()
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         assert targets[row][mask[row]].tolist() == list(range(prompt + 1, length + 1))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_vector_without_a_direction_among_several_of_a_row_stops_the_step(bad: float) -> None:
+    vectors = np.ones((2, 3, 2), np.float32)
+    batch = Batch([[1, 2, 3]] * 2, positions=[(0, 1, 2)] * 2, vectors=lambda rows: vectors[list(rows)])
+    [part] = microbatches(batch, world_of(), 2)
+    assert part.injection is not None and part.injection.vectors is not None
+    assert part.injection.vectors.shape == (2, 3, 2)
+    vectors[1, 0] = bad
+    with pytest.raises(ColumnError, match="1 activations that are zero or not finite"):
+        microbatches(batch, world_of(), 2)

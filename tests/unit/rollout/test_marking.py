@@ -29,8 +29,11 @@ class Run:
         self.marker, self.ledger = Marker([self.site], SLOTS), Ledger([intervention])
 
     def begin(self, *names: str) -> dict[str, Asked]:
-        vector = np.ones(WIDTH, np.float32)
-        asked = {name: Asked(name, PROMPT, (2,), (vector,), ((1.0,),), salt="same") for name in names}
+        count = self.site.intervention.vectors
+        # The i-th of several is filled with i + 1.
+        vector = np.repeat(np.arange(1.0, count + 1, dtype=np.float32), WIDTH).reshape(count, WIDTH)
+        vectors, positions = (vector if count > 1 else vector[0],), (2, *range(4, 3 + count))
+        asked = {name: Asked(name, PROMPT, positions, vectors, ((1.0,),), salt="same") for name in names}
         self.marker.begin(asked)
         return asked
 
@@ -130,3 +133,27 @@ def test_a_sample_that_was_not_followed_to_its_end_is_named() -> None:
     assert missing_samples(asked, periods, {"a": [5]}) == []
     assert missing_samples(asked, periods, {"a": [7]}) == ["a: 1 of 1 samples followed, to tokens [5]"]
     assert missing_samples(asked, periods, {"a": [5], "b": [5]}) == ["b: 0 of 1 samples followed, to tokens []"]
+
+
+def test_each_marker_takes_its_own_vector_in_whichever_chunk_it_falls() -> None:
+    run = Run(Intervention(1, "add", vectors=2))
+    asked = run.begin("a", "b")
+    none = (-1, 0.0)
+    assert run.step(("a", 0, 3), ("b", 0, 5), new=["a", "b"]) == [
+        none, none, (0, 1.0), none, none, (2, 1.0), none, (3, 2.0)
+    ]  # fmt: skip
+    assert run.step(("a", 3, 2), ("b", 5, 1)) == [none, (1, 2.0), none]
+    # Begun anew, in the slot that became free.
+    assert run.step(("b", 0, 5), preempted=["b"], resumed=["b"]) == [none, none, (2, 1.0), none, (3, 2.0)]
+    periods = run.marker.finish()
+    assert [(period.marked, period.applied) for period in periods] == [([2], [2])] * 3
+    assert run.ledger.settle(asked, periods)[1] == []
+
+
+def test_one_of_several_markers_that_was_not_changed_is_named() -> None:
+    run = Run(Intervention(1, "add", vectors=2))
+    asked = run.begin("a")
+    send = run.site.send
+    run.site.send = lambda rows: send(rows[:1])  # type: ignore[method-assign]
+    run.step(("a", 0, 5), new=["a"])
+    assert run.settle(asked) == ["a: 1 of 2 marked tokens changed at block 1"]

@@ -132,3 +132,28 @@ def test_a_recorded_rollout_is_scored_as_it_was_asked_for() -> None:
     again = asked.again(rollout)
     assert (again.group, again.row, again.prompt_ids, again.samples, again.greedy) == (5, 9, (1, 2, 3, 4), None, False)
     assert (again.position, again.more_positions, again.only, again.strengths) == (1, (2,), (0,), ((0.5,), None))
+
+
+def test_a_salt_is_of_every_vector_that_enters() -> None:
+    terms = Terms((Intervention(1, vectors=2),), 4, 64)
+    vectors = np.ones((3, 2, 4), dtype=np.float32)
+    vectors[1, 0, 2] = 2.0  # another before the same own one
+    vectors[2] = vectors[1, ::-1]  # the same two the other way round
+    requests = [PromptRequest(row, row, (5, 6, 7), 0, 0, (2,)) for row in range(3)]
+    terms.check(requests, 1, [4] * 3)
+    asked = terms.asked(requests, 1, lambda rows: vectors[list(rows)], None, 0)
+    assert len({each.salt for each in asked.values()}) == 3
+    for row, each in enumerate(asked.values()):
+        assert each.positions == (0, 2)
+        np.testing.assert_array_equal(each.vectors[0], vectors[row])
+
+
+def test_several_vectors_are_projected_one_by_one_and_a_single_one_is_the_own() -> None:
+    terms = Terms((Intervention(1, "project", vectors=2, vector_width=3), Intervention(0, vectors=1)), 3, 64)
+    vectors, w = np.arange(12, dtype=np.float32).reshape(2, 2, 3), np.float32([[0, 1, 0], [2, 0, 0], [0, 0, 1]])
+    requests = [PromptRequest(row, row, (5, 6, 7), 0, 0, (2,)) for row in range(2)]
+    asked = terms.asked(requests, 1, lambda rows: vectors[list(rows)], lambda raw_NE: raw_NE @ w.T, 0)
+    for row, each in enumerate(asked.values()):
+        projected, own = each.vectors
+        np.testing.assert_array_equal(projected, [w @ vectors[row, 0], w @ vectors[row, 1]])
+        np.testing.assert_array_equal(own, vectors[row, 1])

@@ -289,3 +289,51 @@ def test_models_of_pooled_activations_are_not_used_for_others(task: NlaTask, mod
     write_model_sidecar(directory, replace(read_model_sidecar(directory), pool=PoolSpec("mean", 8)))
     with pytest.raises(SidecarError, match="window=8"):
         task.check_model(str(directory), "ar")
+
+
+@pytest.fixture(scope="module")
+def stacked(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> NlaTask:
+    data = tmp_path_factory.mktemp("stacked") / "rl.parquet"
+    return NlaTask.open(str(tiny_table(data, model_dir, "rl", tiny_rows(64, positions=3))), "rl", str(model_dir))
+
+
+def test_each_activation_of_a_row_has_a_marker_and_the_own_one_is_what_is_rebuilt(stacked: NlaTask) -> None:
+    rows = tiny_rows(64, positions=3)
+    own, before = rows[columns.VECTOR], rows[columns.PRECEDING].reshape(-1, 2, 64)
+    assert stacked.interventions == (Intervention(1, "norm_add", vectors=3),)
+    batch, targets = stacked.response_batch([4, 9], [[7, 8], [6]]), stacked.text_batch([4, 9], ["one", "two"])
+    assert batch.vectors is not None and targets.vectors is not None
+    found = batch.vectors([1, 0])
+    for row, vectors in zip((9, 4), found, strict=True):
+        np.testing.assert_array_equal(vectors, [*before[row], own[row]])
+    np.testing.assert_array_equal(targets.vectors([1, 0]), own[[9, 4]])
+    torch.testing.assert_close(
+        stacked.normalised_targets([4])[0], torch.from_numpy(own[4] * 8 / np.linalg.norm(own[4]))
+    )
+    places = [at for at, one in enumerate(stacked.prompt_ids) if one == stacked.contract.marker_id]
+    assert len(places) == 3 and batch.positions == [tuple(places)] * 2
+    [request] = stacked.requests([3], 0, 0)
+    assert (request.position, *request.more_positions) == tuple(places)
+
+
+def test_a_table_with_other_activations_than_its_sidecar_says_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    single = tiny_table(tmp_path / "single.parquet", model_dir, "rl")
+    several = tiny_table(tmp_path / "several.parquet", model_dir, "rl", tiny_rows(64, positions=3))
+    for data, other in ((single, several), (several, single)):
+        (tmp_path / "rl.parquet").write_bytes(data.read_bytes())
+        write_dataset_sidecar(tmp_path / "rl.parquet", read_dataset_sidecar(other))
+        assert "activations in each row" in refusal(SidecarError, tmp_path / "rl.parquet", "rl", model_dir)
+
+
+def test_models_of_single_activations_are_not_used_for_several(
+    stacked: NlaTask, task: NlaTask, model_dir: Path, tmp_path: Path
+) -> None:
+    directory = tiny_model_sidecar(tmp_path, model_dir, "av")
+    task.check_model(str(directory), "av")
+    with pytest.raises(SidecarError):
+        stacked.check_model(str(directory), "av")
+    model, sidecar = read_model_sidecar(directory), stacked.sidecar
+    write_model_sidecar(
+        directory, replace(model, prompt_templates=sidecar.prompt_templates, tokens=sidecar.tokens, pool=sidecar.pool)
+    )
+    assert stacked.check_model(str(directory), "av").pool == PoolSpec("stack", 3)

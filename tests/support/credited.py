@@ -1,4 +1,4 @@
-"""Every algorithm preset in `rl` without vLLM: the commands, the files they read, and a sampler with fixed responses."""
+"""Every algorithm preset in `rl` without vLLM: the commands, their files, and a sampler with fixed responses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nla_megatron.config.compose import conf_dir
+from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.prompts import wrap_explanation
+from nla_megatron.conversion.heads import write_reconstructor_head
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
-from tests.support.tiny import tiny_model, tiny_model_sidecar, tiny_table
+from tests.support.tiny import LAYER, SHAPE, tiny_model, tiny_model_sidecar, tiny_table
 
 STEPS, PROMPTS, SAMPLES, ROWS = 3, 4, 3, 48
 TASKS = ("lexical", "nla")
@@ -21,12 +24,18 @@ LAYOUTS = {"single": 1, "tp2": 2, "pp2": 2}
 """Files of `conf/parallel/`, with their numbers of processes."""
 PRESETS = tuple(sorted(file.stem for file in (conf_dir() / "algorithm").glob("*.yaml")))
 _SEVERAL = ("algorithm.epochs=2", "algorithm.minibatches=2")
+_MOVING = ("algorithm.reference=ema", "algorithm.reference_decay=0.5", "algorithm.kl_coef=1.0")
+SEVERAL = {
+    f"{name} several": (f"algorithm={name}", *_SEVERAL) for name in ("cispo", "grpo", "gspo", "reinforce", "rloo")
+}
+"""Several updates on a step's rollouts, as of the presets `ppo` alone makes: ratios other than 1, some of them cut."""
 CASES = {
     **{preset: (f"algorithm={preset}",) for preset in PRESETS},
-    # What the presets themselves leave at rest: ratios other than 1, and a reference that moves.
-    **{f"{name} several": (f"algorithm={name}", *_SEVERAL) for name in ("grpo", "gspo", "cispo", "rloo", "reinforce")},
-    "grpo moving": ("algorithm=grpo", "algorithm.reference=ema", "algorithm.reference_decay=0.5"),
+    "grpo moving": ("algorithm=grpo", *_MOVING),
+    **SEVERAL,
 }
+RUNS = tuple((case, task) for task in TASKS for case in CASES if task == "lexical" or case not in SEVERAL)
+"""What a ratio is made of does not depend on the task."""
 _WORDS = "a token of the class is not an object but any other name that its value may have in this block".split()
 
 
@@ -36,6 +45,8 @@ def write_files(folder: Path) -> None:
     for role in ("av", "ar"):
         tiny_model(folder / role)
         tiny_model_sidecar(folder / role, model, role)
+    head = torch.randn(SHAPE.hidden_size, SHAPE.hidden_size, generator=torch.Generator().manual_seed(1))
+    write_reconstructor_head(folder / "ar", {"weight": head}, ReconstructorSpec(), LAYER)
     tiny_table(folder / "rl.parquet", model, "rl")
     prompts = [{"prompt": f"Document {row} tells" + " more" * (row % 3)} for row in range(ROWS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))

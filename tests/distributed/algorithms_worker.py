@@ -26,7 +26,7 @@ def trained(config: Any, world: World, out: Path) -> list[dict[str, float]]:
     """The scalars of each step but the clock's."""
     check(config, world.size)
     torch.manual_seed(config.seed)
-    trainer = RlTrainer(config, world, WrittenSampler)  # type: ignore[arg-type]
+    trainer = RlTrainer(config, world, WrittenSampler)
     steps = [trainer.step(number) for number in range(STEPS)]
     # With the weights of the end: log-probs of policy and reference, the critic's values, and what they are worth.
     sampled = trainer.learning.look(trainer.sampling.step(STEPS, PhaseClock()), STEPS)

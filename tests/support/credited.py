@@ -78,7 +78,7 @@ def out_of(folder: Path, layout: str, case: str, task: str) -> Path:
 
 
 class WrittenSampler:
-    """A `training.sampler.Sampler` whose responses depend on row and sample alone, whatever the policy has learned.
+    """Of a `training.sampler.Sampler` what a step of these tasks asks. Responses depend on row and sample alone.
 
     All samples of every fourth row are worth the same: one text for `lexical`, and for `nla` several without an
     explanation. One sample of every fourth row is cut off.

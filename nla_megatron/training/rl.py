@@ -20,12 +20,12 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.recorder import check_replay
+from nla_megatron.training.sampler import PolicyEngine, SamplerOf
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
@@ -86,7 +86,7 @@ def run(config: RlConfig, world: World) -> None:
     trainer = RlTrainer(config, world)
     train(
         "rl", "rl", config, world, trainer.learners, trainer.step,
-        on_resume=trainer.load_engine, memory={"algorithm": trainer.algorithm, "reward": trainer.reward},
+        on_resume=trainer.engine.take_weights, memory={"algorithm": trainer.algorithm, "reward": trainer.reward},
     )  # fmt: skip
     if config.export:
         trainer.side.export()
@@ -98,7 +98,7 @@ def run(config: RlConfig, world: World) -> None:
 class RlTrainer:
     """The task's side, the sampler, and one step of the loop."""
 
-    def __init__(self, config: RlConfig, world: World):
+    def __init__(self, config: RlConfig, world: World, sampler: SamplerOf = PolicyEngine):
         self.config, self.world = config, world
         self.side = side = make_side(config, world)
         self.algorithm = make_algorithm(config.algorithm)
@@ -107,20 +107,11 @@ class RlTrainer:
         )
         self.critic = self._critic() if self.algorithm.needs.values else None
         self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
-        self.engine = Engine(
-            side.directory, side.shape, config.rollout, side.interventions, world,
-            int(side.tokenizer.eos_token_id), config.seed, marker=side.marker,
-        )  # fmt: skip
-        self.resharder = None
-        if side.model is not None:
-            # It imports vLLM, for which the checks before the run need not wait.
-            from nla_megatron.reshard.resharder import Resharder
-
-            self.resharder = Resharder(side.model, side.shape, self.engine.llm, read_shape(side.directory), world)
+        self.engine = sampler(config, side, world)
         self.sampling = Sampling(config, side, self.engine, self.algorithm, self.reward, world)
         self.learning = PolicyLearning(config, side, self.algorithm, self.critic)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.
-        self.load_engine()
+        self.engine.take_weights()
 
     def step(self, number: int) -> dict[str, float]:
         """One step: write, judge, credit, learn, hand over. Returns what to log."""
@@ -135,7 +126,7 @@ class RlTrainer:
         with clock.phase("learn"):
             beside = self.side.learn(scored.batch, scored.measured, number)
         with clock.phase("reload"):
-            self.load_engine()
+            self.engine.take_weights()
         scalars = {**_of_rollouts(scored), **_of_learning(credit, learned), **beside}
         if self.config.eval_every and (number + 1) % self.config.eval_every == 0:
             with clock.phase("eval"):
@@ -155,15 +146,6 @@ class RlTrainer:
         model = load_critic(side.directory, side.shape, self.world, config.dtype)
         intervene(model, side.interventions)
         return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
-
-    def load_engine(self) -> None:
-        """Hand the policy's present weights to the sampler."""
-        if self.resharder is None:
-            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
-            self.engine.forget()
-            return
-        with self.engine.replacing_weights():
-            self.resharder.load()
 
 
 def _of_rollouts(scored: Scored) -> dict[str, float]:

@@ -12,11 +12,11 @@ from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.parallel.world import World
 from nla_megatron.rewards import Reward
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.recorder import RolloutRecorder
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides.base import Side
 from nla_megatron.types import InjectionCount, Measured, Rollout, RolloutBatch, Scores
 
@@ -60,7 +60,7 @@ class Sampling:
     """Rollouts of a step, the same on every rank. Rows and seeds are a function of (seed, step, round)."""
 
     def __init__(
-        self, config: RlConfig, side: Side, engine: Engine, algorithm: Algorithm, reward: Reward, world: World
+        self, config: RlConfig, side: Side, engine: Sampler, algorithm: Algorithm, reward: Reward, world: World
     ):
         self.config, self.side, self.engine = config, side, engine
         self.algorithm, self.reward = algorithm, reward

@@ -20,9 +20,7 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.models.strength import PredictorConfig
 from nla_megatron.models.strength_files import read_weights, write_predictor
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import SaeOptions, predictor_config, sae_options
@@ -31,6 +29,7 @@ from nla_megatron.tasks.steering_report import Comparison, Side, strength_statis
 from nla_megatron.tasks.text import TextTask, no_vectors
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.loop import train
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.strengths import StrengthPolicy
 from nla_megatron.types import Measured, Rollout, RolloutBatch
@@ -63,12 +62,12 @@ def steered_tokens(interventions: Sequence[Intervention], rollouts: Sequence[Rol
 
 
 def compared(
-    task: TextTask, engine: Engine, interventions: Sequence[Intervention], steered: Sequence[PromptRequest], step: int,
+    task: TextTask, engine: Sampler, interventions: Sequence[Intervention], steered: Sequence[PromptRequest], step: int,
     reward: Callable[[Measured, int], Tensor], samples: int,
 ) -> Comparison:  # fmt: skip
     """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions."""
     on = engine.generate(steered, no_vectors, samples, step)
-    applied = _applied(engine)
+    applied = engine.changed_tokens()
     off = engine.generate([replace(each, only=(), strengths=None) for each in steered], no_vectors, samples)
     wanted = steered_tokens(interventions, on.rollouts)
     parts = [[value for part in each.strengths or () if part is not None for value in part] for each in steered]
@@ -81,18 +80,6 @@ def compared(
         applied=applied,
         failed=max(0, wanted - applied),
     )
-
-
-def _applied(engine: Engine) -> int:
-    """Tokens that the sampler changed in its last batch, or found in its cache as it had changed them before."""
-    mine = sum(
-        stop - start
-        for report in engine.reports
-        for spans in (*report.computed, *report.cached)
-        for start, stop in spans
-    )
-    everyone = gather_objects(mine, engine.world)
-    return sum(everyone[:: engine.config.tp])
 
 
 def _side(task: TextTask, batch: RolloutBatch, reward: Callable[[Measured, int], Tensor], step: int) -> Side:

@@ -15,10 +15,10 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.pipeline import Collect, Loss
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.module import Update
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.types import Measured, ModelShape, Rollout, RolloutBatch
 
 
@@ -115,7 +115,7 @@ class Side(Protocol):
     def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
         """After the policy's update: what learns beside it does; returns what to log."""
 
-    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:
         """Numbers on held-out rows with the models as they are; empty where there are none. Step -1 is before any."""
 
     def export(self) -> None:

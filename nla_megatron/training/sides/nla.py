@@ -18,7 +18,6 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import NlaTask, explanations_of
 from nla_megatron.training.checkpoint import Stateful
@@ -26,6 +25,7 @@ from nla_megatron.training.export import descended, export
 from nla_megatron.training.losses import make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sft import load_ar, load_av, model_shape
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
@@ -134,7 +134,7 @@ class NlaSide:
         spread = geometry.variance(vectors_ND, self.task.mse_scale)
         return 1 - float(mse_N.mean()) / spread if spread else float("nan")
 
-    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:
         """FVE of fresh samples on the first `eval_rows` held-out rows."""
         if self.held_out is None:
             return {}

@@ -27,6 +27,7 @@ from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
 from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards
@@ -120,7 +121,7 @@ class PlainSide:
             self.kept.follow()
         return {}
 
-    def evaluate(self, engine: Any, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:
         """The task's figures, and the reward, of one response to each of `eval_rows` held-out rows.
 
         Responses are sampled as in training, at its temperature, with the same seeds at every evaluation, so that two

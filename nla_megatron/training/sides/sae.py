@@ -21,13 +21,13 @@ from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.strength_files import write_predictor
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.sae import SaeOptions, check_steering, sae_options, without_steering
 from nla_megatron.tasks.sae_rows import names_of
 from nla_megatron.tasks.steering_report import strength_statistics, write_comparison
 from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
+from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards, terms_of_training_rows
@@ -148,7 +148,7 @@ class SaeSide:
             scalars |= {f"strength_{key}/{name}": value for key, value in values.items()}
         return scalars
 
-    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:
         """Rewards of held-out prompts with steering and without, sampled with the same seeds at every evaluation."""
         if self.held_out is None:
             return {}

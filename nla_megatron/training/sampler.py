@@ -1,0 +1,77 @@
+"""Who writes the responses that `rl` learns from, and how it comes by the policy's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nla_megatron.config.schema import RlConfig
+from nla_megatron.conversion.hf import read_shape
+from nla_megatron.parallel.collectives import gather_objects
+from nla_megatron.parallel.world import World
+from nla_megatron.rollout.engine import Engine
+from nla_megatron.rollout.requests import PromptRequest, Vectors
+from nla_megatron.types import Rollout, RolloutBatch
+
+if TYPE_CHECKING:
+    from nla_megatron.training.sides.base import Side
+
+
+class Sampler(Protocol):
+    """What the loop asks of it; every method is collective. `rollout.engine.Engine` says more of the first two."""
+
+    def generate(
+        self, requests: Sequence[PromptRequest], vectors: Vectors, samples: int, training_step: int = 0
+    ) -> RolloutBatch:
+        """`samples` responses per request."""
+
+    def score(
+        self, recorded: Sequence[Rollout], asked_for: Sequence[PromptRequest], vectors: Vectors, training_step: int = 0
+    ) -> RolloutBatch:
+        """The same rollouts with log-probs under the present weights."""
+
+    def changed_tokens(self) -> int:
+        """How many the interventions changed in the last batch, with those that were kept as changed before."""
+
+    def take_weights(self) -> None:
+        """Those that the policy has now."""
+
+    def close(self) -> None: ...
+
+
+SamplerOf = Callable[[RlConfig, "Side", World], Sampler]
+"""Makes the sampler of a side's policy; collective."""
+
+
+class PolicyEngine(Engine):
+    """vLLM in the ranks that train, with weights moved from the side's model."""
+
+    def __init__(self, config: RlConfig, side: Side, world: World):
+        super().__init__(
+            side.directory, side.shape, config.rollout, side.interventions, world,
+            int(side.tokenizer.eos_token_id), config.seed, marker=side.marker,
+        )  # fmt: skip
+        self.resharder = None
+        if side.model is not None:
+            # It imports vLLM, for which the checks before the run need not wait.
+            from nla_megatron.reshard.resharder import Resharder
+
+            self.resharder = Resharder(side.model, side.shape, self.llm, read_shape(side.directory), world)
+
+    def changed_tokens(self) -> int:
+        mine = sum(
+            stop - start
+            for report in self.reports
+            for spans in (*report.computed, *report.cached)
+            for start, stop in spans
+        )
+        # The ranks of a replica report the same tokens.
+        return sum(gather_objects(mine, self.world)[:: self.config.tp])
+
+    def take_weights(self) -> None:
+        if self.resharder is None:
+            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
+            self.forget()
+            return
+        with self.replacing_weights():
+            self.resharder.load()

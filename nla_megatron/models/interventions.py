@@ -145,10 +145,8 @@ class Sites:
 
     def _check_several(self, number: int, injection: Injection, need: str) -> None:
         """Rows that take the intervention bring as many vectors, and a position for each."""
-        count, shape = (
-            self.interventions[number].vectors,
-            None if injection.vectors is None else injection.vectors.shape,
-        )
+        count = self.interventions[number].vectors
+        shape = None if injection.vectors is None else injection.vectors.shape
         takes = [only is None or number in only for only in injection.only or (None,) * len(injection.lengths)]
         found = {len(each) for each, taken_here in zip(injection.positions or (), takes, strict=True) if taken_here}
         if found and (shape is None or shape[1:-1] != (count,)):

@@ -14,7 +14,8 @@ from nla_megatron.contract.files import write_json
 from nla_megatron.errors import ConfigError, ProviderError
 from nla_megatron.messages import Answer, Asker, Endpoint, api_key
 
-_SCORE = re.compile(r"<score>\s*(-?\d+)\s*</score>")
+_SCORE = re.compile(r"<score>\s*(-?\d{1,9})\s*</score>")
+_TAG = re.compile(r"<(?=\s*/?\s*(?:text|reference|passage_\d+|score)\s*>)", re.IGNORECASE)
 _SHOWN = 3  # reasons of failures named in a message
 
 RUBRIC = """\
@@ -100,7 +101,9 @@ class Judge:
         told = f"{len(failures)} of {count} judgements of {self.endpoint.model!r} failed: {reasons}"
         if len(failures) > self.endpoint.max_failures * count or len(failures) == count:
             raise ProviderError(
-                told, f"at most {self.endpoint.max_failures:g} of them", "correct the rubric or the model's options"
+                told,
+                f"at most {self.endpoint.max_failures:.0%} of them",
+                "look at the reasons: the server and its limits, the model's options, the rubric; then run again",
             )
         logging.getLogger(__name__).warning(told)
 
@@ -115,8 +118,10 @@ class Judge:
         path = self._path(turn)
         if path is None or not path.is_file():
             return None
-        found: int = json.loads(path.read_text(encoding="utf-8"))["score"]
-        return found
+        try:
+            return int(json.loads(path.read_text(encoding="utf-8"))["score"])
+        except (ValueError, KeyError, TypeError):
+            return None  # cut short or another program's: asked for again, and written anew
 
     def _remember(self, turn: str, score: int) -> None:
         path = self._path(turn)
@@ -125,6 +130,6 @@ class Judge:
 
 
 def between(tag: str, text: str) -> str:
-    """The text between its tags; one inside that would end it is taken apart, or a text could speak to the judge."""
-    apart = re.sub(rf"<(/?{tag}>)", r"< \1", text)
+    """The text between its tags. Those that a judge is told of are taken apart inside: a text could speak to it."""
+    apart = _TAG.sub("< ", text).encode("utf-8", "replace").decode("utf-8")
     return f"<{tag}>\n{apart}\n</{tag}>"

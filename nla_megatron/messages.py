@@ -175,8 +175,10 @@ class Asker:
         content = getattr(message, "content", None)
         if not isinstance(content, list):
             return Answer(number, None, f"the answer is not a message: {str(message)[:80]!r}")
-        answer = "".join(block.text for block in content if block.type == "text")
-        return Answer(number, answer, None, message.stop_reason)
+        texts = [getattr(block, "text", None) for block in content if getattr(block, "type", None) == "text"]
+        if not all(isinstance(part, str) for part in texts) or None in content:
+            return Answer(number, None, f"the answer's content is no text: {str(content)[:80]!r}")
+        return Answer(number, "".join(map(str, texts)), None, message.stop_reason)
 
     def _ask(self, client: anthropic.Anthropic, text: str, stop: threading.Event) -> Message:
         """The model's answer; retries what a retry can cure, and raises the last `anthropic.APIError` otherwise."""

@@ -6,7 +6,8 @@
 
 Rewards of one step are those of its prompts, and these differ more from step to step than models learn in a few of
 them. So each run is compared with one of the same seed, and so of the same prompts, in which nothing learns: its gain
-is the mean over the last steps of its reward less that one's. The figure is the mean gain over seeds, with the
+is the mean over the last steps of its reward less that one's. (dapo alone draws others for prompts whose samples are
+all worth the same.) The figure is the mean gain over seeds, with the
 one-sided p-value of Student's t for no gain. On nla, where the reconstructor learns too, `policy_gain` is the same over
 runs in which it learns alone. A table comes first; the last line is JSON: per task and algorithm `untrained`,
 `trained`, `gain`, `p`, `policy_gain`, `policy_p`, `seeds`, and `all_significant`: every `p` is below 0.05.
@@ -120,6 +121,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds: at least 2, or there is no spread to test a gain against")
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
         sweeps = {name: (["grpo"], extra, options.out / f"{task}_{name}") for name, extra in CONTROLS[task].items()}

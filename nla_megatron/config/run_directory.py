@@ -22,7 +22,8 @@ _FREE = (
     "rollout.expert_parallel", "rollout.record",
     "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib", "rollout.max_num_seqs",
     "rollout.max_num_batched_tokens", "rollout.max_logprob_gap", "rollout.kv_block_size", "rollout.prefix_caching",
-    "rollout.compiled", "rollout.sleep",
+    "rollout.compiled", "rollout.sleep", "endpoint.concurrency", "endpoint.max_retries", "endpoint.timeout",
+    "endpoint.backoff", "endpoint.max_failures", "endpoint.base_url",
 )  # fmt: skip
 
 
@@ -37,10 +38,12 @@ def check_run_directory(command: str, config: Any) -> None:
             )
         return
     found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
-    for key in sorted({*flat(found), *flat(expected)}):
+    both = flat(found), flat(expected)
+    for key in sorted(set().union(*both)):
         if is_free(key):
             continue
-        before, now = flat(found).get(key), flat(expected).get(key)
+        # An empty group is none: so it is written in a record that is older than the group.
+        before, now = (None if values.get(key) == {} else values.get(key) for values in both)
         if before != now:
             raise RunDirectoryError(
                 f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",

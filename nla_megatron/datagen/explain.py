@@ -16,12 +16,13 @@ from typing import Any
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import ExplainConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.blocks import ApiSummaries
+from nla_megatron.contract.blocks import ApiSummaries, PoolSpec
 from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.datagen.providers import ExplainRequest, make_provider
 from nla_megatron.errors import MissingFile, ProviderError
 from nla_megatron.parallel.progress import progress
+from nla_megatron.tasks.nla_checks import check_stack
 
 TABLE = "explained.parquet"
 _JOURNAL = "explanations.jsonl"
@@ -36,8 +37,8 @@ def check(config: ExplainConfig, world_size: int) -> None:
             "the base table that `extract` writes",
             "run `nla-megatron extract`, or correct input=",
         )
-    read_dataset_sidecar(config.input)
-    Table.open(config.input, "base")
+    pool = read_dataset_sidecar(config.input).pool
+    check_stack(Table.open(config.input, "base"), PoolSpec.positions_of(pool))
     make_provider(config.provider.name, **config.provider.options)
     check_run_directory("explain", config)
 

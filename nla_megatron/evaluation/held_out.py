@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,10 +170,18 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
 
 
 def named(texts: Sequence[str | None], words: Sequence[str]) -> int:
-    """How many of the texts have one of the words: whole, in any case; a text that is not there has none."""
+    """How many of the texts have one of the words: whole, in any case; a text that is not there has none.
+
+    A word of several has any space between them. Where a script writes no space between words, none is found.
+    """
+    parts = [r"\s+".join(map(re.escape, _folded(word).split())) for word in words]
     # Not \b, which sees no word's end behind a sign such as the one of "C++".
-    anyone = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word.strip()) for word in words)})(?!\w)", re.IGNORECASE)
-    return sum(text is not None and anyone.search(text) is not None for text in texts)
+    anyone = re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)")
+    return sum(text is not None and anyone.search(_folded(text)) is not None for text in texts)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _difference(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from nla_megatron.config.options import bind
 from nla_megatron.config.run_directory import DONE, check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import JudgeConfig
 from nla_megatron.contract.files import read_json_lines, write_json, write_json_lines
-from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.held_out import EXAMPLES
 from nla_megatron.judging import REFERENCE, RUBRIC, TEXT, Judge, JudgeEndpoint, between
 from nla_megatron.parallel.progress import progress
@@ -52,20 +54,13 @@ def check(config: JudgeConfig, world_size: int) -> None:
             f"no finished evaluation in {directory}", "the directory of an `eval` of the task nla",
             "run `nla-megatron eval`, or correct evaluation=",
         )  # fmt: skip
-    examples = read_json_lines(directory / EXAMPLES)
-    known = set(examples[0]) if examples else set()
-    missing = sorted({_SOURCE, _DOCUMENT, *config.texts} - known)
-    if missing:
-        raise ConfigError(
-            f"examples of {directory} without {', '.join(missing)}" if examples else f"no example in {directory}",
-            "examples of an `eval` of the task nla", "run it with examples=, and correct texts=",
-        )  # fmt: skip
+    examples = read_examples(config)
     documents = {example[_DOCUMENT] for example in examples}
     if len(documents) < max(2, config.candidates):
         raise ConfigError(
             f"examples of {len(documents)} documents in {directory}",
             f"at least {max(2, config.candidates)}, to choose among and to resample",
-            "evaluate more rows with examples=, or lower candidates=",
+            "evaluate more rows with examples=" + (", or lower candidates=" if config.candidates > 2 else ""),
         )  # fmt: skip
     questions(config, examples)
     check_run_directory("judge", config)
@@ -73,11 +68,11 @@ def check(config: JudgeConfig, world_size: int) -> None:
 
 def run(config: JudgeConfig) -> None:
     claim_run_directory("judge", config)
-    examples = read_json_lines(Path(config.evaluation) / EXAMPLES)
+    examples = read_examples(config)
     asked = questions(config, examples)
     rows: list[dict[str, Any]] = [{_DOCUMENT: example[_DOCUMENT]} for example in examples]
     results: dict[str, Any] = {
-        "rows": len(rows), "documents": len({row[_DOCUMENT] for row in rows}),
+        "examples_sha256": _checksum(config), "rows": len(rows), "documents": len({row[_DOCUMENT] for row in rows}),
         f"{SOURCE_MATCH}_chance": 1 / config.candidates if config.candidates else None,
     }  # fmt: skip
     total = len(config.texts) * len(asked)
@@ -94,8 +89,47 @@ def run(config: JudgeConfig) -> None:
             results[name] = figures
     write_json_lines(Path(config.out) / ROWS, rows)
     write_json(Path(config.out) / RESULTS, results)
-    print("\n".join(_table(config, asked, results)), flush=True)
+    print("\n".join(_table(config, results)), flush=True)
     mark_done(config)
+
+
+def finished(config: JudgeConfig) -> None:
+    """The figures again. Raises RunDirectoryError where the evaluation is another one by now."""
+    results = json.loads((Path(config.out) / RESULTS).read_text())
+    if results["examples_sha256"] != _checksum(config):
+        raise RunDirectoryError(
+            f"{config.out} holds judgements of other examples than {config.evaluation} has now", "the same examples",
+            "choose another out=",
+        )  # fmt: skip
+    print("\n".join(_table(config, results)), flush=True)
+
+
+def read_examples(config: JudgeConfig) -> list[dict[str, Any]]:
+    """The evaluation's examples, each with a source, a document and texts. Raises ConfigError."""
+    path = Path(config.evaluation) / EXAMPLES
+    try:
+        examples = read_json_lines(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}", "one JSON object per line", "run the evaluation again") from None
+    for number, example in enumerate(examples):
+        wrong = [
+            name
+            for name in dict.fromkeys((_SOURCE, _DOCUMENT, *config.texts))
+            if not isinstance(example, dict)
+            or not isinstance(example.get(name, 0), str if name in (_SOURCE, _DOCUMENT) else str | None)
+        ]
+        if wrong or _DOCUMENT in config.texts:
+            raise ConfigError(
+                f"example {number} of {path} has no text {', '.join(wrong or [_DOCUMENT])}",
+                "examples of an `eval` of the task nla", "judge one of those, and correct texts=",
+            )  # fmt: skip
+    if not examples:
+        raise ConfigError(f"no example in {path}", "examples of an `eval` of the task nla", "run it with examples=")
+    return examples
+
+
+def _checksum(config: JudgeConfig) -> str:
+    return hashlib.sha256((Path(config.evaluation) / EXAMPLES).read_bytes()).hexdigest()
 
 
 def questions(config: JudgeConfig, examples: Sequence[dict[str, Any]]) -> list[Question]:
@@ -110,7 +144,7 @@ def questions(config: JudgeConfig, examples: Sequence[dict[str, Any]]) -> list[Q
     out = []
     for name, rubric in config.rubrics.items():
         system = RUBRIC.format(rubric=rubric.strip(), what=TEXT + REFERENCE, low=config.low, high=config.high)
-        judge = Judge(endpoint, system, config.low, config.high, "leave judging out")
+        judge = Judge(endpoint, system, config.low, config.high, "run it where there is one")
         out.append(Question(name, judge, with_source, lambda answer, _: float(answer), float(config.low)))
     return [*out, *([_match(config, endpoint, examples, sources)] if config.candidates else [])]
 
@@ -128,7 +162,7 @@ def _match(
         return float(shown[index][answer - 1] == index)
 
     judge = Judge(
-        endpoint, _WHICH.format(what=TEXT, count=config.candidates), 1, config.candidates, "leave judging out"
+        endpoint, _WHICH.format(what=TEXT, count=config.candidates), 1, config.candidates, "run it where there is one"
     )
     return Question(SOURCE_MATCH, judge, among, right, 0.0)
 
@@ -172,13 +206,14 @@ def _figures(
     return figures
 
 
-def _table(config: JudgeConfig, asked: Sequence[Question], results: dict[str, Any]) -> Iterator[str]:
-    width = max(len(name) for name in ("absent", *(question.name for question in asked)))
+def _table(config: JudgeConfig, results: dict[str, Any]) -> Iterator[str]:
+    names = [*config.rubrics, *([SOURCE_MATCH] if config.candidates else [])]
+    width = max(len(name) for name in ("absent", *names))
     yield f"{'':<{width}}  " + "  ".join(f"{name:>24}" for name in config.texts)
-    for question in asked:
+    for figure in names:
         cells = []
         for name in config.texts:
-            low, high = results[name].get(f"{question.name}_ci95", (float("nan"),) * 2)
-            cells.append(f"{results[name][question.name]:.2f} [{low:.2f}, {high:.2f}]")
-        yield f"{question.name:<{width}}  " + "  ".join(f"{cell:>24}" for cell in cells)
+            low, high = results[name].get(f"{figure}_ci95", (float("nan"),) * 2)
+            cells.append(f"{results[name][figure]:.2f} [{low:.2f}, {high:.2f}]")
+        yield f"{figure:<{width}}  " + "  ".join(f"{cell:>24}" for cell in cells)
     yield f"{'absent':<{width}}  " + "  ".join(f"{results[name]['absent']:>24}" for name in config.texts)

@@ -57,7 +57,8 @@ def check_vectors(
     """
     width, count = intervention.vector_width or hidden_size, intervention.vectors
     several = (count,) if count > 1 else ()
-    if taken(vectors, count).shape != (len(names or vectors), *several, width):
+    used = taken(vectors, count)
+    if used.shape != (len(names or vectors), *several, width):
         raise WidthError(
             f"vectors of shape {tuple(vectors.shape)} for {intervention.mode} at {intervention.place}",
             f"({', '.join(str(each) for each in ('requests', *several, width))})",
@@ -65,7 +66,7 @@ def check_vectors(
         )  # fmt: skip
     # Overflow and NaN are what is looked for here.
     with np.errstate(all="ignore"):
-        norms = np.sqrt(np.square(vectors, dtype=np.float32).sum(axis=-1, dtype=np.float32)).reshape(-1)
+        norms = np.sqrt(np.square(used, dtype=np.float32).sum(axis=-1, dtype=np.float32)).reshape(-1)
     wrong = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if len(wrong):
         first = int(wrong[0]) * len(vectors) // len(norms)

@@ -194,9 +194,15 @@ class JudgeConfig(StageConfig):
             raise ConfigError(f"candidates={self.candidates}", "0, or at least 2", "correct candidates=")
         if not self.low < self.high:
             raise ConfigError(f"low={self.low} with high={self.high}", "low < high", "swap them")
-        empty = [name for name, rubric in self.rubrics.items() if not rubric.strip() or name == "source_match"]
-        if empty or not (self.rubrics or self.candidates) or not self.texts:
+        taken = ("source_match", "absent")
+        for name, rubric in self.rubrics.items():
+            if not rubric.strip() or name in taken or name.endswith(("_failed", "_ci95")):
+                raise ConfigError(
+                    f"rubrics.{name}={rubric!r}", f"words, and not the name of {', '.join(taken)}, *_failed or *_ci95",
+                    "write the rubric, or rename it",
+                )  # fmt: skip
+        if not (self.rubrics or self.candidates) or not self.texts or len(set(self.texts)) < len(self.texts):
             raise ConfigError(
-                f"rubrics {empty} and texts {self.texts}" if empty else "nothing to judge",
-                "a text, and a rubric in words under a name of its own, or candidates", "correct rubrics=, texts=",
+                f"texts {self.texts}, {len(self.rubrics)} rubrics and candidates={self.candidates}",
+                "each text once, and rubrics or candidates", "correct texts=, rubrics= or candidates=",
             )  # fmt: skip

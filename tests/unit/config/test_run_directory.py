@@ -43,6 +43,15 @@ def test_the_same_command_resumes(claimed: Path) -> None:
     check_run_directory("rl", rl(claimed, "steps=5"))
 
 
+def test_a_record_that_is_older_than_a_group_of_keys_is_that_of_a_run_without_them(claimed: Path) -> None:
+    record = yaml.safe_load((claimed / RECORD).read_text())
+    assert record["algorithm"].pop("options") == {}
+    (claimed / RECORD).write_text(yaml.safe_dump(record))
+    check_run_directory("rl", rl(claimed, "steps=5"))
+    with pytest.raises(RunDirectoryError, match="algorithm.options.x"):
+        check_run_directory("rl", rl(claimed, "steps=5", "+algorithm.options.x=1"))
+
+
 def test_a_run_may_be_moved(claimed: Path) -> None:
     check_run_directory("rl", rl(claimed.rename(claimed.with_name("moved")), "steps=5"))
 

@@ -18,10 +18,10 @@ import pytest
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import ExplainConfig, ProviderConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.sidecar import read_dataset_sidecar
+from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import explain
-from nla_megatron.errors import ConfigError, MissingFile, ProviderError
+from nla_megatron.errors import ConfigError, MissingFile, ProviderError, SidecarError
 from tests.support.messages_server import MessagesServer, Received, Reply
 from tests.support.ranks import ROOT
 from tests.support.tiny import tiny_rows, tiny_table
@@ -212,3 +212,10 @@ def test_activations_of_several_positions_are_carried_through(tmp_path: Path, mo
     assert (table.n_rows, table.positions) == (2, 3)
     np.testing.assert_array_equal(table.inputs([0, 1]), Table.open(source, "base").inputs([0, 2]))
     assert read_dataset_sidecar(table.path).pool == read_dataset_sidecar(source).pool is not None
+
+
+def test_a_table_with_other_activations_than_its_sidecar_says_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    source = tiny_table(tmp_path / "base.parquet", model_dir, "base", tiny_rows(64, 3, 1, positions=3))
+    write_dataset_sidecar(source, replace(read_dataset_sidecar(source), pool=None))
+    with pytest.raises(SidecarError, match="3 activations in each row"):
+        explain.check(ExplainConfig(out=str(tmp_path / "out"), input=str(source)), 1)

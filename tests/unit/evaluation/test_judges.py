@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import JudgeConfig
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, ProviderError
+from nla_megatron.errors import ConfigError, MissingFile, NlaError, ProviderError, RunDirectoryError
 from nla_megatron.evaluation import judges
 from nla_megatron.evaluation.judges import candidates
 from nla_megatron.launch.commands import run as command
@@ -174,12 +175,17 @@ def test_the_command_prints_its_figures(evaluation: Path, capsys: pytest.Capture
     ("override", "kind", "found"),
     [
         ("evaluation=nowhere", MissingFile, "no finished evaluation in nowhere"),
-        ("texts=[explanation,silver]", ConfigError, "without silver"),
+        ("texts=[explanation,silver]", ConfigError, "no text silver"),
         ("candidates=5", ConfigError, "examples of 4 documents"),
         ("candidates=1", ConfigError, "candidates=1"),
         ("low=10", ConfigError, "low=10 with high=10"),
         ("+rubrics.empty=' '", ConfigError, "empty"),
         ("+rubrics.source_match=good", ConfigError, "source_match"),
+        ("+rubrics.absent=good", ConfigError, "absent"),
+        ("+rubrics.clarity_failed=good", ConfigError, "clarity_failed"),
+        ("texts=[gold,gold]", ConfigError, "each text once"),
+        ("texts=[]", ConfigError, "each text once"),
+        ("texts=[doc_id]", ConfigError, "no text doc_id"),
         ("+endpoint.max_failures=2", ConfigError, "max_failures=2"),
         ("+endpoint.modell=x", ConfigError, "endpoint.modell"),
     ],
@@ -192,15 +198,61 @@ def test_what_cannot_be_judged_is_named_before_anything_is_asked(
     assert not server.received and not (evaluation.parent / "judge").exists()
 
 
-def test_an_evaluation_of_another_task_and_a_missing_key_are_named(
-    evaluation: Path, monkeypatch: pytest.MonkeyPatch
+GOOD = {"doc_id": "d", "context": "c", "explanation": "e", "gold": "g"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "no example"),
+        (json.dumps({"prompt": "1+1", "response": "2"}), "no text context, doc_id"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"context": None}), "example 1 .* no text context"),
+        (json.dumps(GOOD | {"gold": 0.5}), "no text gold"),
+        ("[1]", "no text context"),
+        ('{"doc_id": "d', "Unterminated|delimiter"),
+    ],
+)
+def test_examples_that_are_none_of_explanations_are_named(evaluation: Path, text: str, found: str) -> None:
+    (evaluation / "examples.jsonl").write_text(text + "\n" if text else "")
+    with pytest.raises(ConfigError, match=found):
+        judges.check(configured(evaluation), 1)
+
+
+def test_judgements_of_examples_that_were_replaced_are_no_longer_this_run_s(
+    evaluation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (evaluation / "examples.jsonl").write_text(json.dumps({"prompt": "1+1", "response": "2"}) + "\n")
-    with pytest.raises(ConfigError, match="without context, doc_id"):
-        judges.check(configured(evaluation), 1)
-    (evaluation / "examples.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="no example"):
-        judges.check(configured(evaluation), 1)
+    with MessagesServer(reader(lambda *_: 5)) as server:
+        judged(evaluation, server)
+        server_told = f"+endpoint.base_url={server.base_url}"
+        config = configured(evaluation, server_told, "+endpoint.backoff=0.01")
+        capsys.readouterr()
+        judges.finished(config)
+        assert "clarity" in capsys.readouterr().out
+        lines = (evaluation / "examples.jsonl").read_text()
+        (evaluation / "examples.jsonl").write_text(lines.replace("about 3", "about 30"))
+        with pytest.raises(RunDirectoryError, match="other examples"):
+            judges.finished(config)
+
+
+def test_intervals_come_from_whole_documents(evaluation: Path) -> None:
+    """Rows of a document score alike, so that resampled rows would spread less."""
+    with MessagesServer(reader(lambda _, row: 1 + row // 2)) as server:
+        found = judged(evaluation, server, "texts=[gold]")["gold"]["clarity_ci95"]
+    scores, documents = np.repeat([1.0, 2.0, 3.0, 4.0], 2), np.repeat(np.arange(4), 2)
+    rng = np.random.default_rng(0)
+    means = [scores[:, None][documents == one].mean() for one in range(4)]
+    drawn = [np.mean([means[one] for one in rng.integers(4, size=4)]) for _ in range(1000)]
+    assert found == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15)
+    assert found[1] - found[0] > 1.9
+
+
+def test_a_run_may_be_more_patient_when_it_goes_on(evaluation: Path) -> None:
+    with MessagesServer(reader(lambda *_: 5)) as server:
+        judged(evaluation, server, "texts=[gold]")
+        judges.check(configured(evaluation, f"+endpoint.base_url={server.base_url}", "texts=[gold]",
+                                "+endpoint.concurrency=2", "+endpoint.max_failures=0.5"), 1)  # fmt: skip
+        with pytest.raises(RunDirectoryError, match="endpoint.model"):
+            judges.check(configured(evaluation, "texts=[gold]", "+endpoint.model=another"), 1)
 
 
 def test_a_missing_key_is_named(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:

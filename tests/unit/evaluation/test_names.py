@@ -8,7 +8,18 @@ from nla_megatron.config.compose import compose
 from nla_megatron.errors import ConfigError
 from nla_megatron.evaluation.held_out import named
 
-TEXTS = ["Paris in spring", "the parish", "PARIS.", None, "Comparison", "a C++ header", "C+ grade", "rue de l'opéra"]
+TEXTS = [
+    "Paris in spring",
+    "die Straße",
+    "New\nYork",
+    "the parish",
+    "PARIS.",
+    None,
+    "Comparison",
+    "a C++ header",
+    "C+ grade",
+    "rue de l'opéra",
+]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +31,10 @@ TEXTS = ["Paris in spring", "the parish", "PARIS.", None, "Comparison", "a C++ h
         (["C++"], 1),
         (["op"], 0),
         (["opéra"], 1),
+        (["ope\u0301ra"], 1),
+        (["STRASSE"], 1),
+        (["new york"], 1),
+        (["new  york", "paris"], 3),
         ([" grade "], 1),
     ],
 )

@@ -86,6 +86,8 @@ def test_as_many_vectors_as_the_intervention_takes_are_asked_for() -> None:
     vectors[1, 0] = 0
     with pytest.raises(InjectionError, match=r"1 of 6 vectors cannot be injected; the first, of request b, has norm 0"):
         check_vectors(three, vectors, 4, names=["a", "b"])
+    # Not asked of vectors that are not taken.
+    check_vectors(Intervention(1), vectors, 4)
 
 
 def test_a_position_for_each_vector_is_asked_for() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ _NLA = (TrainedModel("av", "av", "av", True), TrainedModel("ar", "ar", "ar", Tru
 _PLAIN = (TrainedModel("model", "hf", "policy", False),)
 _LENGTHS = ("response_tokens_", "truncated")
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
-    "nla": ("fve_", "extraction_failed_", "named_"),
+    "nla": ("fve_", "extraction_failed_"),
     "math": (
         "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
         "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,
@@ -39,8 +39,12 @@ FIGURES_OF: Mapping[str, tuple[str, ...]] = {
 """By task that `eval` knows, the figures that an evaluation will have; `_` and `.` end what only begins a name."""
 
 
-def will_have(task: str, metric: str) -> bool:
-    """Whether an evaluation of a task that `eval` knows has such a figure."""
+def will_have(task: str, metric: str, names: Collection[str] = ()) -> bool:
+    """Whether an evaluation of a task that `eval` knows, with such `names`, has such a figure."""
+    if metric.startswith("named_"):
+        condition, _, rest = metric.partition(".")
+        name, _, what = rest.rpartition(".")
+        return condition in ("named_av", "named_shuffled", "named_gold") and name in names and what in ("found", "of")
     return any(metric.startswith(name) if name[-1] in "_." else metric == name for name in FIGURES_OF[task])
 
 

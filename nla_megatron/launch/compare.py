@@ -109,7 +109,7 @@ def check(config: CompareConfig, world_size: int) -> None:
         return
     if config.data is None:
         check_alike(runs, dict.fromkeys(_rows_keys(runs), "held-out rows"))
-    if config.metric is not None and not will_have(runs[0].task, config.metric):
+    if config.metric is not None and not will_have(runs[0].task, config.metric, places[0].evaluation.names):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
     import nla_megatron.evaluation.command as evaluation
 

@@ -84,3 +84,5 @@ def test_the_figures_of_every_task_are_known_before_there_are_any(model: Path) -
         assert [key for key in numbers if will_have(name, key)] == numbers and will_have(name, numbers[0] + "_ci95_low")
         assert not will_have(name, numbers[0] + "_of_nothing")
     assert will_have("nla", "fve_av") and not will_have("nla", "beauty")
+    assert will_have("nla", "named_gold.city.found", ["city"]) and not will_have("nla", "named_gold.city.found")
+    assert not will_have("nla", "named_gold.town.found", ["city"]) and not will_have("nla", "named_gold.city", ["city"])

@@ -38,7 +38,7 @@ CONTROLS = {
 """By task, runs of grpo that show what is no learning, or not the policy's."""
 COMMON = [
     "samples_per_prompt=4", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
-    "optim.warmup_steps=0", "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
+    "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
     "rollout.max_num_batched_tokens=4096", "logger.progress=false",
 ]  # fmt: skip
 
@@ -49,6 +49,7 @@ def arguments(task: str, demo: Path) -> list[str]:
         return [
             "task=lexical", "reward=lexical", f"model={demo / 'pretrain' / 'hf'}", f"data={demo / 'corpus.parquet'}",
             "batch_size=8", "rollout.max_new_tokens=32", "rollout.max_model_len=128", "optim.lr=3e-4",
+            "optim.warmup_steps=0",
         ]  # fmt: skip
     return [
         f"av={demo / 'sft_av' / 'hf'}", f"ar={demo / 'sft_ar' / 'hf'}", f"data={demo / 'build' / 'rl.parquet'}",

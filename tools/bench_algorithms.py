@@ -53,7 +53,8 @@ def arguments(task: str, demo: Path) -> list[str]:
         ]  # fmt: skip
     return [
         f"av={demo / 'sft_av' / 'hf'}", f"ar={demo / 'sft_ar' / 'hf'}", f"data={demo / 'build' / 'rl.parquet'}",
-        "batch_size=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4", "ar_optim.lr=5e-4",
+        "batch_size=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
+            "optim.warmup_steps=5", "ar_optim.lr=1e-3", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2", "ar_updates=2",
     ]  # fmt: skip
 
 
@@ -105,10 +106,10 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def swept(out: Path, task: str, demo: Path, algorithms: list[str], seeds: int, more: list[str]) -> int:
+def swept(out: Path, task: str, algorithms: list[str], options: argparse.Namespace, more: list[str]) -> int:
     return run([
-        "rl", "-m", *arguments(task, demo), *COMMON, *more, f"algorithm=choice({','.join(algorithms)})",
-        f"seed=range({seeds})", f"out={out}",
+        "rl", "-m", *arguments(task, options.demo), *COMMON, *more, f"algorithm=choice({','.join(algorithms)})",
+        f"seed=range({options.seeds})", f"steps={options.steps}", f"out={out}", f"sweep.jobs={options.jobs}",
     ])  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", default=algorithms, choices=algorithms)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one core each")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: at least 2, or there is no spread to test a gain against")
@@ -129,8 +131,7 @@ def main() -> int:
         sweeps = {name: (["grpo"], extra, options.out / f"{task}_{name}") for name, extra in CONTROLS[task].items()}
         sweeps[task] = (options.algorithms, [], options.out / task)
         for algorithms, extra, out in sweeps.values():
-            more = [*extra, f"steps={options.steps}"]
-            if code := swept(out, task, options.demo, algorithms, options.seeds, more):
+            if code := swept(out, task, algorithms, options, extra):
                 return code
         controls = {name: last_rewards(sweeps[name][2], "grpo", options.seeds) for name in CONTROLS[task]}
         results[task] = {

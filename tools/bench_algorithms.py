@@ -54,7 +54,8 @@ def arguments(task: str, demo: Path) -> list[str]:
     return [
         f"av={demo / 'sft_av' / 'hf'}", f"ar={demo / 'sft_ar' / 'hf'}", f"data={demo / 'build' / 'rl.parquet'}",
         "batch_size=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
-            "optim.warmup_steps=5", "ar_optim.lr=1e-3", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2", "ar_updates=2",
+        "optim.warmup_steps=5", "ar_optim.lr=1e-3", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2",
+        "ar_updates=2",
     ]  # fmt: skip
 
 

@@ -108,6 +108,11 @@ def failed_reward(transform: str, temperature: float = 1.0) -> float:
     return float(reward(torch.tensor(ORTHOGONAL_MSE), transform, temperature))
 
 
+def mean_ci(values_N: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0) -> list[float]:
+    """The 95 % interval [low, high] of a mean, from resampling whole groups: documents, or the prompts of samples."""
+    return list(bootstrap_ci(values_N, groups, lambda drawn: float(drawn.mean()), n, seed))
+
+
 def bootstrap_ci(
     values_by_row: np.ndarray,
     doc_ids: Sequence[str],

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nla_megatron.config.schema.checks import share
 from nla_megatron.contract.files import write_json
-from nla_megatron.errors import ConfigError, ProviderError
+from nla_megatron.errors import ProviderError
 from nla_megatron.messages import Answer, Asker, Endpoint, api_key
 
 _SCORE = re.compile(r"<score>\s*(-?\d{1,9})\s*</score>")
@@ -39,8 +40,7 @@ class JudgeEndpoint(Endpoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_failures <= 1:
-            raise ConfigError(f"max_failures={self.max_failures}", "a share from 0 to 1", "correct it")
+        share("max_failures", self.max_failures)
 
 
 class Judge:

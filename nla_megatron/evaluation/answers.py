@@ -101,7 +101,7 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
         "samples": config.samples,
         "temperature": config.rollout.temperature,
         **task.figures(measured),
-        f"{name}_ci95": _interval(config, value_N.numpy(), prompts),
+        f"{name}_ci95": geometry.mean_ci(value_N.numpy(), prompts, config.bootstrap, config.seed),
     }
     rows = {
         "rows": [rollout.row for rollout in measured.rollouts],
@@ -128,14 +128,6 @@ def _correct_by_row(measured: Measured) -> list[dict[str, float]]:
     return [{"row": row, "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())]
 
 
-def _interval(config: EvalConfig, values_N: np.ndarray, prompts: Sequence[str]) -> list[float]:
-    """The 95 % interval of a mean, from resampling prompts: samples of one prompt are alike."""
-    interval = geometry.bootstrap_ci(
-        values_N, prompts, lambda drawn: float(drawn.mean()), config.bootstrap, config.seed
-    )
-    return list(interval)
-
-
 def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
     """This evaluation's main figure over another's of the same responses' places, resampled together."""
     other = json.loads((Path(str(config.compare)) / ROWS).read_text())
@@ -146,4 +138,6 @@ def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Se
             "use the same data=, rows=, samples= and seed=",
         )  # fmt: skip
     gains_N = np.asarray(rows[name]) - np.asarray(other[name])
-    return {f"{name}_gain": float(gains_N.mean()), f"{name}_gain_ci95": _interval(config, gains_N, prompts)}
+    # Samples of one prompt are alike, so prompts are resampled.
+    interval = geometry.mean_ci(gains_N, prompts, config.bootstrap, config.seed)
+    return {f"{name}_gain": float(gains_N.mean()), f"{name}_gain_ci95": interval}

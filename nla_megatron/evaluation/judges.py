@@ -199,10 +199,7 @@ def _figures(
     values_N, documents = np.asarray([score for score, _ in judged]), [document for _, document in judged]
     figures: dict[str, Any] = {name: float(values_N.mean()), f"{name}_failed": len(scores) - len(judged)}
     if len(set(documents)) > 1:
-        mean = geometry.bootstrap_ci(
-            values_N, documents, lambda drawn: float(drawn.mean()), config.bootstrap, config.seed
-        )
-        figures[f"{name}_ci95"] = list(mean)
+        figures[f"{name}_ci95"] = geometry.mean_ci(values_N, documents, config.bootstrap, config.seed)
     return figures
 
 

@@ -8,6 +8,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
+from nla_megatron.config.schema.checks import ascending
 from nla_megatron.errors import ConfigError, RewardError
 from nla_megatron.judging import REFERENCE, RUBRIC, TEXT, Judge, JudgeEndpoint, between
 from nla_megatron.rewards.terms import Term, register
@@ -31,8 +32,7 @@ class JudgeOptions(JudgeEndpoint):
         super().__post_init__()
         if not self.rubric.strip():
             raise ConfigError(f"rubric={self.rubric!r}", "what makes a text good", "write a rubric")
-        if not self.low < self.high:
-            raise ConfigError(f"low={self.low} with high={self.high}", "low < high", "swap them")
+        ascending("low", self.low, "high", self.high)
 
 
 @register("judge")

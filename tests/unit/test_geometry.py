@@ -254,3 +254,9 @@ def test_importing_the_rooms_does_not_import_what_is_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_interval_of_a_mean_is_over_prompts_whose_samples_are_alike() -> None:
+    """Two prompts, one always right and one never: however many samples, nobody knows more than two answers tell."""
+    values_N, prompts = np.repeat([0.0, 1.0], 50), np.repeat(["a", "b"], 50).tolist()
+    assert g.mean_ci(values_N, prompts, 200, 0) == [0.0, 1.0]

@@ -18,6 +18,11 @@ def at_least(key: str, value: float, least: float) -> None:
         raise ConfigError(f"{key}={value}", f"at least {least:g}", f"raise {key}=")
 
 
+def ascending(low_key: str, low: float, high_key: str, high: float) -> None:
+    if not low < high:
+        raise ConfigError(f"{low_key}={low} with {high_key}={high}", "low < high", "swap them")
+
+
 def share(key: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ConfigError(f"{key}={value}", "between 0 and 1", f"correct {key}=")

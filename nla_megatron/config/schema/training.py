@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nla_megatron.config.schema.checks import DTYPES, at_least, one_of
+from nla_megatron.config.schema.checks import DTYPES, ascending, at_least, one_of
 from nla_megatron.config.schema.credit import AlgorithmConfig, RewardConfig
 from nla_megatron.config.schema.nla import ArConfig, ArLossConfig, CurriculumConfig, check_curriculum_ends
 from nla_megatron.config.schema.shared import OptimConfig, RolloutConfig, StageConfig, TaskConfig, TrainingStageConfig
@@ -192,8 +192,7 @@ class JudgeConfig(StageConfig):
         at_least("bootstrap", self.bootstrap, 1)
         if self.candidates < 0 or self.candidates == 1:
             raise ConfigError(f"candidates={self.candidates}", "0, or at least 2", "correct candidates=")
-        if not self.low < self.high:
-            raise ConfigError(f"low={self.low} with high={self.high}", "low < high", "swap them")
+        ascending("low", self.low, "high", self.high)
         taken = ("source_match", "absent")
         for name, rubric in self.rubrics.items():
             if not rubric.strip() or name in taken or name.endswith(("_failed", "_ci95")):

@@ -28,7 +28,7 @@ import numpy as np
 from nla_megatron.config.compose import conf_dir
 from nla_megatron.launch.commands import run
 
-LAST = 5
+LAST = 10
 """Steps at the end of a run whose rewards are compared."""
 UNTRAINED, POLICY_ALONE_FROZEN = "untrained", "frozen_policy"
 CONTROLS = {
@@ -37,7 +37,7 @@ CONTROLS = {
 }  # fmt: skip
 """By task, runs of grpo that show what is no learning, or not the policy's."""
 COMMON = [
-    "samples_per_prompt=4", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
+    "batch_size=8", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
     "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
     "rollout.max_num_batched_tokens=4096", "logger.progress=false",
 ]  # fmt: skip
@@ -48,14 +48,13 @@ def arguments(task: str, demo: Path) -> list[str]:
     if task == "lexical":
         return [
             "task=lexical", "reward=lexical", f"model={demo / 'pretrain' / 'hf'}", f"data={demo / 'corpus.parquet'}",
-            "batch_size=8", "rollout.max_new_tokens=32", "rollout.max_model_len=128", "optim.lr=3e-4",
+            "samples_per_prompt=4", "rollout.max_new_tokens=32", "rollout.max_model_len=128", "optim.lr=3e-4",
             "optim.warmup_steps=0",
         ]  # fmt: skip
     return [
         f"av={demo / 'sft_av' / 'hf'}", f"ar={demo / 'sft_ar' / 'hf'}", f"data={demo / 'build' / 'rl.parquet'}",
-        "batch_size=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
-        "optim.warmup_steps=5", "ar_optim.lr=1e-3", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2",
-        "ar_updates=2",
+        "samples_per_prompt=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
+        "optim.warmup_steps=5", "ar_optim.lr=1e-4", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2",
     ]  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec
 from nla_megatron.conversion.work import room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
-from nla_megatron.models.lora import LORA, adapted, add_lora, merged_local
-from nla_megatron.models.lora_spec import FEED_FORWARD, PROJECTIONS, FusedLinear, LoraSpec, Slot
+from nla_megatron.models.lora import adapted, add_lora, merged_local
+from nla_megatron.models.lora_spec import FEED_FORWARD, LORA, PROJECTIONS, FusedLinear, LoraSpec, Slot
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -83,13 +83,8 @@ def fused_layers(shape: ModelShape, tp: int) -> list[FusedLinear]:
     ]
 
 
-def attach(model: Any, shape: ModelShape, world: World, spec: LoraSpec, seed: int = 0) -> None:
-    """Put fresh adapters on a model (or a list of chunks) and freeze the rest; the base's outputs stay as they are.
-
-    Raises:
-        UnsupportedModel: feed-forward targets of a mixture of experts, or adapters that are there already.
-        LayoutError: sequence parallelism.
-    """
+def check_targets(spec: LoraSpec, shape: ModelShape) -> None:
+    """Raises UnsupportedModel for feed-forward targets of a mixture of experts."""
     experts = [name for name in spec.targets if name in FEED_FORWARD] if shape.experts is not None else []
     if experts:
         raise UnsupportedModel(
@@ -97,6 +92,16 @@ def attach(model: Any, shape: ModelShape, world: World, spec: LoraSpec, seed: in
             "targets among q_proj, k_proj, v_proj, o_proj for a mixture of experts",
             "leave the feed-forward projections out of the targets",
         )
+
+
+def attach(model: Any, shape: ModelShape, world: World, spec: LoraSpec, seed: int = 0) -> None:
+    """Put fresh adapters on a model (or a list of chunks) and freeze the rest; the base's outputs stay as they are.
+
+    Raises:
+        UnsupportedModel: feed-forward targets of a mixture of experts, or adapters that are there already.
+        LayoutError: sequence parallelism.
+    """
+    check_targets(spec, shape)
     add_lora(model, fused_layers(shape, world.tp), spec, seed)
 
 

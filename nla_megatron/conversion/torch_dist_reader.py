@@ -22,7 +22,8 @@ from torch import Tensor
 from nla_megatron.conversion.checkpoint_plan import NAMINGS, CheckpointPlan, Chunk
 from nla_megatron.conversion.description import HEAD, is_checkpoint
 from nla_megatron.conversion.torch_dist import METADATA, elements_start, zip_entries
-from nla_megatron.errors import CheckpointError, MissingFile
+from nla_megatron.errors import CheckpointError, MissingFile, UnsupportedModel
+from nla_megatron.models.lora_spec import LORA
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _STORAGES = {
@@ -100,9 +101,15 @@ class TorchDistReader:
             padded: real rows of the parameters whose rows may be padded otherwise than ours.
 
         Raises:
+            UnsupportedModel: it holds adapters alone.
             CheckpointError: a tensor is missing, left over, or of another shape: it is of another model.
         """
         keys = [key for key in self._tensors if key.endswith(_EMBEDDING) and not _NOT_WEIGHTS.match(key)]
+        if not keys and any(f".{LORA}." in key for key in self._tensors):
+            raise UnsupportedModel(
+                f"adapters alone in {self.directory}", "a checkpoint of a whole model",
+                "use what the run writes at its end: the same command takes it there",
+            )  # fmt: skip
         if not keys:
             raise CheckpointError(f"no {_EMBEDDING} in {self.directory}", "a language model's checkpoint", _DAMAGED)
         self.prefix = min(keys, key=len).removesuffix(_EMBEDDING)

@@ -26,7 +26,7 @@ from nla_megatron.config.run_directory import is_done, permanent_steps, run_reco
 from nla_megatron.config.schema import CompareConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError
+from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError, UnsupportedModel
 from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_metric, direction, write_tables
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
@@ -179,6 +179,11 @@ def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
     places = []
     for run in runs:
         kept = permanent_steps(run.directory) if config.checkpoints != "final" else {}
+        if kept and any(run.values.get(f"{key}.rank") for key in ("lora", "ar_lora")):
+            raise UnsupportedModel(
+                f"checkpoints of {run.name} that hold adapters alone", "whole models, or the one that a run ends with",
+                "use checkpoints=final",
+            )  # fmt: skip
         for step, path in kept.items():
             if step == run.steps and config.checkpoints == "all":
                 continue  # what the run exported at its end

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from nla_megatron.errors import ConfigError
 
+LORA = "lora"
+"""What an adapted layer calls its adapters; part of their names in checkpoints."""
 ALL_LINEAR = "all-linear"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")

@@ -19,7 +19,8 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.live import global_parameters
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.models.builder import blocks_per_chunk, check_layout
-from nla_megatron.models.lora import LORA, adapted, merged_local
+from nla_megatron.models.lora import adapted, merged_local
+from nla_megatron.models.lora_spec import LORA
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard.carriers import Claim, Group
 from nla_megatron.reshard.regions import Piece, Region, contiguous

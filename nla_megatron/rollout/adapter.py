@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nla_megatron.conversion.peft_format import PeftConfig
 from nla_megatron.errors import CheckpointError, ConfigError, UnsupportedModel
+from nla_megatron.models.lora_spec import PROJECTIONS
 
 NUMBER = 1
 """The adapter's number in vLLM; there is one at a time."""
@@ -69,7 +70,8 @@ def options(lora_rank: int) -> dict[str, Any]:
     if lora_rank > _RANKS[-1]:
         raise ConfigError(f"rollout.lora_rank={lora_rank}", f"at most {_RANKS[-1]}", "merge the adapter")
     fitting = next(rank for rank in _RANKS if rank >= lora_rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting}
+    # Not the output layer: vLLM adapts its logits as those of sampled tokens, and cannot score a prompt then.
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting, "lora_target_modules": [*PROJECTIONS]}
 
 
 def request(again: bool = False) -> Any:

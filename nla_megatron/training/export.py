@@ -15,11 +15,16 @@ from nla_megatron.conversion.heads import write_reconstructor_head
 from nla_megatron.conversion.hf import SHARD_BYTES, copy_companions, read_config, truncated_config
 from nla_megatron.conversion.live import Exporter
 from nla_megatron.conversion.live_shards import write_live_shards
+from nla_megatron.conversion.peft import merged_exporter, save_adapter
 from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.models.heads import head_shapes
+from nla_megatron.models.lora import adapted
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World
+
+ADAPTERS = "adapters"
+"""Where a run keeps the adapters alone."""
 
 
 def export(
@@ -27,6 +32,9 @@ def export(
     config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write `model` with the tokenizer files of `companions`; collective, the ranks share the shards out.
+
+    Adapters are merged into the weights; those of a whole language model are also written alone, as `peft` reads them,
+    to `adapters/` beside `out`, under the same name.
 
     Args:
         companions: a Hugging Face directory whose config (cut to the AR's depth for an AR) and tokenizer go along.
@@ -41,7 +49,8 @@ def export(
     barrier(world)
     head = _head(model, world) if is_ar else None
     dtype = model.config.params_dtype
-    exporter = Exporter(model, model.shape, world, with_head=not is_ar)
+    has_adapters = bool(adapted(model))
+    exporter = (merged_exporter if has_adapters else Exporter)(model, model.shape, world, with_head=not is_ar)
     specs = [TensorSpec(part.hf, dtype, rule.hf_shape(part)) for rule in exporter.rules for part in rule.parts]
     write_live_shards(partial, specs, exporter.tensors(dtype), world, shard_bytes)
     if world.is_main:
@@ -57,6 +66,8 @@ def export(
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     barrier(world)
+    if has_adapters and not is_ar:
+        save_adapter(model, out.parent / ADAPTERS / out.name, model.shape, world, companions)
 
 
 def _head(model: Reconstructor, world: World) -> dict[str, torch.Tensor]:

@@ -137,15 +137,25 @@ class TrainModule:
 
 
 def sharded_weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The weights of a rank's chunks, for `dist_checkpointing`; tensors in it are the parameters themselves."""
-    named = zip(_names(chunks), chunks, strict=True)
-    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in named}
+    """What learns of a rank's chunks, for `dist_checkpointing`; tensors in it are the parameters themselves.
+
+    What is frozen is in the directory that the run starts from, and a checkpoint would hold it once more.
+    """
+    state = {}
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        whole, frozen = chunk.sharded_state_dict(metadata=metadata), _frozen(chunk)
+        state[name] = {key: value for key, value in whole.items() if key not in frozen}
+    return state
 
 
 def take_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
     """What `sharded_weights` described, once it is loaded."""
     for name, chunk in zip(_names(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict({**_frozen(chunk), **loaded[name]})
+
+
+def _frozen(chunk: Any) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
 
 
 def _names(chunks: Sequence[Any]) -> list[str]:

@@ -15,11 +15,11 @@ from nla_megatron.training.module import sharded_weights, take_weights
 
 
 class FrozenCopy:
-    """A model's weights as they were, kept on the CPU: the KL reference costs no device memory."""
+    """What learns of a model as it was, kept on the CPU: the KL reference costs no device memory."""
 
     def __init__(self, model: Any):
         self.chunks = chunks_of(model)
-        self.parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        self.parameters = [one for chunk in self.chunks for one in chunk.parameters() if one.requires_grad]
         self.kept = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     @contextmanager
@@ -72,9 +72,14 @@ class MovingCopy(FrozenCopy):
         by which Megatron collects its gradients.
         """
         pairs = zip(self.parameters, self.kept, strict=True)
-        average = {id(parameter): torch.nn.Parameter(kept, requires_grad=False) for parameter, kept in pairs}
+        average = {id(parameter): torch.nn.Parameter(kept) for parameter, kept in pairs}
         modules = [module for chunk in self.chunks for module in chunk.modules()]
-        own = [(module, name, held) for module in modules for name, held in module.named_parameters(recurse=False)]
+        own = [
+            (module, name, held)
+            for module in modules
+            for name, held in module.named_parameters(recurse=False)
+            if id(held) in average
+        ]
         for module, name, held in own:
             setattr(module, name, average[id(held)])
         try:

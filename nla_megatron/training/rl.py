@@ -22,6 +22,7 @@ from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
+from nla_megatron.training.lora import check_lora
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.recorder import check_replay
@@ -41,6 +42,7 @@ def check(config: RlConfig, world_size: int) -> None:
     longest = prompts.longest + config.rollout.max_new_tokens
     shape = read_shape(side.directory_of(config))
     check_layout(shape, config.parallel)
+    check_lora(config.lora, shape, config.parallel)
     check_rollout_layout(shape, config.rollout.tp, world_size, config.rollout.expert_parallel)
     limit = min(config.rollout.max_model_len, shape.max_positions)
     if longest > limit:
@@ -57,7 +59,7 @@ def check(config: RlConfig, world_size: int) -> None:
 def _check_keys(config: RlConfig, own: tuple[str, ...]) -> None:
     """A key of another task says nothing here, and whoever set it believes that it does."""
     unset = RlConfig()
-    for key in ("model", "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum"):
+    for key in ("model", "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum", "lora", "ar_lora"):
         if key not in own and getattr(config, key) != getattr(unset, key):
             raise ConfigError(
                 f"{key}={getattr(config, key)!r} with task={config.task.name}, which does not read it",

@@ -51,12 +51,25 @@ class PolicyEngine(Engine):
             side.directory, side.shape, config.rollout, side.interventions, world,
             int(side.tokenizer.eos_token_id), config.seed, marker=side.marker,
         )  # fmt: skip
-        self.resharder = None
-        if side.model is not None:
-            # It imports vLLM, for which the checks before the run need not wait.
-            from nla_megatron.reshard.resharder import Resharder
+        self.hand_over = self._weights(side) if side.model is not None else self.forget
 
-            self.resharder = Resharder(side.model, side.shape, self.llm, read_shape(side.directory), world)
+    def _weights(self, side: Side) -> Callable[[], None]:
+        """How the policy's weights come here: all of them, adapters merged, or the adapters alone."""
+        # These import vLLM, for which the checks before the run need not wait.
+        if self.config.lora == "adapter":
+            from nla_megatron.reshard.adapter import AdapterResharder
+
+            pairs = AdapterResharder(side.model, side.shape, self.llm, self.world)
+            return lambda: pairs.load(self.load_adapter)
+        from nla_megatron.reshard.resharder import Resharder
+
+        resharder = Resharder(side.model, side.shape, self.llm, read_shape(side.directory), self.world)
+
+        def load() -> None:
+            with self.replacing_weights():
+                resharder.load()
+
+        return load
 
     def changed_tokens(self) -> int:
         mine = sum(
@@ -69,9 +82,5 @@ class PolicyEngine(Engine):
         return sum(gather_objects(mine, self.world)[:: self.config.tp])
 
     def take_weights(self) -> None:
-        if self.resharder is None:
-            # The model stays as it is, but how it is steered does not: nothing kept for the last step serves the next.
-            self.forget()
-            return
-        with self.replacing_weights():
-            self.resharder.load()
+        # Where the model stays as it is, how it is steered does not: nothing kept for the last step serves the next.
+        self.hand_over()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nla_megatron.config.run_directory import check_run_directory, mark_done
-from nla_megatron.config.schema import ArConfig, OptimConfig, SftConfig
+from nla_megatron.config.schema import ArConfig, LoraConfig, OptimConfig, SftConfig
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.sidecar import ModelSidecar
 from nla_megatron.conversion.heads import is_reconstructor, reconstructor_shape, resolved_spec
@@ -27,6 +27,7 @@ from nla_megatron.tasks.nla import MSE_SCALE, NlaTask
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.export import export
 from nla_megatron.training.loop import train
+from nla_megatron.training.lora import adapt, check_lora, lora_record
 from nla_megatron.training.losses import cross_entropy, make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.types import ModelShape
@@ -40,6 +41,7 @@ class Part:
     model: str
     data: str
     optim: OptimConfig
+    lora: LoraConfig
     out: str
 
     def task(self, config: SftConfig) -> NlaTask:
@@ -50,11 +52,11 @@ class Part:
 def parts(config: SftConfig) -> list[Part]:
     """The models of a run: one, or with role both the AV and the AR."""
     if config.role != "both":
-        return [Part(config.role, config.model, config.data, config.optim, "hf")]
+        return [Part(config.role, config.model, config.data, config.optim, config.lora, "hf")]
     assert config.ar_data is not None, "checked by the schema"
     return [
-        Part("av", config.model, config.data, config.optim, "av"),
-        Part("ar", config.ar_model or config.model, config.ar_data, config.ar_optim, "ar"),
+        Part("av", config.model, config.data, config.optim, config.lora, "av"),
+        Part("ar", config.ar_model or config.model, config.ar_data, config.ar_optim, config.ar_lora, "ar"),
     ]
 
 
@@ -63,7 +65,9 @@ def check(config: SftConfig, world_size: int) -> None:
     data_parallel_size(config.parallel, world_size)
     for part in parts(config):
         task = part.task(config)
-        check_layout(model_shape(part.role, part.model, task, config.reconstructor), config.parallel)
+        shape = model_shape(part.role, part.model, task, config.reconstructor)
+        check_layout(shape, config.parallel)
+        check_lora(part.lora, shape, config.parallel)
         _check_length(_longest(part, task), config, task)
     check_run_directory("sft", config)
 
@@ -146,6 +150,7 @@ def _module(part: Part, config: SftConfig, task: NlaTask, world: World) -> Train
         model: Any = load_av(part.model, task, world, config.dtype)
     else:
         model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed)
+    adapt(model, part.lora, world, config.seed)
     return TrainModule(model, world, part.optim, config.steps, config.micro_batch_size, config.dtype)
 
 
@@ -201,6 +206,7 @@ def _sidecar(part: Part, config: SftConfig, task: NlaTask, model: Any) -> ModelS
         "batch_size": config.batch_size,
         "lr": part.optim.lr,
         "seed": config.seed,
+        **lora_record(part.lora),
     }
     layer_index = task.sidecar.extraction.layer_index
     if part.role == "ar":

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from nla_megatron.tasks.nla import NlaTask
-from nla_megatron.training.data_order import rows_of_step
-from nla_megatron.types import Rollout
 from tests.support.ranks import command
+from tests.support.recorded import record
 
 STEPS, PROMPTS, SAMPLES, SEED = 2, 3, 4, 5
 LAYOUTS = {
@@ -40,24 +37,10 @@ COMPARED = (
 @pytest.fixture(scope="module")
 def recorded(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rollouts with real explanations, other rows' texts among them, and one response without an explanation."""
-    run = tmp_path_factory.mktemp("recorded")
-    task = NlaTask.open(str(toy / "build" / "rl.parquet"), "rl", str(toy / "sft_av" / "hf"))
-    (run / "rollouts").mkdir()
-    for step in range(STEPS):
-        rollouts = []
-        for group, row in enumerate(rows_of_step(task.table.n_rows, PROMPTS, step, SEED)):
-            for sample in range(SAMPLES):
-                text = (
-                    f"<explanation>\n{task.gold_explanations[(row + 11 * sample) % task.table.n_rows]}\n</explanation>"
-                )
-                text = "no tags at all" if (group, sample) == (1, 3) else text
-                ids = task.contract.av_response_ids(task.tokenizer, text)
-                rollouts.append(
-                    Rollout(group, sample, row, task.prompt_ids, tuple(ids), tuple([0.0] * len(ids)), text, True)
-                )
-        lines = "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
-        (run / "rollouts" / f"step_{step:08d}.jsonl").write_text(lines)
-    return run
+    return record(
+        tmp_path_factory.mktemp("recorded"), toy / "build" / "rl.parquet", toy / "sft_av" / "hf", STEPS, PROMPTS,
+        SAMPLES, SEED,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

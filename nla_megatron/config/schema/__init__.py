@@ -19,6 +19,7 @@ from nla_megatron.config.schema.nla import (
 )
 from nla_megatron.config.schema.runs import CompareConfig, DemoConfig, LauncherConfig, SweepConfig
 from nla_megatron.config.schema.shared import (
+    LoraConfig,
     OptimConfig,
     ParallelConfig,
     RolloutConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "InterventionConfig",
     "JudgeConfig",
     "LauncherConfig",
+    "LoraConfig",
     "MergeConfig",
     "OptimConfig",
     "ParallelConfig",

@@ -63,6 +63,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Two small matrices beside each target (Hu et al., 2021) learn in place of the model's weights."""
+
+    rank: int = 0
+    """0 trains all weights."""
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear."""
+    rslora: bool = False
+    """The product is scaled by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski, 2023)."""
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 0)
+        if not self.alpha > 0 or not self.targets:
+            raise ConfigError(
+                f"lora.alpha={self.alpha} and lora.targets={list(self.targets)}", "a positive alpha, and targets",
+                "correct lora=",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """vLLM in the trainer's own processes."""
 

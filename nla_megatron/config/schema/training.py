@@ -10,7 +10,14 @@ from omegaconf import MISSING
 from nla_megatron.config.schema.checks import DTYPES, ascending, at_least, one_of
 from nla_megatron.config.schema.credit import AlgorithmConfig, RewardConfig
 from nla_megatron.config.schema.nla import ArConfig, ArLossConfig, CurriculumConfig, check_curriculum_ends
-from nla_megatron.config.schema.shared import OptimConfig, RolloutConfig, StageConfig, TaskConfig, TrainingStageConfig
+from nla_megatron.config.schema.shared import (
+    LoraConfig,
+    OptimConfig,
+    RolloutConfig,
+    StageConfig,
+    TaskConfig,
+    TrainingStageConfig,
+)
 from nla_megatron.errors import ConfigError
 
 
@@ -55,6 +62,10 @@ class SftConfig(TrainingStageConfig):
     """With role both, what the AR starts from. None: `model`."""
     ar_optim: OptimConfig = field(default_factory=OptimConfig)
     """With role both, the AR's optimizer; `optim` is the AV's."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Of the model that `role` names; with role both, of the AV. An AR's head learns whole."""
+    ar_lora: LoraConfig = field(default_factory=LoraConfig)
+    """With role both, of the AR."""
     reconstructor: ArConfig = field(default_factory=ArConfig)
     ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -69,6 +80,10 @@ class SftConfig(TrainingStageConfig):
             )  # fmt: skip
         if self.ar_model is not None and self.role != "both":
             raise ConfigError(f"role={self.role} with ar_model={self.ar_model}", "role=both", "drop ar_model=")
+        if self.ar_lora.rank and self.role != "both":
+            raise ConfigError(
+                f"role={self.role} with ar_lora.rank={self.ar_lora.rank}", "role=both", "set lora= for a single model"
+            )
         if self.role == "av":
             for key, value in (("reconstructor", self.reconstructor), ("ar_loss", self.ar_loss)):
                 if value != type(value)():
@@ -101,6 +116,10 @@ class RlConfig(TrainingStageConfig):
     ar_optim: OptimConfig = field(default_factory=OptimConfig)
     ar_updates: int = 1
     """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Of the policy. The reference of a KL term is the policy without its adapter; a critic trains all its weights."""
+    ar_lora: LoraConfig = field(default_factory=LoraConfig)
+    """Of the AR, whose head learns whole."""
     critic_optim: OptimConfig = field(default_factory=OptimConfig)
     """Of the value model, where the algorithm has one."""
     ar_loss: ArLossConfig = field(default_factory=ArLossConfig)
@@ -117,10 +136,12 @@ class RlConfig(TrainingStageConfig):
             raise ConfigError(
                 "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
             )
-        if self.rollout.lora != "merged":
+        if self.rollout.lora == "adapter" and not 0 < self.lora.rank <= self.rollout.lora_rank:
             raise ConfigError(
-                f"rollout.lora={self.rollout.lora}", "merged", "rl trains all weights, of which there is no adapter"
-            )
+                f"rollout.lora=adapter with lora.rank={self.lora.rank} and rollout.lora_rank={self.rollout.lora_rank}",
+                "an adapter, of at most rollout.lora_rank",
+                "set lora.rank and rollout.lora_rank, or rollout.lora=merged",
+            )  # fmt: skip
         at_least("samples_per_prompt", self.samples_per_prompt, 1)
         if self.algorithm.minibatches > self.batch_size:
             raise ConfigError(

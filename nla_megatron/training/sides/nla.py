@@ -22,6 +22,7 @@ from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import NlaTask, explanations_of
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import descended, export
+from nla_megatron.training.lora import adapt, check_lora, lora_record
 from nla_megatron.training.losses import make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.reference import MovingCopy, make_reference
@@ -38,7 +39,9 @@ _AR_NAMES = {"loss": "ar_loss", "mse": "ar_mse"}
 class NlaSide:
     """Activations to prompts, explanations to errors; `measure` gives "mse", 2 where there is no explanation."""
 
-    own_keys: ClassVar[tuple[str, ...]] = ("av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum")
+    own_keys: ClassVar[tuple[str, ...]] = (
+        "av", "ar", "ar_optim", "ar_updates", "ar_loss", "curriculum", "lora", "ar_lora",
+    )  # fmt: skip
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world = config, world
@@ -52,6 +55,9 @@ class NlaSide:
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype)
         ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
+        # Adapted before they are copied and wrapped: a copy is of what learns alone.
+        adapt(av, config.lora, world, config.seed)
+        adapt(ar, config.ar_lora, world, config.seed)
         self.kept = make_reference(av, config.algorithm, make_algorithm(config.algorithm).needs.reference)
         steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
         self.policy: Policy = TrainModule(av, world, config.optim, steps, micro, dtype)
@@ -73,7 +79,9 @@ class NlaSide:
         task = NlaTask.open(config.data, "rl", config.av, config.curriculum)
         task.check_model(config.av, "av")
         task.check_model(config.ar, "ar")
-        check_layout(model_shape("ar", config.ar, task), config.parallel)
+        ar_shape = model_shape("ar", config.ar, task)
+        check_layout(ar_shape, config.parallel)
+        check_lora(config.ar_lora, ar_shape, config.parallel)
         if config.eval_every and config.held_out is None:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held_out", "a table of held-out rows", "add held_out="
@@ -156,6 +164,8 @@ class NlaSide:
             "ar_lr": config.ar_optim.lr,
             "algorithm": config.algorithm.name,
             "kl_coef": config.algorithm.kl_coef,
+            **lora_record(config.lora),
+            **lora_record(config.ar_lora, "ar_lora"),
         }
         for role, source, model in (("av", config.av, self.model), ("ar", config.ar, self.ar.model)):
             parent = self.task.check_model(source, role)

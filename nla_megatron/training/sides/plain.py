@@ -25,6 +25,7 @@ from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
+from nla_megatron.training.lora import adapt
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sampler import Sampler
@@ -50,7 +51,7 @@ class PlainSide:
     interventions: tuple[Intervention, ...] = ()
     marker: Marker | None = None
 
-    own_keys: ClassVar[tuple[str, ...]] = ("model",)
+    own_keys: ClassVar[tuple[str, ...]] = ("model", "lora")
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
@@ -61,6 +62,7 @@ class PlainSide:
         self.shape = read_shape(config.model)
         self.model: Any = build_verbalizer(self.shape, world, config.dtype)
         load_from_hf(self.model, config.model, self.shape, world, with_head=True)
+        adapt(self.model, config.lora, world, config.seed)
         # The policy that this stage starts from, also after a resume: taken before a checkpoint is loaded.
         self.kept = make_reference(self.model, config.algorithm, make_algorithm(config.algorithm).needs.reference)
         self.policy: Policy = TrainModule(

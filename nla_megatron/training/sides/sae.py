@@ -49,7 +49,7 @@ class SaeSide:
         options = sae_options(config.task)
         return super().__new__(cls) if options.steering else PlainSide(without_steering(config, options), world)
 
-    own_keys: ClassVar[tuple[str, ...]] = ("model",)
+    own_keys: ClassVar[tuple[str, ...]] = ("model", "lora")
 
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
@@ -71,6 +71,11 @@ class SaeSide:
         options = sae_options(config.task)
         if not options.steering:
             return PlainSide.check(without_steering(config, options), world_size)
+        if config.lora.rank:
+            raise ConfigError(
+                f"lora.rank={config.lora.rank} with steering", "a model that stays as it is",
+                "drop lora=, or set task.options.steering=false",
+            )  # fmt: skip
         if not Path(config.model, "config.json").is_file():
             raise MissingFile(
                 f"no config.json in model={config.model!r}", "the Hugging Face directory of the model that is steered",

@@ -213,6 +213,16 @@ def test_permanent_checkpoints_where_no_run_kept_any(root: Path, tmp_path: Path)
     assert "no permanent checkpoint" in error.found and "keep_every" in error.expected
 
 
+def test_permanent_checkpoints_that_hold_adapters_alone(tmp_path: Path) -> None:
+    run = tmp_path / "in" / "one"
+    left_run(run, *STEPS, "lora.rank=4", metrics=learning(1e-3, 0))
+    kept = run / "checkpoints" / "permanent" / "step_00000010"
+    kept.mkdir(parents=True)
+    (kept / "state.json").write_text("{}")
+    error = refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent", "metric=reward")
+    assert "adapters" in error.found and "one" in error.found and error.remedy == "use checkpoints=final"
+
+
 def test_a_directory_of_something_else(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelConfig
+from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.models.batching import Batch, response_mask
@@ -17,6 +17,7 @@ from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, initialise, shut_down
 from nla_megatron.training.checkpoint import Checkpoints
+from nla_megatron.training.lora import adapt
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import FrozenCopy, MovingCopy, make_reference
@@ -24,6 +25,8 @@ from tests.support.tiny import tiny_model
 
 IDS, PROMPT, DECAY = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3, 0.75
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
+POLICIES = pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2)])
+"""A rank is that of adapters, which learn in place of the weights."""
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +48,11 @@ def batch() -> Batch:
 class Learner:
     """A policy that learns its responses by heart, and what it is compared with."""
 
-    def __init__(self, directory: Path, world: World, dtype: str, reference: str = "ema"):
+    def __init__(self, directory: Path, world: World, dtype: str, rank: int = 0, reference: str = "ema"):
         shape = read_shape(directory)
         self.model: Any = build_verbalizer(shape, world, dtype)
         load_from_hf(self.model, str(directory), shape, world, with_head=True)
+        adapt(self.model, LoraConfig(rank=rank), world, seed=3)
         found = make_reference(self.model, AlgorithmConfig(reference=reference, reference_decay=DECAY), True)
         assert found is not None
         self.reference = found
@@ -67,14 +71,18 @@ class Learner:
         return self.module.rows(batch(), response_logprobs(1.0), 5)
 
     def weights(self) -> list[torch.Tensor]:
-        return [parameter.detach().float().clone() for parameter in self.model.parameters()]
+        """Those that learn."""
+        return [one.detach().float().clone() for one in self.model.parameters() if one.requires_grad]
 
     def average(self) -> list[torch.Tensor]:
         return [value.clone() for value in self.reference.kept]
 
 
-def test_inside_the_model_is_what_it_was_and_outside_what_it_became(world: World, directory: Path) -> None:
-    learner = Learner(directory, world, "float32", reference="initial")
+@POLICIES
+def test_inside_the_model_is_what_it_was_and_outside_what_it_became(
+    world: World, directory: Path, dtype: str, rank: int
+) -> None:
+    learner = Learner(directory, world, dtype, rank, reference="initial")
     assert type(learner.reference) is FrozenCopy
     before = learner.logprobs()
     learner.learn(2)
@@ -85,9 +93,9 @@ def test_inside_the_model_is_what_it_was_and_outside_what_it_became(world: World
     assert torch.equal(learner.logprobs(), after)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_average_is_of_the_weights_after_each_update(world: World, directory: Path, dtype: str) -> None:
-    learner = Learner(directory, world, dtype)
+@POLICIES
+def test_the_average_is_of_the_weights_after_each_update(world: World, directory: Path, dtype: str, rank: int) -> None:
+    learner = Learner(directory, world, dtype, rank)
     expected = learner.weights()
     for _ in range(3):
         learner.learn(1)
@@ -96,26 +104,26 @@ def test_the_average_is_of_the_weights_after_each_update(world: World, directory
         assert found.dtype == torch.float32 and torch.allclose(found, wanted, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@POLICIES
 def test_the_average_comes_back_from_a_checkpoint_to_the_bit(
-    world: World, directory: Path, tmp_path: Path, dtype: str
+    world: World, directory: Path, tmp_path: Path, dtype: str, rank: int
 ) -> None:
-    learner, checkpoints = Learner(directory, world, dtype), Checkpoints(tmp_path, "rl", world, 1)
+    learner, checkpoints = Learner(directory, world, dtype, rank), Checkpoints(tmp_path, "rl", world, 1)
     learner.learn(2)
     checkpoints.save(2, {"reference": learner.reference}, {}, {})
-    kept, fresh = learner.average(), Learner(directory, world, dtype)
+    kept, fresh = learner.average(), Learner(directory, world, dtype, rank)
     untouched = fresh.weights()
     checkpoints.resume({"reference": fresh.reference}, {}, {})
     assert all(torch.equal(one, other) for one, other in zip(fresh.average(), kept, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(fresh.weights(), untouched, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@POLICIES
 def test_a_policy_learns_on_after_its_average_was_saved(
-    world: World, directory: Path, tmp_path: Path, dtype: str
+    world: World, directory: Path, tmp_path: Path, dtype: str, rank: int
 ) -> None:
     """To the bit as if nothing had been saved, also where the average is of another type than the weights."""
-    straight, saved = (Learner(directory, world, dtype) for _ in range(2))
+    straight, saved = (Learner(directory, world, dtype, rank) for _ in range(2))
     straight.learn(2)
     saved.learn(2)
     Checkpoints(tmp_path, "rl", world, 1).save(2, {"reference": saved.reference}, {}, {})

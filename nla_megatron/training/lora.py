@@ -1,0 +1,55 @@
+"""LoRA in the training stages: which adapters a configuration asks for, on a model that was just loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nla_megatron.config.schema import LoraConfig, ParallelConfig
+from nla_megatron.conversion.peft import attach, check_targets
+from nla_megatron.errors import LayoutError
+from nla_megatron.models.lora_spec import LoraSpec, targets_of
+from nla_megatron.parallel.world import World
+from nla_megatron.types import ModelShape
+
+
+def lora_spec(config: LoraConfig) -> LoraSpec | None:
+    """None where all weights are trained. Raises ConfigError for an unknown projection."""
+    if not config.rank:
+        return None
+    [*targets] = config.targets
+    named = targets[0] if len(targets) == 1 else targets
+    return LoraSpec(config.rank, config.alpha, targets_of(named), config.rslora)
+
+
+def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Whether a model of this shape can be adapted so.
+
+    Raises:
+        ConfigError: an unknown projection.
+        UnsupportedModel: feed-forward targets of a mixture of experts.
+        LayoutError: sequence parallelism.
+    """
+    spec = lora_spec(config)
+    if spec is None:
+        return
+    check_targets(spec, shape)
+    if parallel.sequence_parallel:
+        raise LayoutError(
+            f"LoRA of rank {config.rank} with parallel.sequence_parallel", "one of the two",
+            "set parallel.sequence_parallel=false, or lora.rank=0",
+        )  # fmt: skip
+
+
+def adapt(model: Any, config: LoraConfig, world: World, seed: int) -> None:
+    """Put fresh adapters on a model as the configuration says; it computes as before, and only they (and a head) learn.
+
+    Called before the model is wrapped for training: what is frozen by then gets no gradient and no optimizer state.
+    """
+    spec = lora_spec(config)
+    if spec is not None:
+        attach(model, model.shape, world, spec, seed)
+
+
+def lora_record(config: LoraConfig, key: str = "lora") -> dict[str, Any]:
+    """What a sidecar's `training` says of it; nothing where all weights were trained."""
+    return {key: dict(vars(config))} if config.rank else {}

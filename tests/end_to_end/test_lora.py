@@ -1,0 +1,151 @@
+"""Adapters in place of whole weights, from the warm start to RL: what moves, what is written, what comes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nla_megatron.contract.sidecar import read_model_sidecar
+from nla_megatron.conversion.hf import VALUE_HEAD
+from nla_megatron.conversion.peft_format import CONFIG
+from tests.support.ranks import command
+from tests.support.recorded import record
+from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
+
+pytestmark = pytest.mark.slow
+
+STEPS, PROMPTS, SAMPLES, SEED = 3, 3, 4, 5
+TEMPLATE = "Explain <concept><INJECT></concept>"
+LORA = ("lora.rank=4", "lora.alpha=8", "lora.rslora=true")
+AR_LORA = ("ar_lora.rank=2", "ar_lora.targets=[q_proj,down_proj]")
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(after: dict[str, Tensor], before: dict[str, Tensor]) -> set[str]:
+    """The kinds of weights that differ: the last but one part of their names."""
+    return {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, tables, and a warm start of both models by adapters alone."""
+    out = tmp_path_factory.mktemp("lora")
+    base = tiny_model(out / "base")
+    source = tiny_table(out / "explained.parquet", base, "explained", tiny_rows(64, 40, 3))
+    tables = {name: out / "build" / f"{name}.parquet" for name in ("av_sft", "ar_sft")}
+    for words in (
+        ("build", f"input={source}", f"model={base}", f"out={out / 'build'}", "held_out=0.2",
+         f"templates.av='{TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'"),
+        ("sft", "role=both", f"model={base}", f"data={tables['av_sft']}", f"ar_data={tables['ar_sft']}",
+         f"out={out / 'sft'}", "steps=3", "batch_size=4", "optim.lr=1e-2", "ar_optim.lr=1e-2", "optim.warmup_steps=0",
+         "parallel=tp2", *LORA, *AR_LORA),
+    ):  # fmt: skip
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    record(out / "recorded", out / "build" / "rl.parquet", out / "sft" / "av", STEPS, PROMPTS, SAMPLES, SEED)
+    return out
+
+
+def test_a_warm_start_moves_the_targets_alone_and_writes_what_peft_merges(started: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, sft = started / "base", started / "sft"
+    assert moved(weights(sft / "av"), weights(base)) == set(ADAPTED)
+    ar = weights(sft / "ar")
+    assert moved(ar, {name: weights(base)[name] for name in ar}) == {"q_proj", "down_proj"}
+    [head] = load_file(sft / "ar" / VALUE_HEAD).values()
+    assert not torch.equal(head, torch.eye(len(head)))
+
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(sft / "adapters" / "av")
+    )
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in weights(sft / "av").items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+    assert not (sft / "adapters" / "ar").exists()
+    assert read_model_sidecar(sft / "av").training["lora"]["rank"] == 4
+
+
+def test_a_checkpoint_holds_what_learns_alone(started: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    newest = max((started / "sft" / "checkpoints").glob("step_*"))
+    for role, heads in (("av", 0), ("ar", 1)):
+        keys = FileSystemReader(newest / role).read_metadata().state_dict_metadata
+        own = [key for key in keys if not key.startswith("optimizer.") and hasattr(keys[key], "chunks")]
+        assert own and sum(".lora." not in key for key in own) == heads, own
+
+
+def rl_words(started: Path, out: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "rl", f"rollout.replay={started / 'recorded'}", f"av={started / 'sft' / 'av'}", f"ar={started / 'sft' / 'ar'}",
+        f"data={started / 'build' / 'rl.parquet'}", f"out={out}", f"steps={STEPS}", f"batch_size={PROMPTS}",
+        f"samples_per_prompt={SAMPLES}", f"seed={SEED}", "save_every=1", "keep_checkpoints=3",
+        "optim.lr=1e-2", "optim.warmup_steps=0", "rollout.max_logprob_gap=1e-3",
+        "algorithm.kl=k3", "algorithm.kl_coef=0.1", "algorithm.reference=ema", "algorithm.reference_decay=0.5",
+        "rollout.max_new_tokens=96", "rollout.max_model_len=256", "rollout.max_num_seqs=16",
+        *LORA, *AR_LORA, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reinforced(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tensor-parallel, the merged weights handed over."""
+    out = tmp_path_factory.mktemp("rl") / "merged"
+    done = command(*rl_words(started, out, "parallel=tp2"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def check_alike(found: Path, expected: Path) -> None:
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        for name in ("reward", "policy_loss", "kl", "entropy", "ar_loss", "policy_grad_norm", "ar_grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name
+
+
+def test_rl_moves_adapters_and_compares_with_the_policy_without_them(started: Path, reinforced: Path) -> None:
+    steps = metrics(reinforced)
+    assert all(step["logprob_gap_max"] <= 2e-4 and step["injected"] == PROMPTS * SAMPLES for step in steps)
+    # The policy starts as its own reference, and has left it one update later.
+    assert steps[0]["kl"] == 0 and steps[1]["kl"] > 1e-6
+    assert moved(weights(reinforced / "av"), weights(started / "sft" / "av")) == set(ADAPTED)
+    assert moved(weights(reinforced / "ar"), weights(started / "sft" / "ar")) == {"q_proj", "down_proj"}
+    adapter = json.loads((reinforced / "adapters" / "av" / CONFIG).read_text())
+    assert adapter["base_model_name_or_path"] == str(started / "sft" / "av")
+
+
+def test_adapters_alone_are_handed_over_as_merged_weights_are(started: Path, reinforced: Path, tmp_path: Path) -> None:
+    done = command(*rl_words(started, tmp_path / "rl", "parallel=pp2", "rollout.lora=adapter", "rollout.lora_rank=8"))
+    assert done.returncode == 0, done.stderr
+    check_alike(tmp_path / "rl", reinforced)
+
+
+def test_a_killed_run_resumes_on_another_layout(started: Path, reinforced: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(reinforced, tmp_path / "rl"))
+    for left in ("done", "av", "ar", "adapters", "checkpoints/step_00000002", "checkpoints/step_00000003"):
+        path = run / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = command(*rl_words(started, run, "parallel=pp2"))
+    assert done.returncode == 0, done.stderr
+    check_alike(run, reinforced)
+    found, expected = weights(run / "av"), weights(reinforced / "av")
+    start = weights(started / "sft" / "av")
+    for name in found:
+        # Adam divides by a gradient's own size, so where one is rounding alone, so is its direction.
+        assert (found[name] - expected[name]).norm() <= 0.02 * (expected[name] - start[name]).norm() + 1e-6

@@ -69,10 +69,11 @@ class LoraConfig:
     rank: int = 0
     """0 trains all weights."""
     alpha: float = 16.0
+    """The product of the two is scaled by alpha / rank."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear."""
     rslora: bool = False
-    """The product is scaled by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski, 2023)."""
+    """It is scaled by alpha / sqrt(rank) in place of that (Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
         at_least("lora.rank", self.rank, 0)

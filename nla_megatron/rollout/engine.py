@@ -171,12 +171,13 @@ class Engine:
         ]
         outputs, wrong = self._run([request.prompt_ids for request in mine], params, asked)
         rollouts = [
-            self._rollout(
-                request,
+            request.answered(
                 index,
                 sample.token_ids,
                 [next(iter(step.values())).logprob for step in sample.logprobs],
                 sample.finish_reason == "stop",
+                self.tokenizer,
+                self.eos_id,
             )  # fmt: skip
             for request, output in zip(mine, outputs, strict=True)
             for index, sample in enumerate(output.outputs)
@@ -228,8 +229,11 @@ class Engine:
         for index, rollout, output in zip(chosen, mine, outputs, strict=True):
             steps = output.prompt_logprobs[len(rollout.prompt_ids) :]
             logprobs = [step[token].logprob for step, token in zip(steps, rollout.response_ids, strict=True)]
-            ended = rollout.finished
-            scored.append(self._rollout(requests[index], rollout.sample, rollout.response_ids, logprobs, ended))
+            scored.append(
+                requests[index].answered(
+                    rollout.sample, rollout.response_ids, logprobs, rollout.finished, self.tokenizer, self.eos_id
+                )
+            )
         return self._exchange(scored, wrong, expected=len(recorded))
 
     def close(self) -> None:
@@ -265,21 +269,6 @@ class Engine:
             for key, ids, output in zip(asked, prompts, outputs, strict=True)
         }
         return outputs, wrong + missing_samples(asked, periods, fed)
-
-    def _rollout(
-        self, request: PromptRequest, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool
-    ) -> Rollout:
-        ended = bool(ids) and ids[-1] == self.eos_id
-        return Rollout(
-            group=request.group,
-            sample=sample,
-            row=request.row,
-            prompt_ids=request.prompt_ids,
-            response_ids=tuple(ids),
-            logprobs=tuple(logprobs),
-            text=self.tokenizer.decode(ids[:-1] if ended else ids),
-            finished=finished,
-        )
 
     def _exchange(self, mine: list[Rollout], wrong: list[str], expected: int) -> RolloutBatch:
         """Everybody's rollouts on every rank; each replica's first rank sends, the others vouch with a digest."""

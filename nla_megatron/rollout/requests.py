@@ -13,10 +13,10 @@ from nla_megatron.interventions.checks import Marker, check_positions, check_vec
 from nla_megatron.interventions.placement import taken
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import Asked, salt_of
+from nla_megatron.types import Rollout
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
-    from nla_megatron.types import Rollout
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last; asked
@@ -56,6 +56,27 @@ class PromptRequest:
     @property
     def name(self) -> str:
         return f"group {self.group} (row {self.row})"
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """All of them; none where it takes no intervention at positions."""
+        return () if self.position is None else (self.position, *self.more_positions)
+
+    def answered(
+        self, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool, tokenizer: Any, eos_id: int
+    ) -> Rollout:
+        """A response to it; the end token is part of its ids, and not of its text."""
+        ended = bool(ids) and ids[-1] == eos_id
+        return Rollout(
+            group=self.group,
+            sample=sample,
+            row=self.row,
+            prompt_ids=self.prompt_ids,
+            response_ids=tuple(ids),
+            logprobs=tuple(logprobs),
+            text=tokenizer.decode(ids[:-1] if ended else ids),
+            finished=finished,
+        )
 
     def again(self, rollout: Rollout) -> PromptRequest:
         """The same asked for once more of a recorded rollout, which is scored and not sampled."""
@@ -178,9 +199,7 @@ class Terms:
 
 
 def _positions(request: PromptRequest, intervention: Intervention) -> tuple[int, ...]:
-    if intervention.where != "positions" or request.position is None:
-        return ()
-    return (request.position, *request.more_positions)
+    return request.positions if intervention.where == "positions" else ()
 
 
 def shares(weights: Sequence[int], replicas: int) -> list[list[int]]:

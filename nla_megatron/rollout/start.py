@@ -31,7 +31,7 @@ def start(
     """An `LLM` whose worker lives in this process and intervenes.
 
     Raises:
-        VersionError: a version of vLLM that the plug-in was not tested with.
+        VersionError: no vLLM, or a version that the plug-in was not tested with.
         ConfigError: expert parallelism on a CPU.
     """
     options = _options(model, shape, config, interventions, world, seed)
@@ -105,6 +105,7 @@ def _options(
         # vLLM looks its own up by the rank on this machine, among whatever ranks.
         VLLM_CPU_OMP_THREADS_BIND=_cores(max(world.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
     )
+    plugin.check_installed()
     import vllm
 
     plugin.check_version(vllm.__version__)

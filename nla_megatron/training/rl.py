@@ -20,13 +20,14 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rewards import make_reward
+from nla_megatron.rollout.plugin import check_installed
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
 from nla_megatron.training.lora import check_lora
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.recorder import check_replay
-from nla_megatron.training.sampler import PolicyEngine, SamplerOf
+from nla_megatron.training.sampler import SamplerOf, make_sampler
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
@@ -36,6 +37,8 @@ from nla_megatron.types import Credit
 def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
+    if config.rollout.engine == "vllm":
+        check_installed()
     side = side_of(config)
     _check_keys(config, side.own_keys)
     prompts = side.check(config, world_size)
@@ -100,7 +103,7 @@ def run(config: RlConfig, world: World) -> None:
 class RlTrainer:
     """The task's side, the sampler, and one step of the loop."""
 
-    def __init__(self, config: RlConfig, world: World, sampler: SamplerOf = PolicyEngine):
+    def __init__(self, config: RlConfig, world: World, sampler: SamplerOf = make_sampler):
         self.config, self.world = config, world
         self.side = side = make_side(config, world)
         self.algorithm = make_algorithm(config.algorithm)

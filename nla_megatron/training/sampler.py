@@ -43,6 +43,15 @@ SamplerOf = Callable[[RlConfig, "Side", World], Sampler]
 """Makes the sampler of a side's policy; collective."""
 
 
+def make_sampler(config: RlConfig, side: Side, world: World) -> Sampler:
+    """The one that `rollout.engine` names; collective."""
+    if config.rollout.engine == "policy":
+        from nla_megatron.training.own_sampler import PolicySampler
+
+        return PolicySampler(config, side, world)
+    return PolicyEngine(config, side, world)
+
+
 class PolicyEngine(Engine):
     """vLLM in the ranks that train, with weights moved from the side's model."""
 

@@ -122,12 +122,19 @@ class Hooked:
         self, prompt: Sequence[int], response: Sequence[int], changes: Sequence[Change], temperature: float = 1.0
     ) -> Tensor:
         """The same, with a gradient."""
+        rows_TV = self.distributions(prompt, response, changes, temperature)
+        return rows_TV.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+    def distributions(
+        self, prompt: Sequence[int], response: Sequence[int], changes: Sequence[Change], temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probs of all tokens in the place of each of the response's, (len(response), V)."""
         handles = [self._hook(change) for change in changes]
         ids = torch.tensor([*prompt, *response])
         logits = self.model(ids[None]).logits[0] / temperature
         for handle in handles:
             handle.remove()
-        return torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
+        return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
 
     def _hook(self, change: Change) -> Any:
         def changed(stream_1TD: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ class LoraConfig:
 class RolloutConfig:
     """vLLM in the trainer's own processes."""
 
+    engine: str = "vllm"
+    """With "policy" the model that `rl` trains writes its responses itself, a forward pass for each token: slow, for
+    machines without vLLM. It reads max_new_tokens, max_model_len, temperature, stop, top_p and top_k here."""
     tp: int = 1
     expert_parallel: bool = False
     """On a GPU, share the experts of a mixture out whole over the ranks of a replica in place of cutting each."""
@@ -126,6 +129,13 @@ class RolloutConfig:
     """A run directory with recorded rollouts: the engine scores those token for token in place of sampling."""
 
     def __post_init__(self) -> None:
+        one_of("rollout.engine", self.engine, ("vllm", "policy"))
+        if self.engine == "policy" and (self.tp > 1 or self.expert_parallel or self.lora != "merged"):
+            raise ConfigError(
+                f"rollout.engine=policy with rollout.tp={self.tp}, expert_parallel={self.expert_parallel} and "
+                f"lora={self.lora}", "tp=1, expert_parallel=false and lora=merged: it lies as `parallel` says",
+                "leave these keys out, or set rollout.engine=vllm",
+            )  # fmt: skip
         at_least("rollout.tp", self.tp, 1)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.top_k", self.top_k, 0)

@@ -176,6 +176,10 @@ class EvalConfig(StageConfig):
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
+        if self.rollout.engine != "vllm":
+            raise ConfigError(
+                f"rollout.engine={self.rollout.engine} in eval", "vllm", "leave rollout.engine out: rl alone has it"
+            )
         empty = [name for name, words in self.names.items() if not words or not all(map(str.strip, words))]
         if empty or (self.names and self.task.name != "nla"):
             raise ConfigError(

@@ -35,6 +35,9 @@ class Prompts:
 class Policy(Stateful, Protocol):
     """What the algorithm's loss trains: `TrainModule`, or what has its methods."""
 
+    chunks: list[Any]
+    """Of the model that writes, on this rank."""
+
     def update(
         self, batch: Batch, loss: Loss, names: tuple[str, ...], step: int,
         check: Callable[[dict[str, float]], None] | None = None,

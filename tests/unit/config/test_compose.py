@@ -161,6 +161,7 @@ def test_a_value_out_of_range_names_key_found_and_expected(override: str, found:
         ("convert", "direction=sideways", "direction='sideways'"),
         ("convert", "dtype=fp8", "dtype='fp8'"),
         ("eval", "dtype=fp8", "dtype='fp8'"),
+        ("eval", "rollout.engine=policy", "rollout.engine=policy in eval"),
         ("eval", "bootstrap=0", "bootstrap=0"),
         ("extract", "dtype=fp8", "dtype='fp8'"),
         ("extract", "long_documents=drop", "long_documents='drop'"),

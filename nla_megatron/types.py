@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 DATASET_SIDECAR = ".nla_meta.yaml"
 """What a table's path takes on for its sidecar's."""
+VECTOR_MODES = ("norm_add", "replace", "add")
+"""What a vector does to the residual stream; see `interventions.spec`."""
 POOLINGS = ("last", "mean", "max", "cls", "weighted")
 """How an AR makes one vector of its stream; see `models.heads`."""
 

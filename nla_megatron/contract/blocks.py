@@ -78,16 +78,30 @@ class ApiSummaries:
 
 
 @dataclass(frozen=True)
+class ProjectionSpec:
+    """`injection.projection`: how the learned map of the vector is made, and the method by which its result enters.
+
+    `layers`: 1 is linear. `dropout`: between layers, in supervised training.
+    """
+
+    then: str = "norm_add"
+    layers: int = 1
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class InjectionSpec:
     """`injection`, our extension: method (`norm_add`, `replace`, ...), block (-1: token embedding), and scale.
 
-    `layers`: all blocks at which the vector enters, where they are several; `layer` is the first of them.
+    `layers`: all blocks at which the vector enters, where they are several; `layer` is the first of them. `projection`:
+    of the method `project`, and of no other.
     """
 
     method: str
     layer: int
     scale: float | str | None = None
     layers: tuple[int, ...] | None = None
+    projection: ProjectionSpec | None = None
 
     @property
     def blocks(self) -> tuple[int, ...]:

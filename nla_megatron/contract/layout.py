@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nla_megatron.contract.blocks import PromptTemplates, as_yaml_block
+from nla_megatron.contract.blocks import InjectionSpec, PromptTemplates, as_yaml_block
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.errors import MissingFile, SidecarError
-from nla_megatron.types import POOLINGS
+from nla_megatron.types import POOLINGS, VECTOR_MODES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,7 +108,7 @@ def dataset_yaml(sidecar: DatasetSidecar) -> dict[str, Any]:
     """A data set's sidecar in the shared layout; unset blocks are left out, as strict readers want it."""
     block = as_yaml_block(sidecar)
     block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "actor", "critic")
-    _leave_single(block)
+    _leave_unused(block)
     head = {"kind": "nla_dataset", "schema_version": _VERSIONS["nla_dataset"][-1], "dataset_id": block["dataset_id"]}
     return {key: value for key, value in {**head, **block}.items() if value is not None}
 
@@ -118,15 +118,16 @@ def model_yaml(sidecar: ModelSidecar) -> dict[str, Any]:
     block = as_yaml_block(sidecar)
     block["prompt_templates"] = _templates_out(sidecar.prompt_templates, "av", "ar")
     block["critic"] = {"extraction_layer_index": sidecar.extraction.layer_index}
-    _leave_single(block)
+    _leave_unused(block)
     head = {"kind": "nla_model", "schema_version": _VERSIONS["nla_model"][-1]}
     return {key: value for key, value in {**head, **block}.items() if value is not None}
 
 
-def _leave_single(block: dict[str, Any]) -> None:
-    """A single block needs no list of blocks."""
-    if block["injection"] is not None and block["injection"]["layers"] is None:
-        del block["injection"]["layers"]
+def _leave_unused(block: dict[str, Any]) -> None:
+    """A single block needs no list of blocks, and a vector that enters as it is no projection."""
+    for key in ("layers", "projection"):
+        if block["injection"] is not None and block["injection"][key] is None:
+            del block["injection"][key]
 
 
 def dataset_id(sidecar: DatasetSidecar) -> str:
@@ -164,9 +165,7 @@ def check_model_values(sidecar: ModelSidecar, path: Path, ours: bool = False) ->
     if sidecar.reconstructor is not None:
         _one_of(path, "reconstructor.pooling", sidecar.reconstructor.pooling, POOLINGS)
         _at_least(path, "reconstructor.projection_layers", sidecar.reconstructor.projection_layers, 1)
-        if not 0 <= sidecar.reconstructor.dropout < 1:
-            found = f"'reconstructor.dropout' in {str(path)!r} is {sidecar.reconstructor.dropout}"
-            raise SidecarError(found, "0 or above, below 1", _REMEDY)
+        _share_below_1(path, "reconstructor.dropout", sidecar.reconstructor.dropout)
         if sidecar.reconstructor.layer is not None:
             _at_least(path, "reconstructor.layer", sidecar.reconstructor.layer, 0)
     if ours:
@@ -193,6 +192,24 @@ def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> Non
                 f"'injection.layers' in {str(path)!r} is {list(blocks)}, with layer {sidecar.injection.layer}",
                 "different blocks, the first of them that of 'injection.layer'", _REMEDY,
             )  # fmt: skip
+        _check_projection(path, sidecar.injection)
+
+
+def _check_projection(path: Path, injection: InjectionSpec) -> None:
+    spec = injection.projection
+    if (injection.method == "project") != (spec is not None):
+        raise SidecarError(
+            f"'injection' in {str(path)!r} has method {injection.method!r} with projection {spec}",
+            "'injection.projection' with method 'project', and with no other", _REMEDY,
+        )  # fmt: skip
+    if spec is None:
+        return
+    _one_of(path, "injection.projection.then", spec.then, VECTOR_MODES)
+    _at_least(path, "injection.projection.layers", spec.layers, 1)
+    _share_below_1(path, "injection.projection.dropout", spec.dropout)
+    if spec.dropout and spec.layers == 1:
+        found = f"'injection.projection.dropout' in {str(path)!r} is {spec.dropout}, of a single layer"
+        raise SidecarError(found, "0: it lies between layers", _REMEDY)
 
 
 def _one_marker_each(path: Path, markers: int, positions: int) -> None:
@@ -206,6 +223,11 @@ def _one_marker_each(path: Path, markers: int, positions: int) -> None:
 def _at_least(path: Path, key: str, value: int, least: int) -> None:
     if value < least:
         raise SidecarError(f"{key!r} in {str(path)!r} is {value}", f"at least {least}", _REMEDY)
+
+
+def _share_below_1(path: Path, key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise SidecarError(f"{key!r} in {str(path)!r} is {value}", "0 or above, below 1", _REMEDY)
 
 
 def _present(path: Path, values: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ from nla_megatron.contract.blocks import (
     InjectionSpec,
     ModelExtraction,
     PoolSpec,
+    ProjectionSpec,
     PromptTemplates,
     ReconstructorSpec,
     Tokens,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ApiSummaries", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec", "ModelExtraction",
-    "ModelSidecar", "PoolSpec", "PromptTemplates", "ReconstructorSpec", "Tokens", "check_dataset",
+    "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens", "check_dataset",
     "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar", "read_model_sidecar",
     "write_dataset_sidecar", "write_model_sidecar",
 ]  # fmt: skip

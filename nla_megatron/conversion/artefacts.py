@@ -31,6 +31,7 @@ from nla_megatron.conversion.heads import check_head
 from nla_megatron.conversion.hf import SHARD_BYTES, read_config, read_shape, truncated_config, write_value_head
 from nla_megatron.conversion.merge import TOKENIZER, Merging, carry, new_directory
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
+from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.errors import MissingFile, SidecarError, UnsupportedModel
 from nla_megatron.models.builder import DTYPES
 
@@ -166,6 +167,7 @@ def _copy(source: Path, target: Path) -> None:
         except OSError:  # another file system
             shutil.copyfile(path, target / path.name)
     carry(source, target, ("*.json", "*.model", "*.txt", "*.jinja"))
+    carry_projections(source, target)
 
 
 def _check_depth(directory: Path, sidecar: ModelSidecar, source: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from nla_megatron.conversion.description import HEAD, SIDECAR
 from nla_megatron.conversion.hf import VALUE_HEAD, check_vocabulary, copy_companions, write_index, write_value_head
 from nla_megatron.conversion.manifest import Record, write_manifest
+from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, checksum, plan_shards
 from nla_megatron.conversion.source import MegatronSide
 from nla_megatron.conversion.work import Work, room_on
@@ -104,5 +105,6 @@ class Export:
         # The sidecar of a base model does not describe what was trained from it.
         if self.own_companions and (side.companions / SIDECAR).is_file():
             shutil.copyfile(side.companions / SIDECAR, partial / SIDECAR)
+            carry_projections(side.companions, partial)
         write_manifest(partial, side.reader.directory, self.work.plan, records)
         self.work.publish()

@@ -22,6 +22,7 @@ from nla_megatron.conversion.checkpoint_plan import CheckpointPlan, checkpoint_p
 from nla_megatron.conversion.description import HEAD, SIDECAR, WEIGHTS, checkpoint_files
 from nla_megatron.conversion.hf import check_vocabulary, copy_companions
 from nla_megatron.conversion.manifest import Record, write_manifest
+from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec, cast, hasher
 from nla_megatron.conversion.source import HuggingFaceSide
@@ -142,6 +143,7 @@ class Import:
         # The sidecar of a whole model does not describe the AR that is cut out of it.
         if self.layers is None and (self.side.directory / SIDECAR).is_file():
             shutil.copyfile(self.side.directory / SIDECAR, partial / SIDECAR)
+            carry_projections(self.side.directory, partial)
         records = [Record(**one) for entry in entries for one in entry["records"]]
         write_manifest(partial, self.side.directory, self.work.plan, records)
         self.work.publish()

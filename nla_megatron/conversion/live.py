@@ -22,8 +22,8 @@ from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.critic import Critic, build_critic
-from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import LORA
+from nla_megatron.models.projections import PROJECTIONS
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape

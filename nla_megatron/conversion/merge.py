@@ -16,6 +16,7 @@ from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_comp
 from nla_megatron.conversion.lock import Lock
 from nla_megatron.conversion.manifest import Record, dtype_name, read_manifest, write_manifest
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
+from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, plan_shards
 from nla_megatron.conversion.work import Work, room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
@@ -65,6 +66,8 @@ def merge(
         copy_companions(base, work.partial, merging.config, specs[0].dtype)
         carry(base, work.partial, _BESIDE)
         carry(adapter, work.partial, (*TOKENIZER, *_BESIDE))
+        for source in (base, adapter):
+            carry_projections(source, work.partial)
         records = (Record(**one) for entry in work.entries(list(shards)) for one in entry["records"])
         write_manifest(work.partial, base, work.plan, records)
         work.publish()

@@ -15,6 +15,7 @@ from nla_megatron.contract.sidecar import (
     DatasetSidecar,
     InjectionSpec,
     PoolSpec,
+    ProjectionSpec,
     read_dataset_sidecar,
     write_dataset_sidecar,
 )
@@ -99,7 +100,8 @@ def run(config: BuildConfig) -> None:
 def injection_of(spec: InterventionConfig) -> InjectionSpec:
     """The intervention as sidecars record it."""
     several = spec.blocks if len(spec.blocks) > 1 else None
-    return InjectionSpec(spec.method, spec.blocks[0], spec.scale, several)
+    projection = ProjectionSpec(**vars(spec.projection)) if spec.method == "project" else None
+    return InjectionSpec(spec.method, spec.blocks[0], spec.scale, several, projection)
 
 
 def _contract(config: BuildConfig) -> PromptContract:

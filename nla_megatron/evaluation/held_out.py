@@ -24,7 +24,9 @@ from nla_megatron.contract.files import atomic_path, write_json
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
+from nla_megatron.conversion.projections import read_projections
 from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.interventions.projection import projector
 from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.pipeline import forward_rows
 from nla_megatron.parallel.collectives import barrier
@@ -86,7 +88,8 @@ def run(config: EvalConfig, world: World) -> None:
     reader = _reader(config, task, world)
     eos_id = int(task.tokenizer.eos_token_id)
     shape, places = read_shape(config.av), task.interventions
-    engine = Engine(config.av, shape, config.rollout, places, world, eos_id, config.seed, marker=task.marker)
+    project = projector(read_projections(config.av, places, shape.hidden_size))
+    engine = Engine(config.av, shape, config.rollout, places, world, eos_id, config.seed, task.marker, project)
     work: dict[str, Callable[[], Condition]] = {
         "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
         "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),

@@ -13,11 +13,11 @@ from typing import Any
 
 from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.schedules import Schedule
+from nla_megatron.types import VECTOR_MODES
 
 EMBEDDING = "embedding"
 TOKEN_EMBEDDING = -1
 """How sidecars and configurations, whose layers are numbers, write `EMBEDDING`."""
-VECTOR_MODES = ("norm_add", "replace", "add")
 SAE_MODES = ("features", "clamp", "global")
 MODES = (*VECTOR_MODES, "project", *SAE_MODES)
 WHERE = ("positions", "prompt", "generated", "all")
@@ -177,10 +177,12 @@ class Intervention:
         return self.schedule.factors() if self.schedule.over == "decode" else (1.0,)
 
     @classmethod
-    def recorded(cls, method: str, layer: int, scale: float, vectors: int = 1) -> Intervention:
-        """The one that a sidecar or a configuration describes."""
+    def recorded(
+        cls, method: str, layer: int, scale: float, vectors: int = 1, then: str = "norm_add", layers: int = 1
+    ) -> Intervention:
+        """The one that a sidecar or a configuration describes; `then` and `layers` are of a projection."""
         place = EMBEDDING if layer == TOKEN_EMBEDDING else layer
-        return cls(place, method, strength=scale, vectors=vectors)
+        return cls(place, method, strength=scale, vectors=vectors, then=then, projection_layers=layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for another process."""

@@ -5,12 +5,11 @@ Legend: T tokens, B rows, D hidden, W width inside the projection.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from nla_megatron.contract.blocks import ReconstructorSpec
+from nla_megatron.models.dropout import dropped
 from nla_megatron.types import Microbatch, ModelShape
 
 PREFIX = "value_head."
@@ -77,10 +76,8 @@ class ReconstructionHead(nn.Module):
     def _dropped(self, vectors_BW: Tensor, batch: Microbatch, layer: int) -> Tensor:
         if not self.training or not self.spec.dropout:
             return vectors_BW
-        keep = 1 - self.spec.dropout
-        width = vectors_BW.shape[1]
-        draws = [_draws((self.seed, batch.training_step, row, layer), width) for row in batch.rows.tolist()]
-        return vectors_BW * (torch.stack(draws) < keep).to(vectors_BW) / keep
+        keys = [(self.seed, batch.training_step, row, layer) for row in batch.rows.tolist()]
+        return dropped(vectors_BW, self.spec.dropout, keys)
 
 
 class _Hidden(nn.Module):
@@ -104,12 +101,6 @@ class _Hidden(nn.Module):
 def _signed(width: int) -> Tensor:
     """(D, 2D): from the positive parts of x and of -x to x."""
     return torch.cat([torch.eye(width), -torch.eye(width)], dim=1)
-
-
-def _draws(key: tuple[int, ...], width: int) -> Tensor:
-    """Uniform numbers (W,) that depend on the key alone; drawn on the CPU, which every device agrees with."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.rand(width, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
 def head_shapes(shape: ModelShape, spec: ReconstructorSpec) -> dict[str, tuple[int, ...]]:

@@ -20,15 +20,14 @@ from nla_megatron.errors import InjectionError, WidthError
 from nla_megatron.interventions.checks import check_layers
 from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed
 from nla_megatron.interventions.placement import UNTOUCHED, row_slots, taken
-from nla_megatron.interventions.projection import Projection
+from nla_megatron.interventions.projection import Drop, Projection
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.spec import EMBEDDING, Intervention
 from nla_megatron.interventions.steering import formula_of
 from nla_megatron.models.builder import chunks_of
+from nla_megatron.models.dropout import ProjectionDropout
+from nla_megatron.models.projections import PROJECTIONS, projection_of
 from nla_megatron.types import Injection, Microbatch, Steering
-
-PROJECTIONS = "projections"
-"""Under this name a chunk holds what `project` learns, by the intervention's number."""
 
 _DATA = "build the batch for the interventions that the model was given"
 
@@ -59,12 +58,13 @@ class Change:
     slots: Slots
     rows_N: Tensor
     projection: Projection | None = None
+    drop: Drop | None = None
     chosen: Chosen | None = None
 
     def __call__(self, stream_TBD: Tensor) -> Tensor:
         slots = self.slots
         if self.projection is not None:
-            slots = replace(slots, table_SD=self.projection(slots.table_SD))
+            slots = replace(slots, table_SD=self.projection(slots.table_SD, self.drop))
         if self.chosen is not None:
             slots = replace(slots, strength_SF=self.chosen.strengths())
         flat = stream_TBD.reshape(-1, stream_TBD.shape[-1])
@@ -83,6 +83,7 @@ class Sites:
         formulas: one each.
         places: the blocks of this chunk, and "embedding" where it embeds.
         projections: of this chunk's interventions that project, by number.
+        dropout: of the projections.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class Sites:
         projections: Mapping[int, Projection],
         hidden_size: int,
         sequence_parallel: bool,
+        dropout: ProjectionDropout,
     ):
         self.interventions, self.formulas, self.projections = interventions, formulas, projections
         self.here = [number for number, each in enumerate(interventions) if each.layer in places]
-        self.hidden_size, self.sequence_parallel = hidden_size, sequence_parallel
+        self.hidden_size, self.sequence_parallel, self.dropout = hidden_size, sequence_parallel, dropout
 
     def changes(self, batch: Microbatch) -> Changes:
         """What this chunk does to a microbatch; nothing where the batch says nothing of interventions."""
@@ -195,7 +197,8 @@ class Sites:
             strength_SF=_sent(np.array(strengths, dtype=np.float32), device),
             factor_T=_sent(factor_N, device) if len(factors) > 1 or factors[0] != 1 else None,
         )
-        return Change(self.formulas[number], slots, _sent(rows_N, device), self.projections.get(number), chosen)
+        drop = self.dropout.of(number, intervention.vectors, injection)
+        return Change(self.formulas[number], slots, _sent(rows_N, device), self.projections.get(number), drop, chosen)
 
     def _placed(self, number: int, injection: Injection, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Slots and decode steps of the tokens that this rank holds, (T, B) each."""
@@ -245,14 +248,15 @@ def _sent(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
-def intervene(model: Any, interventions: Sequence[Intervention], seed: int = 0) -> None:
+def intervene(model: Any, interventions: Sequence[Intervention], seed: int = 0, dropout: float = 0.0) -> None:
     """From now on a model applies these interventions to every microbatch that carries their data.
 
     Called once the model is built and before it is wrapped for training, since `project` adds parameters.
 
     Args:
         model: a `Decoder`, or the list of a rank's chunks.
-        seed: of projections that do not start as the identity.
+        seed: of projections that do not start as the identity, and of their dropout.
+        dropout: between a projection's layers, in `train()` mode.
 
     Raises:
         ConfigError: a block that the model lacks; features that the SAE lacks, or an SAE of another layer.
@@ -274,24 +278,19 @@ def intervene(model: Any, interventions: Sequence[Intervention], seed: int = 0) 
             places.add(EMBEDDING)
         parallel = chunk.config.sequence_parallel
         learned = {
-            number: _projection(each, shape.hidden_size, seed + number, device, parallel)
+            number: _learned(each, shape.hidden_size, seed + number, device, parallel)
             for number, each in enumerate(wanted)
             if each.mode == "project" and each.layer in places
         }
         if learned:
-            chunk.projections = nn.ModuleDict({str(number): module for number, module in learned.items()})
-        chunk.sites = Sites(wanted, formulas, places, learned, shape.hidden_size, parallel)
+            chunk.add_module(PROJECTIONS, nn.ModuleDict({str(number): module for number, module in learned.items()}))
+        drop = ProjectionDropout(dropout, seed)
+        chunk.sites = Sites(wanted, formulas, places, learned, shape.hidden_size, parallel, drop)
 
 
-def _projection(each: Intervention, width: int, seed: int, device: torch.device, parallel: bool) -> Projection:
-    projection = Projection(each.vector_width or width, width, each.projection_layers, seed=seed).to(device)
+def _learned(each: Intervention, width: int, seed: int, device: torch.device, parallel: bool) -> Projection:
+    projection = projection_of(each, width, seed).to(device)
     for parameter in projection.parameters():
         # With sequence parallelism a rank sees the touched tokens of its part only, and gradients are summed by this.
         parameter.sequence_parallel = parallel  # type: ignore[attr-defined]
     return projection
-
-
-def projections_of(model: Any) -> dict[int, Projection]:
-    """What this rank's chunks learn for `project`, by the intervention's number."""
-    held: list[nn.ModuleDict] = [getattr(chunk, PROJECTIONS, nn.ModuleDict()) for chunk in chunks_of(model)]
-    return {int(number): module for each in held for number, module in each.items() if isinstance(module, Projection)}

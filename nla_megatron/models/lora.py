@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from nla_megatron.errors import LayoutError, UnsupportedModel
 from nla_megatron.models.builder import chunks_of
-from nla_megatron.models.interventions import PROJECTIONS
 from nla_megatron.models.lora_spec import LORA, FusedLinear, LoraSpec, Slot
+from nla_megatron.models.projections import PROJECTIONS
 
 _LEARNS = ("value_head.", f"{PROJECTIONS}.")
 

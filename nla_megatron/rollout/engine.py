@@ -49,7 +49,7 @@ class Engine:
     Args:
         intervention: the configuration's one, or any number of `Intervention`.
         marker: what must stand at every position; None where any token may.
-        project: what the mode `project` does to the vectors.
+        project: what the mode `project` does to the vectors; it may be another before each batch.
 
     Raises:
         LayoutError, ConfigError, VersionError: what it is started with does not fit.

@@ -22,8 +22,9 @@ Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last; asked
 only for this replica's share."""
 
-Project = Callable[[np.ndarray], np.ndarray]
-"""For the mode `project`: vectors (N, E) to (N, D), as the trainer has it at that moment."""
+Project = Callable[[int, np.ndarray], np.ndarray]
+"""For the mode `project`: an intervention's number and vectors (N, E) to (N, D), as the trainer has it at that moment;
+`interventions.projection.projector` makes one."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 """Plain text, token ids, or the messages of a chat."""
@@ -91,7 +92,10 @@ def as_interventions(wanted: InterventionConfig | Intervention | Sequence[Interv
         return (wanted,)
     if isinstance(wanted, Sequence):
         return tuple(wanted)
-    return tuple(Intervention.recorded(wanted.method, block, wanted.scale) for block in wanted.blocks)
+    then, layers = wanted.projection.then, wanted.projection.layers
+    return tuple(
+        Intervention.recorded(wanted.method, block, wanted.scale, then=then, layers=layers) for block in wanted.blocks
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Terms:
         raw = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
         names = [request.name for request in requests]
         brought: list[np.ndarray | None] = []
-        for intervention in self.interventions:
+        for number, intervention in enumerate(self.interventions):
             if not intervention.takes_vectors:
                 brought.append(None)
                 continue
@@ -175,7 +179,7 @@ class Terms:
             own = np.ascontiguousarray(taken(raw, intervention.vectors))
             if intervention.mode == "project":
                 assert project is not None, "checked when the engine starts"
-                projected_ND = project(own.reshape(-1, own.shape[-1]))
+                projected_ND = project(number, own.reshape(-1, own.shape[-1]))
                 own = np.ascontiguousarray(projected_ND, dtype=np.float32).reshape(*own.shape[:-1], -1)
             brought.append(own)
         return brought

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nla_megatron.config.schema import CurriculumConfig
-from nla_megatron.contract.blocks import InjectionSpec
+from nla_megatron.contract.blocks import InjectionSpec, ProjectionSpec
 from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING, Intervention
@@ -49,7 +49,8 @@ class Curriculum:
             vectors: how many activations a row of the table keeps.
 
         Raises:
-            ConfigError: a block of the curriculum that the model lacks, or a strength of nothing for `replace`.
+            ConfigError: a block of the curriculum that the model lacks, any block where the injection projects, or a
+                strength of nothing for `replace`.
         """
         for block in config.layers:
             if num_layers is not None and block >= num_layers:
@@ -57,7 +58,14 @@ class Curriculum:
                     f"curriculum.layers={list(config.layers)}",
                     f"blocks of the AV, {TOKEN_EMBEDDING} to {num_layers - 1}", "correct curriculum.layers",
                 )  # fmt: skip
-        if injection.method == "replace" and config.start == 0:
+        projection = injection.projection or ProjectionSpec()
+        if injection.projection is not None and config.layers:
+            raise ConfigError(
+                f"curriculum.layers={list(config.layers)} of a table whose injection projects",
+                "none: each block has a projection of its own, and the recorded one would learn last",
+                "remove curriculum.layers",
+            )
+        if "replace" in (injection.method, injection.projection and projection.then) and config.start == 0:
             raise ConfigError(
                 "curriculum.start=0 where the vector replaces the stream", "above 0", "set curriculum.start"
             )
@@ -65,7 +73,10 @@ class Curriculum:
         further = [block for block in dict.fromkeys(config.layers) if block not in injection.blocks]
         blocks = (*injection.blocks, *further)
         return cls(
-            tuple(Intervention.recorded(injection.method, block, scale, vectors) for block in blocks),
+            tuple(
+                Intervention.recorded(injection.method, block, scale, vectors, projection.then, projection.layers)
+                for block in blocks
+            ),
             len(injection.blocks),
             config,
         )

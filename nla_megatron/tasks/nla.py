@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron import geometry
-from nla_megatron.config.schema import CurriculumConfig, InterventionConfig
+from nla_megatron.config.schema import CurriculumConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import PromptContract, extract_explanation
 from nla_megatron.contract.sidecar import (
@@ -31,6 +31,7 @@ from nla_megatron.contract.sidecar import (
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.heads import is_reconstructor
 from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.projections import check_projections
 from nla_megatron.errors import MissingFile, SidecarError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import Intervention
@@ -70,7 +71,7 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class NlaTask:
-    """A table with the prompts, tokenizer and intervention that go with it.
+    """A table with the prompts, tokenizer and interventions that go with it.
 
     A `training_step` is what a curriculum goes by; without one it is the injection that the sidecar records.
     """
@@ -79,7 +80,6 @@ class NlaTask:
     sidecar: DatasetSidecar
     contract: PromptContract
     tokenizer: PreTrainedTokenizerFast
-    intervention: InterventionConfig
     curriculum: Curriculum
 
     @classmethod
@@ -88,6 +88,7 @@ class NlaTask:
 
         Raises:
             MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
+            MissingFile, CheckpointError: an AV without the projections that its sidecar names, or with others.
             ConfigError: a curriculum over blocks that the model lacks.
         """
         if not Path(data).is_file():
@@ -112,15 +113,14 @@ class NlaTask:
         depth = None if is_reconstructor(model) else shape.num_layers
         if depth is not None:
             check_blocks(sidecar, spec, data, model, depth)
-        scale = 1.0 if spec.scale is None else float(spec.scale)
-        layers = None if spec.layers is None else list(spec.layers)
+        steps = Curriculum.of(spec, curriculum or CurriculumConfig(), depth, table.positions)
+        check_projections(model, steps.interventions, shape.hidden_size)
         return cls(
             table=table,
             sidecar=sidecar,
             contract=prompt_contract(sidecar),
             tokenizer=tokenizer,
-            intervention=InterventionConfig(spec.method, spec.layer, scale, layers),
-            curriculum=Curriculum.of(spec, curriculum or CurriculumConfig(), depth, table.positions),
+            curriculum=steps,
         )
 
     def check_model(self, directory: str, role: str) -> ModelSidecar:
@@ -154,6 +154,12 @@ class NlaTask:
     def interventions(self) -> tuple[Intervention, ...]:
         """What models that read the table's activations are started with: one for each block, a curriculum's last."""
         return self.curriculum.interventions
+
+    @property
+    def projection_dropout(self) -> float:
+        """Between the layers of the projections, in supervised training."""
+        injection = self.sidecar.injection
+        return 0.0 if injection is None or injection.projection is None else injection.projection.dropout
 
     @property
     def marker(self) -> Marker:
@@ -219,6 +225,7 @@ class NlaTask:
             only=None if condition.only is None else [condition.only] * len(ids),
             strengths=None if condition.strengths is None else [condition.strengths] * len(ids),
             prompt_lengths=[len(self.prompt_ids)] * len(ids),
+            training_step=training_step or 0,
             vectors=lambda chosen: self.table.inputs([rows[index] for index in chosen]),
         )
 

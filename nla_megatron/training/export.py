@@ -16,9 +16,11 @@ from nla_megatron.conversion.hf import SHARD_BYTES, copy_companions, read_config
 from nla_megatron.conversion.live import Exporter
 from nla_megatron.conversion.live_shards import write_live_shards
 from nla_megatron.conversion.peft import merged_exporter, save_adapter
+from nla_megatron.conversion.projections import write_projections
 from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.models.heads import head_shapes
 from nla_megatron.models.lora import adapted
+from nla_megatron.models.projections import whole_projections
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World
@@ -48,6 +50,7 @@ def export(
         partial.mkdir(parents=True)
     barrier(world)
     head = _head(model, world) if is_ar else None
+    projections = {} if is_ar else whole_projections(model, world)
     dtype = model.config.params_dtype
     has_adapters = bool(adapted(model))
     exporter = (merged_exporter if has_adapters else Exporter)(model, model.shape, world, with_head=not is_ar)
@@ -61,6 +64,7 @@ def export(
         if head is not None:
             layer_index = None if sidecar is None else sidecar.extraction.layer_index
             write_reconstructor_head(partial, head, model.spec, layer_index)
+        write_projections(partial, projections)
         if sidecar is not None:
             write_model_sidecar(partial, sidecar)
         shutil.rmtree(out, ignore_errors=True)
@@ -68,6 +72,8 @@ def export(
     barrier(world)
     if has_adapters and not is_ar:
         save_adapter(model, out.parent / ADAPTERS / out.name, model.shape, world, companions)
+        if world.is_main:
+            write_projections(out.parent / ADAPTERS / out.name, projections)
 
 
 def _head(model: Reconstructor, world: World) -> dict[str, torch.Tensor]:

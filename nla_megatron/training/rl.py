@@ -14,6 +14,7 @@ from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
+from nla_megatron.conversion.projections import load_projections
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.interventions import intervene
@@ -150,6 +151,7 @@ class RlTrainer:
         config, side = self.config, self.side
         model = load_critic(side.directory, side.shape, self.world, config.dtype)
         intervene(model, side.interventions)
+        load_projections(model, side.directory)
         return TrainModule(model, self.world, config.critic_optim, config.steps, config.micro_batch_size, config.dtype)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
+from nla_megatron.interventions.projection import projector
+from nla_megatron.models.projections import whole_projections
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.engine import Engine
@@ -53,13 +55,14 @@ def make_sampler(config: RlConfig, side: Side, world: World) -> Sampler:
 
 
 class PolicyEngine(Engine):
-    """vLLM in the ranks that train, with weights moved from the side's model."""
+    """vLLM in the ranks that train, with weights, and the projections of what is injected, from the side's model."""
 
     def __init__(self, config: RlConfig, side: Side, world: World):
         super().__init__(
             side.directory, side.shape, config.rollout, side.interventions, world,
-            int(side.tokenizer.eos_token_id), config.seed, marker=side.marker,
+            int(side.tokenizer.eos_token_id), config.seed, marker=side.marker, project=projector({}),
         )  # fmt: skip
+        self.model = side.model
         self.hand_over = self._weights(side) if side.model is not None else self.forget
 
     def _weights(self, side: Side) -> Callable[[], None]:
@@ -93,3 +96,5 @@ class PolicyEngine(Engine):
     def take_weights(self) -> None:
         # Where the model stays as it is, how it is steered does not: nothing kept for the last step serves the next.
         self.hand_over()
+        if self.model is not None:
+            self.project = projector(whole_projections(self.model, self.world))

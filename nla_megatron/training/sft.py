@@ -16,6 +16,7 @@ from nla_megatron.contract.sidecar import ModelSidecar
 from nla_megatron.conversion.heads import is_reconstructor, reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf, load_reconstructor
+from nla_megatron.conversion.projections import load_projections
 from nla_megatron.errors import ColumnError
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.interventions import intervene
@@ -106,12 +107,17 @@ def model_shape(role: str, directory: str, task: NlaTask, wanted: ArConfig | Non
     return read_shape(directory) if role == "av" else reconstructor_shape(directory, _resolved(directory, task, wanted))
 
 
-def load_av(directory: str, task: NlaTask, world: World, dtype: str) -> Verbalizer:
-    """The AV with its injection, from a base model's or an AV's directory."""
+def load_av(directory: str, task: NlaTask, world: World, dtype: str, seed: int = 0, dropout: float = 0.0) -> Verbalizer:
+    """The AV with its injection, from a base model's or an AV's directory.
+
+    Args:
+        seed, dropout: of projections that start afresh, and between the layers of any.
+    """
     shape = model_shape("av", directory, task)
     model = build_verbalizer(shape, world, dtype)
     load_from_hf(model, directory, shape, world, with_head=True)
-    intervene(model, task.interventions)
+    intervene(model, task.interventions, seed, dropout)
+    load_projections(model, directory)
     return model
 
 
@@ -147,7 +153,7 @@ def run(config: SftConfig, world: World) -> None:
 
 def _module(part: Part, config: SftConfig, task: NlaTask, world: World) -> TrainModule:
     if part.role == "av":
-        model: Any = load_av(part.model, task, world, config.dtype)
+        model: Any = load_av(part.model, task, world, config.dtype, config.seed, task.projection_dropout)
     else:
         model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed)
     adapt(model, part.lora, world, config.seed)

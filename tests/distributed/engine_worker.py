@@ -126,7 +126,7 @@ class Bench:
         self.engine = Engine(
             str(self.directory), shape, replace(CONFIG, tp=tp, cpu_kv_cache_gib=12.5 * block / 2**30),
             interventions(scratch / f"sae{tp}"), self.world, EOS, 0, marker=Marker(MARKER, LEFT, RIGHT),
-            project=lambda raw: raw @ self.w.numpy().T + 0.25,
+            project=lambda number, raw: raw @ self.w.numpy().T + 0.25,
         )  # fmt: skip
         self.hooked = hooked.Hooked(self.directory)
 

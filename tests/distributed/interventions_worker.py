@@ -23,9 +23,10 @@ from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.decoder import build_chunks
-from nla_megatron.models.interventions import intervene, projections_of
+from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.pipeline import forward_backward
+from nla_megatron.models.projections import projections_of
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects

@@ -14,6 +14,7 @@ from nla_megatron.config.schema.nla import (
     ArLossConfig,
     CurriculumConfig,
     InterventionConfig,
+    ProjectionConfig,
     TemplateConfig,
     check_curriculum_ends,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "ParallelConfig",
     "PlanConfig",
     "PretrainConfig",
+    "ProjectionConfig",
     "ProviderConfig",
     "RewardConfig",
     "RewardTermConfig",

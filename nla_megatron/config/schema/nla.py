@@ -6,7 +6,29 @@ from dataclasses import dataclass, field
 
 from nla_megatron.config.schema.checks import at_least, one_of
 from nla_megatron.errors import ConfigError
-from nla_megatron.types import POOLINGS
+from nla_megatron.types import POOLINGS, VECTOR_MODES
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """A learned map of the activation, trained with the AV, one for each block at which it enters (docs/method.md)."""
+
+    then: str = "norm_add"
+    """How the mapped vector enters, as a method does, with `intervention.scale`."""
+    layers: int = 1
+    """1: a matrix and a bias, which start as the identity. More: so many less one of linear, LayerNorm, ReLU and
+    dropout come before it."""
+    dropout: float = 0.0
+    """Behind each ReLU, in `sft` alone: a sampler has none, so `rl` has none."""
+
+    def __post_init__(self) -> None:
+        one_of("intervention.projection.then", self.then, VECTOR_MODES)
+        at_least("intervention.projection.layers", self.layers, 1)
+        if not 0 <= self.dropout < 1 or (self.dropout and self.layers == 1):
+            raise ConfigError(
+                f"intervention.projection.dropout={self.dropout} with layers={self.layers}",
+                "0 or above, below 1; 0 where there is one layer", "set intervention.projection.dropout",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,12 +40,19 @@ class InterventionConfig:
     """Output of this block, 0-based: 1 is the second block, where the published recipe injects. -1 is the token
     embedding, after any factor that the model applies to it."""
     scale: float = 1.0
-    """alpha of norm_add and add; the norm s of replace."""
+    """alpha of norm_add and add; the norm s of replace; of project what it is to `projection.then`."""
     layers: list[int] | None = None
     """Several blocks at once, each changed by the same vector, method and scale. None: `layer` alone."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    """With method project."""
 
     def __post_init__(self) -> None:
-        one_of("intervention.method", self.method, ("norm_add", "replace", "add"))
+        one_of("intervention.method", self.method, (*VECTOR_MODES, "project"))
+        if self.method != "project" and self.projection != ProjectionConfig():
+            raise ConfigError(
+                f"{self.projection} with intervention.method={self.method}", "options of the method project",
+                "set intervention.method=project, or remove intervention.projection",
+            )  # fmt: skip
         for block in self.blocks:
             at_least("intervention.layer" if self.layers is None else "intervention.layers", block, -1)
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):

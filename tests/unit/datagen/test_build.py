@@ -22,6 +22,7 @@ from nla_megatron.contract.sidecar import (
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import build
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.tasks.nla import NlaTask, load_tokenizer
 from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, LAYER, tiny_config, tiny_rows, tiny_table
 
@@ -99,7 +100,8 @@ def test_sidecars_are_complete(config: BuildConfig, split: str, stage: str) -> N
 @pytest.mark.parametrize(("split", "stage"), build.STAGES.items())
 def test_every_table_opens_as_a_task(config: BuildConfig, split: str, stage: str) -> None:
     task = NlaTask.open(str(Path(config.out) / f"{split}.parquet"), stage, config.model)
-    assert task.intervention == config.intervention and task.sidecar.extraction.layer_index == LAYER
+    assert task.interventions == (Intervention(0, "replace", strength=150.0),)
+    assert task.sidecar.extraction.layer_index == LAYER
 
 
 def test_prompts_and_responses_are_those_of_the_stage(config: BuildConfig) -> None:

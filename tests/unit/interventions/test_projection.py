@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, WidthError
-from nla_megatron.interventions.projection import Projection
+from nla_megatron.errors import ConfigError
+from nla_megatron.interventions.projection import Projection, projector
 
 
 def test_one_square_layer_starts_as_the_identity_and_draws_nothing() -> None:
@@ -47,47 +46,32 @@ def test_layers_are_linear_norm_relu_and_a_last_linear(layers: int) -> None:
 
 
 def test_gradients_reach_every_parameter_and_dropout_only_trains() -> None:
-    projection = Projection(6, 4, layers=2, dropout=0.5)
+    projection, seen = Projection(6, 4, layers=3), []
     vectors_NE = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+
+    def drop(values_ND: Tensor, layer: int) -> Tensor:
+        seen.append(layer)
+        return values_ND * 2
+
     projection.eval()
-    assert torch.equal(projection(vectors_NE), projection(vectors_NE))
+    assert torch.equal(projection(vectors_NE, drop), projection(vectors_NE)) and seen == []
     projection.train()
-    assert not torch.equal(projection(vectors_NE), projection(vectors_NE))
+    assert not torch.equal(projection(vectors_NE, drop), projection(vectors_NE)) and seen == [0, 1]
     projection(vectors_NE).square().sum().backward()
     assert all(bool(parameter.grad.abs().sum() > 0) for parameter in projection.parameters())
 
 
-@pytest.mark.parametrize(("widths", "layers"), [((5, 5), 1), ((6, 4), 3)])
-def test_what_is_saved_is_loaded(tmp_path: Path, widths: tuple[int, int], layers: int) -> None:
-    projection = Projection(*widths, layers, seed=4)
-    for parameter in projection.parameters():
-        parameter.data += 0.25
-    projection.save(tmp_path / "projection.safetensors")
-    again = Projection.load(tmp_path / "projection.safetensors", *widths)
-    vectors_NE = torch.randn(3, widths[0], generator=torch.Generator().manual_seed(1))
-    assert torch.equal(again(vectors_NE), projection(vectors_NE))
+def test_an_engine_maps_with_the_projection_of_the_intervention() -> None:
+    projections = {0: Projection(6, 4, seed=1), 2: Projection(6, 4, 2, seed=2)}
+    vectors_NE = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    project = projector(projections)
+    for number, projection in projections.items():
+        mapped = project(number, vectors_NE.numpy())
+        assert mapped.dtype == np.float32
+        np.testing.assert_array_equal(mapped, projection(vectors_NE).detach().numpy())
 
 
-def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "projection.safetensors"
-    with pytest.raises(MissingFile, match="projection.safetensors"):
-        Projection.load(path, 6, 4)
-    path.write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="a safetensors file"):
-        Projection.load(path, 6, 4)
-    Projection(6, 4, 2).save(path)
-    with pytest.raises(WidthError, match="from 6 to 4 in .* from 6 to 5|from 6 to 4"):
-        Projection.load(path, 6, 5)
-    state = load_file(path)
-    save_file({name: values for name, values in state.items() if name != "norms.0.bias"}, path)
-    with pytest.raises(CheckpointError, match="norms.0.bias"):
-        Projection.load(path, 6, 4)
-    save_file({"weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(CheckpointError, match="parameters of a projection"):
-        Projection.load(path, 6, 4)
-
-
-@pytest.mark.parametrize("wrong", [(0, 4, 1, 0.0), (4, 0, 1, 0.0), (4, 4, 0, 0.0), (4, 4, 1, 1.0)])
-def test_a_projection_that_cannot_be_is_refused(wrong: tuple[int, int, int, float]) -> None:
+@pytest.mark.parametrize("wrong", [(0, 4, 1), (4, 0, 1), (4, 4, 0)])
+def test_a_projection_that_cannot_be_is_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match="positive widths"):
         Projection(*wrong)

@@ -152,7 +152,8 @@ def test_several_vectors_are_projected_one_by_one_and_a_single_one_is_the_own() 
     terms = Terms((Intervention(1, "project", vectors=2, vector_width=3), Intervention(0, vectors=1)), 3, 64)
     vectors, w = np.arange(12, dtype=np.float32).reshape(2, 2, 3), np.float32([[0, 1, 0], [2, 0, 0], [0, 0, 1]])
     requests = [PromptRequest(row, row, (5, 6, 7), 0, 0, (2,)) for row in range(2)]
-    asked = terms.asked(requests, 1, lambda rows: vectors[list(rows)], lambda raw_NE: raw_NE @ w.T, 0)
+    maps = {0: w}
+    asked = terms.asked(requests, 1, lambda rows: vectors[list(rows)], lambda number, raw: raw @ maps[number].T, 0)
     for row, each in enumerate(asked.values()):
         projected, own = each.vectors
         np.testing.assert_array_equal(projected, [w @ vectors[row, 0], w @ vectors[row, 1]])

@@ -45,7 +45,7 @@ def refusal(kind: type[NlaError], data: Path, stage: str, model: Path) -> str:
 def test_a_table_opens_with_the_model_it_was_made_for(stage: str, tables: dict[str, Path], model_dir: Path) -> None:
     task = NlaTask.open(str(tables[stage]), stage, str(model_dir))
     assert (task.table.n_rows, task.table.d_model) == (48, 64)
-    assert (task.intervention.method, task.intervention.layer, task.intervention.scale) == ("norm_add", 1, 1.0)
+    assert task.interventions == (Intervention(1, "norm_add", strength=1.0),)
 
 
 def test_a_model_of_another_width_is_refused(tables: dict[str, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -26,10 +27,12 @@ from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.heads import head_of, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.interventions.maths import add, norm_add, replace
+from nla_megatron.interventions.projection import Projection
 from nla_megatron.models.heads import ReconstructionHead
 from nla_megatron.types import Microbatch
 
 FORMULAS = {"norm_add": norm_add, "add": add, "replace": replace}
+PROJECTION_FILE = "injection/projection.safetensors"
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -46,13 +49,26 @@ def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
     contract.check(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     prompt = contract.av_prompt_ids(tokenizer)
-    for block in spec.blocks:
-        hook = injecting_hook(spec, vectors_KD, contract.marker_positions(prompt))
+    for number, block in enumerate(spec.blocks):
+        vectors = projected(directory, spec, number, vectors_KD)
+        hook = injecting_hook(spec, vectors, contract.marker_positions(prompt))
         model.model.layers[block].register_forward_hook(hook)
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def projected(directory: Path, spec: InjectionSpec, number: int, vectors_KD: Tensor) -> Tensor:
+    """What enters at a block of `spec.blocks`: the vectors themselves, or what the AV's projection makes of them."""
+    if spec.projection is None:
+        return vectors_KD
+    width = vectors_KD.shape[-1]
+    projection, tensors = Projection(width, width, spec.projection.layers), load_file(directory / PROJECTION_FILE)
+    projection.load_state_dict({name: tensors[f"{number}.{name}"] for name in projection.state_dict()})
+    mapped_KD: Tensor = projection(vectors_KD)
+    return mapped_KD
 
 
 def injecting_hook(spec: InjectionSpec, vectors_KD: Tensor, positions: Sequence[int]) -> Any:
@@ -65,8 +81,9 @@ def injecting_hook(spec: InjectionSpec, vectors_KD: Tensor, positions: Sequence[
         # Only the first call sees the prompt; the later ones hold one new token each, and the cache remembers the rest.
         if stream_BTD.shape[1] > max(positions):
             scale = 1.0 if spec.scale is None else float(spec.scale)
+            method = spec.method if spec.projection is None else spec.projection.then
             for position, vector_1D in changes:
-                stream_BTD[:, position] = FORMULAS[spec.method](stream_BTD[:, position], vector_1D, scale)
+                stream_BTD[:, position] = FORMULAS[method](stream_BTD[:, position], vector_1D, scale)
         return (stream_BTD, *output[1:]) if isinstance(output, tuple) else stream_BTD
 
     return hook

@@ -1,4 +1,4 @@
-"""Several blocks, markers or activations, pooling and another head, from the table to RL and evaluation."""
+"""Several blocks, markers or activations, projections, pooling and another head, from the table to evaluation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import (
+    InjectionSpec,
     PoolSpec,
+    ProjectionSpec,
     read_dataset_sidecar,
     read_model_sidecar,
     write_dataset_sidecar,
 )
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import HEAD_FILE
+from nla_megatron.conversion.projections import PROJECTION_FILE
+from nla_megatron.interventions.projection import Projection
 from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.ranks import command
-from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
+from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, tiny_model, tiny_rows, tiny_table
 
 pytestmark = pytest.mark.slow
 
@@ -172,3 +177,64 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+
+
+@pytest.fixture(scope="module")
+def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tables whose activations go through a projection of two layers at each of two blocks, warm start, RL, evaluation.
+
+    With a block on each of two stages, and a sampler on each rank.
+    """
+    out = tmp_path_factory.mktemp("projected")
+    base = tiny_model(out / "base")
+    source = tiny_table(out / "explained.parquet", base, "explained", tiny_rows(64, 40, 3))
+    build, held_out = out / "build", f"data={out / 'build' / 'held_out.parquet'}"
+    for words in (
+        ("build", f"input={source}", f"model={base}", f"out={build}", "held_out=0.2",
+         f"templates.av='{AV_TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'", "intervention=project", "intervention.layers=[0,2]", "intervention.projection.layers=2",
+         "intervention.projection.dropout=0.1"),
+        ("sft", "role=both", f"model={base}", f"data={build / 'av_sft.parquet'}", f"ar_data={build / 'ar_sft.parquet'}",
+         f"out={out / 'sft'}", "steps=3", "batch_size=4", "optim.lr=1e-3", "parallel=pp2"),
+        ("rl", f"av={out / 'sft' / 'av'}", f"ar={out / 'sft' / 'ar'}", f"data={build / 'rl.parquet'}",
+         f"out={out / 'rl'}", "steps=2", "batch_size=3", "samples_per_prompt=2", "rollout.max_logprob_gap=1e-3",
+         "optim.lr=1e-2", "optim.warmup_steps=0", "save_every=1", "parallel=pp2", *ROLLOUT),
+        ("eval", f"av={out / 'rl' / 'av'}", f"ar={out / 'rl' / 'ar'}", held_out, f"out={out / 'eval'}", "rows=8",
+         *ROLLOUT),
+    ):  # fmt: skip
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def projections(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / PROJECTION_FILE)
+
+
+def test_sampler_and_trainer_project_alike_after_every_update(projected: Path) -> None:
+    steps = [json.loads(line) for line in (projected / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [(step["injected"], step["expected_injections"]) for step in steps] == [(6, 6)] * 2
+    assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
+    # The reference has the projection that the run started from.
+    assert abs(steps[0]["kl"]) <= 1e-6 < steps[1]["kl"]
+    found = json.loads((projected / "eval" / "eval.json").read_text())
+    assert found["injected"] == found["expected_injections"] == 16
+
+
+def test_the_projection_that_is_exported_is_the_trained_one(projected: Path) -> None:
+    from torch.distributed.checkpoint import load
+
+    start = {
+        f"{number}.{name}": tensor
+        for number in range(2)
+        for name, tensor in Projection(64, 64, 2, seed=number).state_dict().items()
+    }
+    taught, learned = projections(projected / "sft" / "av"), projections(projected / "rl" / "av")
+    assert set(taught) == set(learned) == set(start)
+    kept = {f"projections.{name}": torch.empty_like(tensor) for name, tensor in learned.items()}
+    load(kept, checkpoint_id=projected / "rl" / "checkpoints" / "step_00000002" / "av", no_dist=True)
+    for name, tensor in learned.items():
+        assert torch.equal(tensor, kept[f"projections.{name}"])
+        for one, other in ((taught[name], start[name]), (tensor, taught[name])):
+            assert float((one - other).abs().max()) > 1e-4, name
+    specs = {read_model_sidecar(projected / stage / "av").injection for stage in ("sft", "rl")}
+    assert specs == {InjectionSpec("project", 0, 1.0, (0, 2), ProjectionSpec("norm_add", 2, 0.1))}

@@ -20,6 +20,7 @@ from nla_megatron.contract.sidecar import (
     InjectionSpec,
     ModelSidecar,
     PoolSpec,
+    ProjectionSpec,
     ReconstructorSpec,
     check_dataset,
     dataset_sidecar_path,
@@ -343,6 +344,46 @@ def test_blocks_that_contradict_each_other_are_refused(
     )
     with pytest.raises(SidecarError, match=r"injection.layers"):
         write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)
+
+
+PROJECT = InjectionSpec("project", 1, 0.5, None, ProjectionSpec("add", 2, 0.1))
+
+
+def injecting(tokenizer: Tok, injection: InjectionSpec) -> DatasetSidecar:
+    extraction = DatasetExtraction("base", 64, 2, "corpus", CorpusSlice(0, 4), 3)
+    return DatasetSidecar.from_contract(
+        PromptContract.derive(tokenizer), stage="rl", row_count=1, extraction=extraction, injection=injection
+    )
+
+
+def test_a_projection_comes_back_and_other_methods_say_nothing_of_it(tmp_path: Path, tokenizer: Tok) -> None:
+    for name, injection in {"project": PROJECT, "add": InjectionSpec("add", 1, 0.5)}.items():
+        written = write_dataset_sidecar(tmp_path / name, injecting(tokenizer, injection))
+        assert read_dataset_sidecar(tmp_path / name) == written and written.injection == injection
+    raw = {name: yaml.safe_load(dataset_sidecar_path(tmp_path / name).read_text()) for name in ("project", "add")}
+    assert raw["project"]["injection"] == {
+        "method": "project", "layer": 1, "scale": 0.5, "projection": {"then": "add", "layers": 2, "dropout": 0.1},
+    }  # fmt: skip
+    assert list(raw["add"]["injection"].items()) == [("method", "add"), ("layer", 1), ("scale", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("injection", "key"),
+    [
+        (replace(PROJECT, projection=None), "projection None"),
+        (replace(PROJECT, method="add"), "method 'add'"),
+        (replace(PROJECT, projection=ProjectionSpec("project")), "injection.projection.then"),
+        (replace(PROJECT, projection=ProjectionSpec(layers=0)), "injection.projection.layers"),
+        (replace(PROJECT, projection=ProjectionSpec(layers=2, dropout=1.0)), "injection.projection.dropout"),
+        (replace(PROJECT, projection=ProjectionSpec(dropout=0.5)), "of a single layer"),
+    ],
+)
+def test_a_projection_that_cannot_be_is_refused(
+    tmp_path: Path, tokenizer: Tok, injection: InjectionSpec, key: str
+) -> None:
+    with pytest.raises(SidecarError) as caught:
+        write_dataset_sidecar(tmp_path / "rl.parquet", injecting(tokenizer, injection))
+    assert key in caught.value.found
 
 
 def stacked(tokenizer: Tok, pool: PoolSpec, markers: int) -> DatasetSidecar:

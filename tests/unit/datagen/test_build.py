@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nla_megatron.config.schema import BuildConfig, InterventionConfig, TemplateConfig
+from nla_megatron.config.schema import BuildConfig, InterventionConfig, ProjectionConfig, TemplateConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
     PoolSpec,
+    ProjectionSpec,
     prompt_contract,
     read_dataset_sidecar,
     write_dataset_sidecar,
@@ -192,6 +193,27 @@ def test_several_blocks_and_markers_are_recorded_and_checked(config: BuildConfig
             InterventionConfig("add", layers=layers)
     with pytest.raises(ConfigError, match="2 times|1 times"):
         build.check(replace(several, templates=TemplateConfig(AV_TEMPLATE, AR_TEMPLATE, positions=2)), 1)
+
+
+def test_a_projection_is_recorded_with_its_options(config: BuildConfig, tmp_path: Path) -> None:
+    projection = ProjectionConfig("replace", 2, 0.1)
+    projecting = replace(
+        config, out=str(tmp_path / "out"), intervention=InterventionConfig("project", 3, 0.5, [3, -1], projection)
+    )
+    build.run(projecting)
+    task = NlaTask.open(f"{projecting.out}/av_sft.parquet", "av_sft", projecting.model)
+    assert task.sidecar.injection == InjectionSpec("project", 3, 0.5, (3, -1), ProjectionSpec("replace", 2, 0.1))
+    assert task.projection_dropout == 0.1 and task.interventions == tuple(
+        Intervention(place, "project", strength=0.5, then="replace", projection_layers=2) for place in (3, "embedding")
+    )
+    plain = NlaTask.open(f"{config.out}/rl.parquet", "rl", config.model)
+    assert plain.sidecar.injection == InjectionSpec("replace", 0, 150.0) and plain.projection_dropout == 0
+    for wrong in (("add", 1, 1.0, None, projection), ("projection",)):
+        with pytest.raises(ConfigError, match="intervention.method"):
+            InterventionConfig(*wrong)  # type: ignore[arg-type]
+    for options in (("project",), ("add", 0), ("add", 1, 0.5), ("add", 2, 1.0)):
+        with pytest.raises(ConfigError, match="intervention.projection"):
+            ProjectionConfig(*options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import CurriculumConfig
-from nla_megatron.contract.sidecar import InjectionSpec, read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.contract.sidecar import InjectionSpec, ProjectionSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.tasks.curriculum import Condition, Curriculum
@@ -77,6 +77,17 @@ def test_blocks_that_the_model_lacks_and_a_norm_of_zero_are_refused() -> None:
         Curriculum.of(INJECTION, CurriculumConfig(layers=[4], steps=2), num_layers=4)
     with pytest.raises(ConfigError, match="curriculum.start=0"):
         Curriculum.of(InjectionSpec("replace", 1, 2.0), CurriculumConfig("linear", 0.0, steps=2))
+
+
+def test_a_projection_follows_a_strength_and_no_blocks() -> None:
+    injection = InjectionSpec("project", 1, 2.0, None, ProjectionSpec("replace", 2))
+    curriculum = Curriculum.of(injection, CurriculumConfig("linear", 3.0, steps=2))
+    assert curriculum.interventions == (Intervention(1, "project", strength=2.0, then="replace", projection_layers=2),)
+    assert curriculum.at(1) == Condition(None, ((2.0,),))
+    with pytest.raises(ConfigError, match=r"curriculum.layers=\[2\]"):
+        Curriculum.of(injection, CurriculumConfig(layers=[2], steps=2))
+    with pytest.raises(ConfigError, match="curriculum.start=0"):
+        Curriculum.of(injection, CurriculumConfig("linear", 0.0, steps=2))
 
 
 @pytest.mark.parametrize("command", ["sft role=av model=m", "rl av=m ar=m"])

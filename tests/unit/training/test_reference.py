@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
+from nla_megatron.models.projections import projections_of
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, initialise, shut_down
 from nla_megatron.training.checkpoint import Checkpoints
@@ -23,6 +27,7 @@ from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import FrozenCopy, MovingCopy, make_reference
 from tests.support.tiny import tiny_model
 
+VECTORS = np.random.default_rng(0).standard_normal((2, 64), dtype=np.float32)
 IDS, PROMPT, DECAY = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3, 0.75
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
 POLICIES = pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2)])
@@ -42,16 +47,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch() -> Batch:
     lengths = [len(row) for row in IDS]
-    return Batch(ids=IDS, fields={"mask": response_mask([PROMPT] * 2, lengths, max(lengths))})
+    mask = response_mask([PROMPT] * 2, lengths, max(lengths))
+    return Batch(ids=IDS, fields={"mask": mask}, positions=[1, 2], vectors=lambda rows: VECTORS[list(rows)])
 
 
 class Learner:
     """A policy that learns its responses by heart, and what it is compared with."""
 
-    def __init__(self, directory: Path, world: World, dtype: str, rank: int = 0, reference: str = "ema"):
+    def __init__(
+        self, directory: Path, world: World, dtype: str, rank: int = 0, reference: str = "ema",
+        interventions: Sequence[Intervention] = (),
+    ):  # fmt: skip
         shape = read_shape(directory)
         self.model: Any = build_verbalizer(shape, world, dtype)
         load_from_hf(self.model, str(directory), shape, world, with_head=True)
+        intervene(self.model, interventions)
         adapt(self.model, LoraConfig(rank=rank), world, seed=3)
         found = make_reference(self.model, AlgorithmConfig(reference=reference, reference_decay=DECAY), True)
         assert found is not None
@@ -86,6 +96,21 @@ def test_inside_the_model_is_what_it_was_and_outside_what_it_became(
     assert type(learner.reference) is FrozenCopy
     before = learner.logprobs()
     learner.learn(2)
+    after = learner.logprobs()
+    assert not torch.equal(before, after)
+    with learner.reference.in_place():
+        assert torch.equal(learner.logprobs(), before)
+    assert torch.equal(learner.logprobs(), after)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_has_the_projection_that_it_started_with(world: World, directory: Path, rank: int) -> None:
+    places = (Intervention(1, "project", projection_layers=2),)
+    learner = Learner(directory, world, "bfloat16", rank, "initial", places)
+    before = learner.logprobs()
+    with torch.no_grad():
+        for parameter in projections_of(learner.model)[0].parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     after = learner.logprobs()
     assert not torch.equal(before, after)
     with learner.reference.in_place():

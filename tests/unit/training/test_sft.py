@@ -17,13 +17,16 @@ from nla_megatron.cli import main
 from nla_megatron.config.compose import compose
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
+    ProjectionSpec,
     ReconstructorSpec,
     read_dataset_sidecar,
     read_model_sidecar,
     write_dataset_sidecar,
 )
 from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape
+from nla_megatron.conversion.projections import PROJECTION_FILE, read_projections
 from nla_megatron.errors import ColumnError
+from nla_megatron.interventions.projection import Projection, projector
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.sft import check
 from tests.support.tiny import LAYER, tiny_model, tiny_tables
@@ -129,13 +132,78 @@ def test_an_ar_that_is_trained_on_keeps_its_head(base: Path, data: dict[str, Pat
     assert "ar_variance" in metrics(second)[0] and "ar_variance" not in metrics(first)[0]
 
 
-def test_the_example_reads_any_head(base: Path, data: dict[str, Path], both: Path, tmp_path: Path) -> None:
-    """examples/verbalize.py, by transformers, against the mean of the stream times the exported matrix."""
+@pytest.fixture(scope="module")
+def projecting(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same tables, whose activations go through a projection of two layers."""
+    injection, out = InjectionSpec("project", 1, 1.0, None, ProjectionSpec("norm_add", 2, 0.25)), dict(data)
+    for stage in ("av_sft", "ar_sft", "rl"):
+        out[stage] = Path(shutil.copy(data[stage], tmp_path_factory.mktemp("projecting") / f"{stage}.parquet"))
+        write_dataset_sidecar(out[stage], replace(read_dataset_sidecar(data[stage]), injection=injection))
+    return out
+
+
+@pytest.fixture(scope="module")
+def projected(base: Path, projecting: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran("av", base, projecting, tmp_path_factory.mktemp("projected") / "run")
+
+
+def test_a_projection_learns_with_the_av_and_goes_on_from_a_checkpoint_and_from_an_av(
+    base: Path, projecting: dict[str, Path], projected: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(projected, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    shutil.rmtree(run / "hf")
+    (run / "done").unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    ran("av", base, projecting, run)
+    assert metrics(run) == metrics(projected)
+    taught = load_file(projected / "hf" / PROJECTION_FILE)
+    assert all(torch.equal(tensor, taught[name]) for name, tensor in load_file(run / "hf" / PROJECTION_FILE).items())
+    start = {f"0.{name}": tensor for name, tensor in Projection(64, 64, 2).state_dict().items()}
+    assert taught.keys() == start.keys()
+    assert all(float((taught[name] - tensor).abs().max()) > 1e-4 for name, tensor in start.items())
+    still = ran("av", projected / "hf", projecting, tmp_path / "still", "optim.lr=0")
+    assert all(torch.equal(tensor, taught[name]) for name, tensor in load_file(still / "hf" / PROJECTION_FILE).items())
+    assert metrics(still)[0]["loss"] < metrics(projected)[0]["loss"]
+    other = ran("av", base, projecting, tmp_path / "other", "seed=1", "steps=1", "optim.lr=0")
+    first = load_file(other / "hf" / PROJECTION_FILE)["0.linears.0.weight"]
+    assert torch.equal(first, Projection(64, 64, 2, seed=1).linears[0].weight)
+
+
+def test_an_av_without_its_projection_is_named_before_anything_is_trained(
+    projecting: dict[str, Path], projected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(projected / "hf", tmp_path / "av")
+    (tmp_path / "av" / PROJECTION_FILE).unlink()
+    assert main(sft("av", tmp_path / "av", projecting, tmp_path / "run")) == 2
+    assert capsys.readouterr().err.startswith(f"MissingFile: no {PROJECTION_FILE}")
+    assert not (tmp_path / "run").exists()
+
+
+def verbalise() -> Any:
+    """The module of examples/verbalize.py."""
     path = Path(__file__).parents[3] / "examples" / "verbalize.py"
     spec = importlib.util.spec_from_file_location("verbalize", path)
     assert spec is not None and spec.loader is not None
     verbalize = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(verbalize)
+    return verbalize
+
+
+def test_the_example_projects_as_the_sampler_does(projecting: dict[str, Path], projected: Path) -> None:
+    task = NlaTask.open(str(projecting["rl"]), "rl", str(projected / "hf"))
+    raw_ND = task.table.vectors([0, 3])
+    expected_ND = projector(read_projections(projected / "hf", task.interventions, 64))(0, raw_ND)
+    assert task.sidecar.injection is not None
+    found_ND = verbalise().projected(projected / "hf", task.sidecar.injection, 0, torch.from_numpy(raw_ND))
+    torch.testing.assert_close(found_ND, torch.from_numpy(expected_ND))
+    assert isinstance(verbalise().write(projected / "hf", torch.from_numpy(raw_ND[0]), 4), str)
+
+
+def test_the_example_reads_any_head(base: Path, data: dict[str, Path], both: Path, tmp_path: Path) -> None:
+    """examples/verbalize.py, by transformers, against the mean of the stream times the exported matrix."""
+    verbalize = verbalise()
     reader = verbalize.Reader(both / "ar")
     ids = reader.contract.ar_ids(reader.tokenizer, "about birds")
     stream_TD = reader.backbone(torch.tensor([ids])).last_hidden_state[0].detach()

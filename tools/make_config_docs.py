@@ -14,7 +14,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -115,7 +115,9 @@ def type_name(hint: Any) -> str:
 
 
 def schema_default(item: Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not MISSING else item.default
+    """A default; a block's as the mapping that YAML has."""
+    value = item.default_factory() if item.default_factory is not MISSING else item.default
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def shown(value: Any) -> str:
@@ -186,9 +188,15 @@ def recipes() -> Iterator[str]:
 
 
 def blocks() -> list[type]:
-    """Every nested block of the commands, in the order in which they appear."""
-    hints: list[type] = [hint for cls in SCHEMAS.values() for hint in get_type_hints(cls).values()]
-    return list(dict.fromkeys(hint for hint in hints if is_dataclass(hint)))
+    """Every nested block of the commands, in the order in which they appear, each followed by those within it."""
+
+    def within(cls: type) -> Iterator[type]:
+        for hint in get_type_hints(cls).values():
+            if is_dataclass(hint) and isinstance(hint, type):
+                yield hint
+                yield from within(hint)
+
+    return list(dict.fromkeys(hint for cls in SCHEMAS.values() for hint in within(cls)))
 
 
 def reward_terms() -> Iterator[str]:

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from nla_megatron.models.decoder import build_chunks
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.pipeline import forward_backward
-from nla_megatron.models.projections import projections_of
+from nla_megatron.models.projections import projections_of, whole_projections
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import World, initialise
+from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from tests.support import hooked
@@ -69,6 +71,13 @@ def interventions(sae: Path) -> tuple[Intervention, ...]:
         Intervention(4, "replace", strength=2.0, vectors=2),
     )
 
+
+PROJECTING = (
+    Intervention(0, "project", projection_layers=2),
+    Intervention(3, "project", strength=2.0, then="replace", projection_layers=2),
+)
+"""On different stages, with dropout."""
+PROJECTED = {"alone": ParallelConfig(), **{name: LAYOUTS[name] for name in ("tp2 pp2", *list(LAYOUTS)[2:])}}
 
 NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding")
 CASES: dict[str, tuple[int, ...]] = {name: (number,) for number, name in enumerate(NAMES)}
@@ -149,11 +158,11 @@ def batch_of(reference: Reference, only: tuple[int, ...]) -> Batch:
     )  # fmt: skip
 
 
-def module_of(directory: Path, world: World, wanted: Sequence[Intervention]) -> TrainModule:
+def module_of(directory: Path, world: World, wanted: Sequence[Intervention], dropout: float = 0.0) -> TrainModule:
     shape = read_shape(directory)
     chunks = build_chunks(Verbalizer, shape, world, "float32")
     load_from_hf(chunks, str(directory), shape, world, with_head=True)
-    intervene(chunks, wanted)
+    intervene(chunks, wanted, seed=3, dropout=dropout)
     return TrainModule(chunks, world, OPTIM, 3, 1, "float32")
 
 
@@ -174,6 +183,39 @@ def gradients(module: TrainModule, batch: Batch, world: World) -> dict[str, Tens
         for each in learned:
             found |= each
     return found
+
+
+def projecting(directory: Path, scratch: Path, name: str, world: World, reference: Reference) -> dict[str, Any]:
+    """Three updates of an AV that projects, with what its projections are afterwards; a checkpoint after the second.
+
+    `resumed`: the third from the checkpoint of the model alone.
+    """
+    batch = replace(batch_of(reference, (0,)), only=None, strengths=None)
+    loss = cross_entropy(float(batch.fields["mask"].sum()))
+
+    def learned(module: TrainModule, steps: Sequence[int]) -> dict[str, Any]:
+        updates = [module.update(replace(batch, training_step=step), loss, ("loss",), step) for step in steps]
+        whole = whole_projections(module.chunks, world)
+        values = {f"{number}.{key}": each for number, one in whole.items() for key, each in one.state_dict().items()}
+        everyone = gather_objects([float(each.double().sum()) for each in values.values()], world)
+        return {
+            "losses": [update.statistics["loss"] for update in updates],
+            "norms": [update.grad_norm for update in updates],
+            "projections": {key: each.flatten().tolist() for key, each in values.items()},
+            "same": all(sums == everyone[0] for sums in everyone),
+        }
+
+    def checkpoints(of: str) -> Checkpoints:
+        return Checkpoints(scratch / f"projecting {of}", "sft av", world, 1)
+
+    module = module_of(directory, world, PROJECTING, dropout=0.25)
+    first = learned(module, (0, 1))
+    checkpoints(name).save(2, {"av": module}, {}, {})
+    out = {"first": first, "last": learned(module, (2,))}
+    fresh = module_of(directory, world, PROJECTING, dropout=0.25)
+    out["start"] = learned(fresh, ())
+    assert checkpoints("alone").resume({"av": fresh}, {}, {}) == 2
+    return out | {"resumed": learned(fresh, (2,))}
 
 
 class InFlight:
@@ -280,17 +322,20 @@ def main(result: str, scratch: str) -> None:
     directory, sae = Path(scratch) / "model", Path(scratch) / "sae"
     found: dict[str, dict[str, Any]] = {}
     out: dict[str, Any] = {}
-    for name, layout in LAYOUTS.items():
+    for name, layout in {**PROJECTED, **LAYOUTS}.items():
         world = initialise(layout)
         if world.is_main and not directory.exists():
             tiny_model(directory, num_layers=BLOCKS)
             hooked.write_sae(sae, read_shape(directory).hidden_size)
         barrier(world)
-        if not found:
+        if name == "alone":
             from safetensors.torch import load_file
 
             reference = Reference(directory, hooked.PlainSae(load_file(sae / "sae_weights.safetensors")))
-        found[name] = on_layout(directory, sae, world, reference)
+        if name in PROJECTED:
+            out[f"projecting {name}"] = projecting(directory, Path(scratch), name, world, reference)
+        if name in LAYOUTS:
+            found[name] = on_layout(directory, sae, world, reference)
         if name == "tp2 pp2":
             out["faults"] = gather_objects(faults(directory, Path(scratch), world, reference), world)
         parallel_state.destroy_model_parallel()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import AlgorithmConfig
-from tests.support.credited import CASES, LAYOUTS, RUNS, SAMPLES, TASKS, out_of, overrides
+from nla_megatron.conversion.projections import PROJECTION_FILE
+from tests.support.credited import CASES, LAYOUTS, PROJECTED, RUNS, SAMPLES, TASKS, out_of, overrides
 from tests.support.ranks import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -62,6 +63,8 @@ def weights(folder: Path, layout: str, case: str, task: str) -> dict[str, Tensor
     parts = {part: tensors(run / part / "model.safetensors") for part in WEIGHTS[task]}
     if task == "nla":
         parts["head"] = tensors(run / "ar" / "value_head.safetensors")
+    if case in PROJECTED:
+        parts["projection"] = tensors(run / "av" / PROJECTION_FILE)
     return {f"{part}.{name}": each for part, found in parts.items() for name, each in found.items()}
 
 
@@ -117,6 +120,9 @@ def test_every_run_learns(alone: Found, folder: Path, case: str, task: str) -> N
         assert abs(steps[-1]["kl_in_reward" if config.kl_in == "reward" else "kl"]) > 1e-4
     if config.name == "ppo":
         assert abs(steps[-1]["value"]) > 1e-4 and all(step["critic_grad_norm"] > 0 for step in steps)
+    if case in PROJECTED:
+        taught = {f"projection.{name}": each for name, each in tensors(folder / "projecting" / PROJECTION_FILE).items()}
+        assert off(taught, {name: learned[name] for name in taught}) > 0.5
     if task == "nla":
         assert all(step["ar_grad_norm"] > 0 and step["extraction_failed"] < 1 for step in steps)
         assert any(step["extraction_failed"] > 0 for step in steps)

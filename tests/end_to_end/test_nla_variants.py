@@ -191,8 +191,8 @@ def projected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build, held_out = out / "build", f"data={out / 'build' / 'held_out.parquet'}"
     for words in (
         ("build", f"input={source}", f"model={base}", f"out={build}", "held_out=0.2",
-         f"templates.av='{AV_TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'", "intervention=project", "intervention.layers=[0,2]", "intervention.projection.layers=2",
-         "intervention.projection.dropout=0.1"),
+         f"templates.av='{AV_TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'", "intervention=project",
+         "intervention.layers=[0,2]", "intervention.projection.layers=2", "intervention.projection.dropout=0.1"),
         ("sft", "role=both", f"model={base}", f"data={build / 'av_sft.parquet'}", f"ar_data={build / 'ar_sft.parquet'}",
          f"out={out / 'sft'}", "steps=3", "batch_size=4", "optim.lr=1e-3", "parallel=pp2"),
         ("rl", f"av={out / 'sft' / 'av'}", f"ar={out / 'sft' / 'ar'}", f"data={build / 'rl.parquet'}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 from nla_megatron.config.compose import conf_dir
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.prompts import wrap_explanation
+from nla_megatron.contract.sidecar import InjectionSpec, ProjectionSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.conversion.heads import write_reconstructor_head
+from nla_megatron.conversion.projections import write_projections
+from nla_megatron.interventions.projection import Projection
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
-from tests.support.tiny import LAYER, SHAPE, tiny_model, tiny_model_sidecar, tiny_table
+from tests.support.tiny import INJECTION, LAYER, SHAPE, tiny_model, tiny_model_sidecar, tiny_table
 
 STEPS, PROMPTS, SAMPLES, ROWS = 3, 4, 3, 48
 TASKS = ("lexical", "nla")
@@ -34,30 +38,38 @@ CASES = {
     "grpo moving": ("algorithm=grpo", *_MOVING),
     **SEVERAL,
 }
+PROJECTED = {"ppo projected": ("algorithm=ppo",)}
+"""On a table whose activations are projected, by the policy, its reference and the critic."""
 RUNS = tuple((case, task) for task in TASKS for case in CASES if task == "lexical" or case not in SEVERAL)
 """What a ratio is made of does not depend on the task."""
+RUNS += tuple((case, "nla") for case in PROJECTED)
+PROJECT = InjectionSpec("project", 1, 1.0, None, ProjectionSpec("norm_add", 2))
 _WORDS = "a token of the class is not an object but any other name that its value may have in this block".split()
 
 
 def write_files(folder: Path) -> None:
-    """A model that is the policy, the AV and the AR, prompts for `lexical`, and the table of `nla`."""
+    """A model that is the policy, the AV and the AR, prompts for `lexical`, and the tables of `nla`."""
     model = tiny_model(folder / "model")
-    for role in ("av", "ar"):
-        tiny_model(folder / role)
-        tiny_model_sidecar(folder / role, model, role)
+    for name, role, injection in (("av", "av", INJECTION), ("projecting", "av", PROJECT), ("ar", "ar", None)):
+        tiny_model(folder / name)
+        tiny_model_sidecar(folder / name, model, role, injection)
+    write_projections(folder / "projecting", {0: Projection(SHAPE.hidden_size, SHAPE.hidden_size, 2, seed=1)})
     head = torch.randn(SHAPE.hidden_size, SHAPE.hidden_size, generator=torch.Generator().manual_seed(1))
     write_reconstructor_head(folder / "ar", {"weight": head}, ReconstructorSpec(), LAYER)
-    tiny_table(folder / "rl.parquet", model, "rl")
+    for name, injection in (("av", INJECTION), ("projecting", PROJECT)):
+        table = tiny_table(folder / f"{name}.parquet", model, "rl")
+        write_dataset_sidecar(table, replace(read_dataset_sidecar(table), injection=injection))
     prompts = [{"prompt": f"Document {row} tells" + " more" * (row % 3)} for row in range(ROWS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
 
 
 def overrides(folder: Path, layout: str, case: str, task: str) -> list[str]:
     """What a user would type after `rl`. Rates are high, so that weights that go apart are seen."""
+    av = "projecting" if case in PROJECTED else "av"
     own = {
         "lexical": ["reward=lexical", f"model={folder / 'model'}", f"data={folder / 'prompts.jsonl'}",
                     "task.options.held_out_fraction=0"],
-        "nla": [f"av={folder / 'av'}", f"ar={folder / 'ar'}", f"data={folder / 'rl.parquet'}", "ar_updates=2"],
+        "nla": [f"av={folder / av}", f"ar={folder / 'ar'}", f"data={folder / av}.parquet", "ar_updates=2"],
     }  # fmt: skip
     rates = [
         f"{name}.{key}"
@@ -65,7 +77,8 @@ def overrides(folder: Path, layout: str, case: str, task: str) -> list[str]:
         for key in ("lr=1e-3", "warmup_steps=0", "schedule=constant")
     ]
     return [
-        f"task={task}", *own[task], *CASES[case], f"parallel={layout}", f"out={out_of(folder, layout, case, task)}",
+        f"task={task}", *own[task], *(CASES | PROJECTED)[case], f"parallel={layout}",
+        f"out={out_of(folder, layout, case, task)}",
         f"steps={STEPS}", f"batch_size={PROMPTS}", f"samples_per_prompt={SAMPLES}", "seed=5",
         # It divides neither a step nor a minibatch: rows that only fill the last microbatch are there.
         "micro_batch_size=5", "rollout.max_new_tokens=64", *rates,

@@ -8,6 +8,8 @@ from nla_megatron.config.schema.checks import at_least, one_of
 from nla_megatron.errors import ConfigError
 from nla_megatron.types import POOLINGS, VECTOR_MODES
 
+METHODS = (*VECTOR_MODES, "project")
+
 
 @dataclass(frozen=True)
 class ProjectionConfig:
@@ -47,7 +49,7 @@ class InterventionConfig:
     """With method project."""
 
     def __post_init__(self) -> None:
-        one_of("intervention.method", self.method, (*VECTOR_MODES, "project"))
+        one_of("intervention.method", self.method, METHODS)
         if self.method != "project" and self.projection != ProjectionConfig():
             raise ConfigError(
                 f"{self.projection} with intervention.method={self.method}", "options of the method project",

@@ -58,28 +58,24 @@ class Curriculum:
                     f"curriculum.layers={list(config.layers)}",
                     f"blocks of the AV, {TOKEN_EMBEDDING} to {num_layers - 1}", "correct curriculum.layers",
                 )  # fmt: skip
-        projection = injection.projection or ProjectionSpec()
         if injection.projection is not None and config.layers:
             raise ConfigError(
                 f"curriculum.layers={list(config.layers)} of a table whose injection projects",
                 "none: each block has a projection of its own, and the recorded one would learn last",
                 "remove curriculum.layers",
             )
-        if "replace" in (injection.method, injection.projection and projection.then) and config.start == 0:
+        scale = 1.0 if injection.scale is None else float(injection.scale)
+        further = [block for block in dict.fromkeys(config.layers) if block not in injection.blocks]
+        learned = injection.projection or ProjectionSpec()
+        interventions = tuple(
+            Intervention.recorded(injection.method, block, scale, vectors, learned.then, learned.layers)
+            for block in (*injection.blocks, *further)
+        )
+        if config.start == 0 and any(each.formula == "replace" for each in interventions):
             raise ConfigError(
                 "curriculum.start=0 where the vector replaces the stream", "above 0", "set curriculum.start"
             )
-        scale = 1.0 if injection.scale is None else float(injection.scale)
-        further = [block for block in dict.fromkeys(config.layers) if block not in injection.blocks]
-        blocks = (*injection.blocks, *further)
-        return cls(
-            tuple(
-                Intervention.recorded(injection.method, block, scale, vectors, projection.then, projection.layers)
-                for block in blocks
-            ),
-            len(injection.blocks),
-            config,
-        )
+        return cls(interventions, len(injection.blocks), config)
 
     def at(self, training_step: int | None) -> Condition:
         """The injection of a training step, 0-based; None is after the curriculum's end."""

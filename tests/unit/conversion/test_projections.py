@@ -22,10 +22,10 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
     write_dataset_sidecar,
 )
+from nla_megatron.conversion.artefacts import Told, adopt
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.projections import (
     PROJECTION_FILE,
-    carry_projections,
     check_projections,
     load_projections,
     read_projections,
@@ -38,6 +38,7 @@ from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, initialise, shut_down
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.export import export
+from tests.support.ranks import command
 from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_model, tiny_table
 
 D = SHAPE.hidden_size
@@ -164,8 +165,20 @@ def test_a_table_without_a_projection_leaves_that_of_the_av_alone(av: Path) -> N
     assert check_projections(av, (Intervention(1, "add"),), D) is None
 
 
-def test_conversions_carry_it_along(av: Path, base: Path, tmp_path: Path) -> None:
-    for source in (av, base):
-        carry_projections(source, tmp_path)
-    assert load_file(tmp_path / PROJECTION_FILE).keys() == load_file(av / PROJECTION_FILE).keys()
-    assert read_model_sidecar(av).extraction.injection_scale is None, "other trainers find no scale, and refuse it"
+def test_conversions_carry_it_along(av: Path, tmp_path: Path) -> None:
+    for words in (
+        ("import", f"hf={av}", f"out={tmp_path / 'mcore'}"),
+        ("export", f"checkpoint={tmp_path / 'mcore'}", f"out={tmp_path / 'back'}"),
+    ):
+        done = command("convert", *words)
+        assert done.returncode == 0, done.stderr
+    adopt(av, tmp_path / "adopted", Told())
+    wanted = load_file(av / PROJECTION_FILE)
+    for name in ("mcore", "back", "adopted"):
+        found = load_file(tmp_path / name / PROJECTION_FILE)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert read_model_sidecar(tmp_path / name).injection == SPEC
+
+
+def test_other_trainers_find_no_scale_and_refuse_it(av: Path) -> None:
+    assert read_model_sidecar(av).extraction.injection_scale is None

@@ -30,8 +30,8 @@ OWN = (
 )  # fmt: skip
 
 
-def configured(folder: Path, layout: str, task: str, *more: str) -> Any:
-    words = [word for word in overrides(folder, layout, "grpo", task) if not word.startswith(("steps=", "micro_batch"))]
+def configured(folder: Path, layout: str, case: str, task: str, *more: str) -> Any:
+    words = [word for word in overrides(folder, layout, case, task) if not word.startswith(("steps=", "micro_batch"))]
     return compose("rl", [*words, *OWN, *more])
 
 
@@ -44,7 +44,7 @@ def on_layout(folder: Path, layout: str) -> dict[str, Any]:
     if world.is_main and not (folder / "prompts.jsonl").exists():
         write_files(folder)
     barrier(world)
-    config = configured(folder, layout, "nla")
+    config = configured(folder, layout, "grpo", "nla")
     check(config, world.size)
     trainer = RlTrainer(config, world)
     side, sampler = trainer.side, trainer.engine
@@ -59,16 +59,24 @@ def on_layout(folder: Path, layout: str) -> dict[str, Any]:
         "steps": [trainer.step(number) for number in range(2)],
         "afterwards": rows_of(sampler.generate(requests, side.vectors, SAMPLES)),
     }  # fmt: skip
-    text = next(part for part in (rollout.text[2:4] for rollout in drawn.rollouts) if part)
-    plain = RlTrainer(configured(folder, layout, "lexical", f"rollout.stop=['{text}']", "rollout.top_k=1"), world)
-    prompts = plain.side.requests(list(range(PROMPTS)), 0)
-    out["stopped"] = {"stop": text, "rollouts": rows_of(plain.engine.generate(prompts, plain.side.vectors, SAMPLES))}
-    plain.side.export()
+    adapted = RlTrainer(configured(folder, layout, "ppo projected", "nla", "lora.rank=2"), world)
+    out["adapted"] = [adapted.step(number) for number in range(2)]
+    plain = RlTrainer(configured(folder, layout, "grpo", "lexical", "rollout.top_k=1"), world)
+    out |= stopped(plain.side, plain.engine)
     parallel_state.destroy_model_parallel()
     if world.is_main and layout == LAYOUTS[0]:
         out["expected"] = [by_hand(folder, side, rollout, 0.8) for rollout in drawn.rollouts]
         out["expected_greedy"] = [by_hand(folder, side, rollout, 1.0) for rollout in greedy.rollouts]
     return out
+
+
+def stopped(side: Any, sampler: Any) -> dict[str, Any]:
+    """Responses to plain prompts, and those that end where the first one of them has two tokens more than two."""
+    prompts = side.requests(list(range(PROMPTS)), 0)
+    free = sampler.generate(prompts, side.vectors, SAMPLES)
+    stop = side.tokenizer.decode(free.rollouts[0].response_ids[2:4])
+    sampler.config = replace(sampler.config, stop=[stop])
+    return {"stop": stop, "free": rows_of(free), "stopped": rows_of(sampler.generate(prompts, side.vectors, SAMPLES))}
 
 
 def by_hand(folder: Path, side: Any, rollout: Rollout, temperature: float) -> dict[str, Any]:

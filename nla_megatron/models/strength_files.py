@@ -23,13 +23,17 @@ _AGAIN = "export the predictor again"
 
 @dataclass(frozen=True)
 class Description:
-    """A predictor's form: `strengths` of features `width` wide, for `interventions` on `base_model`."""
+    """A predictor's form: `strengths` of features `width` wide, for `interventions` on `base_model`.
+
+    `training`: what its run tells of itself, among it `steps`.
+    """
 
     width: int
     strengths: int
     config: PredictorConfig
     interventions: tuple[Intervention, ...]
     base_model: str
+    training: Mapping[str, Any]
 
 
 def write_predictor(
@@ -73,6 +77,7 @@ def read_description(directory: Path | str) -> Description:
             PredictorConfig(**values["predictor"]),
             tuple(Intervention.from_dict(each) for each in values["interventions"]),
             str(values["base_model"]),
+            dict(values["training"]),
         )
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error!r}", "what an export writes", _AGAIN) from error

@@ -172,6 +172,13 @@ class Ledger:
         return Report(asked.name, places, tuple(computed), tuple(cached), len(stays) - 1)
 
 
+def changed(reports: Iterable[Report]) -> int:
+    """How many tokens the interventions changed, with those that the cache had kept as changed before."""
+    return sum(
+        stop - start for report in reports for spans in (*report.computed, *report.cached) for start, stop in spans
+    )
+
+
 def missing_samples(asked: Mapping[str, Asked], periods: Sequence[Period], fed: Mapping[str, list[int]]) -> list[str]:
     """A line for each request whose samples were not all followed to their ends.
 

@@ -16,7 +16,7 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.accounting import Asked, Ledger, Report, agreed, missing_samples
+from nla_megatron.rollout.accounting import Asked, Ledger, Report, agreed, changed, missing_samples
 from nla_megatron.rollout.adapter import Adapter, install
 from nla_megatron.rollout.adapter import request as policy_request
 from nla_megatron.rollout.plugin import NAME
@@ -235,6 +235,11 @@ class Engine:
                 )
             )
         return self._exchange(scored, wrong, expected=len(recorded))
+
+    def changed_tokens(self) -> int:
+        """How many the interventions changed in the last batch, with those that were kept as changed before."""
+        # The ranks of a replica report the same tokens.
+        return sum(gather_objects(changed(self.reports), self.world)[:: self.config.tp])
 
     def close(self) -> None:
         """Give back the engine's memory and groups; the process group of the trainer may go with them."""

@@ -5,13 +5,15 @@ The policy is who chooses how strongly: a predictor that reads each prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.options import bind
 from nla_megatron.config.schema import TaskConfig
-from nla_megatron.errors import ConfigError, WidthError
+from nla_megatron.errors import ConfigError, MissingFile, WidthError
 from nla_megatron.interventions.checks import check_layers
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.sae_lookup import find_sae
@@ -66,6 +68,11 @@ class PredictorOptions:
     initial_strength: float | None = None
 
     @property
+    def form(self) -> list[str]:
+        """What is set besides the path."""
+        return [each.name for each in fields(self) if each.name != "path" and getattr(self, each.name) != each.default]
+
+    @property
     def config(self) -> PredictorConfig:
         """Raises ConfigError: as `PredictorConfig`."""
         return PredictorConfig(
@@ -90,6 +97,7 @@ class SaeOptions:
             model steered by the "predictor" as it began.
         compare_samples: responses to each held-out prompt, steered and not, when the two are compared.
         prompt_column: of the rows of `data`, for the objective "mse".
+        fixed_strengths: for `eval` in the place of a predictor: one for all, or one for each strength.
     """
 
     steering: bool = True
@@ -101,6 +109,7 @@ class SaeOptions:
     reference: str = "unsteered"
     compare_samples: int = 1
     prompt_column: str = "prompt"
+    fixed_strengths: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for key, allowed in (("objective", OBJECTIVES), ("reference", REFERENCES)):
@@ -110,6 +119,8 @@ class SaeOptions:
                 )
         if self.compare_samples < 1:
             raise ConfigError(f"compare_samples={self.compare_samples}", "1 or more", "raise it")
+        if not all(map(math.isfinite, self.fixed_strengths)):
+            raise ConfigError(f"fixed_strengths={list(self.fixed_strengths)}", "finite numbers", "correct them")
         if self.objective == "mse" and not self.steering:
             raise ConfigError("objective=mse with steering=false", "a predictor to train", "set steering=true, or rl")
 
@@ -183,11 +194,25 @@ def check_steering(options: SaeOptions, shape: ModelShape) -> tuple[tuple[Interv
         MissingFile, CheckpointError, UnsupportedModel: an SAE or a predictor that cannot be read.
     """
     interventions = options.steered()
+    check_places(interventions, shape)
+    return interventions, predictor_config(options, interventions, shape)
+
+
+def check_places(interventions: Sequence[Intervention], shape: ModelShape) -> None:
+    """What of `check_steering` is of the SAEs."""
     check_layers(interventions, shape.num_layers)
     for each in interventions:
         assert each.sae is not None
         formula_of(each, shape.hidden_size, load_sae(each.sae))
-    return interventions, predictor_config(options, interventions, shape)
+
+
+def check_model(model: str) -> None:
+    """Raises MissingFile where this is no Hugging Face directory."""
+    if not Path(model, "config.json").is_file():
+        raise MissingFile(
+            f"no config.json in model={model!r}", "the Hugging Face directory of the model that is steered",
+            "add model=DIRECTORY",
+        )  # fmt: skip
 
 
 def predictor_config(options: SaeOptions, interventions: Sequence[Intervention], shape: ModelShape) -> PredictorConfig:
@@ -208,18 +233,11 @@ def predictor_config(options: SaeOptions, interventions: Sequence[Intervention],
             f"{wanted} strengths of {shape.hidden_size}, by the model and {OPTIONS}.interventions",
             "use a predictor of this model and these interventions, or drop predictor.path",
         )
-    other = [name for name in _form(PredictorOptions(), chosen)]
-    if other:
+    if other := chosen.form:
         raise ConfigError(
             f"{OPTIONS}.predictor.{other[0]} beside predictor.path", "the form that the file has", f"drop {other[0]}"
         )
     return described.config
-
-
-def _form(default: PredictorOptions, given: PredictorOptions) -> list[str]:
-    """What is set besides the path."""
-    names = [each.name for each in fields(PredictorOptions) if each.name != "path"]
-    return [name for name in names if getattr(given, name) != getattr(default, name)]
 
 
 def without_steering(config: Any, options: SaeOptions) -> Any:

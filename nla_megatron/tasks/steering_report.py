@@ -30,13 +30,15 @@ _STYLE = (
 class Side:
     """One of the two: rewards (N,) by response, responses, their tokens, and the task's own figures.
 
-    No rewards where they are made of something that is known of training rows alone.
+    `values` (N,): the figure that stands for the task, by response. No rewards where nobody asks for any, or where they
+    are made of something that is known of training rows alone.
     """
 
     rewards: tuple[float, ...] | None
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
     figures: Mapping[str, float]
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Comparison:
     """Both sides of an evaluation after `step` steps; response i of the one and of the other are of the same prompt.
 
     `applied` and `failed`: tokens of the steered responses whose stream was changed, and such that should have been.
-    `strengths`: by name, the statistics of `strength_statistics`; `prompts`: the text of each response's prompt.
+    `strengths`: by name, the statistics of `strength_statistics`. `rows`, `samples`, `prompts` (N,): of each response its
+    row, its number among those to this row, and the text of its prompt. `figure`: the name of the sides' `values`.
     """
 
     step: int
+    rows: tuple[int, ...]
+    samples: tuple[int, ...]
     prompts: tuple[str, ...]
+    figure: str
     steered: Side
     plain: Side
     strengths: Mapping[str, Mapping[str, float]]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT = "{prompt}"
+_SHUFFLE = 8  # tells the order of held-out rows from other uses of the seed
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,14 @@ class TextTask(ABC):
                 f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
             )  # fmt: skip
         return longest
+
+
+def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
+    """Up to `wanted` rows, drawn once for all evaluations of a run; fewer are the first of more."""
+    import numpy as np
+
+    order: list[int] = np.random.default_rng([seed, _SHUFFLE]).permutation(available)[:wanted].tolist()
+    return order
 
 
 def no_vectors(rows: Sequence[int]) -> NoReturn:

@@ -9,7 +9,6 @@ from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.interventions.projection import projector
 from nla_megatron.models.projections import whole_projections
-from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest, Vectors
@@ -82,16 +81,6 @@ class PolicyEngine(Engine):
                 resharder.load()
 
         return load
-
-    def changed_tokens(self) -> int:
-        mine = sum(
-            stop - start
-            for report in self.reports
-            for spans in (*report.computed, *report.cached)
-            for start, stop in spans
-        )
-        # The ranks of a replica report the same tokens.
-        return sum(gather_objects(mine, self.world)[:: self.config.tp])
 
     def take_weights(self) -> None:
         # Where the model stays as it is, how it is steered does not: nothing kept for the last step serves the next.

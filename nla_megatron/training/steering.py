@@ -1,38 +1,30 @@
-"""A steered policy from a configuration, its comparison with the model left alone, and training without samples."""
+"""A steered policy from a configuration, and training without samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nla_megatron.config.run_directory import mark_done
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
-from nla_megatron.interventions.placement import Span, touched
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.strength import PredictorConfig
 from nla_megatron.models.strength_files import read_weights, write_predictor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
-from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import SaeOptions, predictor_config, sae_options
-from nla_megatron.tasks.sae_rows import TargetRows, names_of, read_targets
-from nla_megatron.tasks.steering_report import Comparison, Side, strength_statistics
-from nla_megatron.tasks.text import TextTask, no_vectors
+from nla_megatron.tasks.sae_rows import TargetRows, read_targets
 from nla_megatron.training.data_order import rows_of_step
 from nla_megatron.training.loop import train
-from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.strengths import StrengthPolicy
-from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
 def steered_policy(config: RlConfig, options: SaeOptions, world: World) -> StrengthPolicy:
@@ -49,48 +41,6 @@ def steered_policy(config: RlConfig, options: SaeOptions, world: World) -> Stren
     if options.predictor_options.path is not None:
         policy.start_from(read_weights(options.predictor_options.path))
     return policy
-
-
-def steered_tokens(interventions: Sequence[Intervention], rollouts: Sequence[Rollout]) -> int:
-    """Tokens that the interventions change, one after the other; the last token of a response is never an input."""
-    total = 0
-    for rollout in rollouts:
-        prompt = len(rollout.prompt_ids)
-        span = Span(0, prompt + len(rollout.response_ids) - 1, prompt)
-        total += sum(len(part) for each in interventions for part in touched(each.where, span))
-    return total
-
-
-def compared(
-    task: TextTask, engine: Sampler, interventions: Sequence[Intervention], steered: Sequence[PromptRequest], step: int,
-    reward: Callable[[Measured, int], Tensor], samples: int,
-) -> Comparison:  # fmt: skip
-    """Both sides on the same prompts and seeds; collective. The second one takes none of the interventions."""
-    on = engine.generate(steered, no_vectors, samples, step)
-    applied = engine.changed_tokens()
-    off = engine.generate([replace(each, only=(), strengths=None) for each in steered], no_vectors, samples)
-    wanted = steered_tokens(interventions, on.rollouts)
-    parts = [[value for part in each.strengths or () if part is not None for value in part] for each in steered]
-    return Comparison(
-        step=step + 1,
-        prompts=tuple(task.text(rollout.row) for rollout in on.rollouts),
-        steered=_side(task, on, reward, step),
-        plain=_side(task, off, reward, step),
-        strengths=strength_statistics(torch.tensor(parts), names_of(interventions)),
-        applied=applied,
-        failed=max(0, wanted - applied),
-    )
-
-
-def _side(task: TextTask, batch: RolloutBatch, reward: Callable[[Measured, int], Tensor], step: int) -> Side:
-    measured = task.measure(batch.rollouts)
-    figures = {name: float(value) for name, value in task.figures(measured).items() if isinstance(value, int | float)}
-    return Side(
-        tuple(reward(measured, step).tolist()),
-        tuple(task.response_text(rollout) for rollout in batch.rollouts),
-        tuple(len(rollout.response_ids) for rollout in batch.rollouts),
-        figures,
-    )
 
 
 def check_fit(

@@ -2,15 +2,15 @@
 
 The loss of the steered log-probs goes back through the frozen model into the strengths, on the pipeline stage whose
 block is steered; summed over stages, data-parallel ranks and microbatches, it goes on into the predictor, which is
-alike on every rank. Legend: N rows of a batch, P different prompts among them, S strengths, D hidden.
+alike on every rank. Legend: N rows of a batch, S strengths.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,49 +22,15 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.pipeline import Collect, Loss, forward_backward, forward_rows
-from nla_megatron.models.strength import (
-    PredictorConfig,
-    StrengthPredictor,
-    columns_of,
-    dropout_seed,
-    pooled,
-    states_only,
-)
+from nla_megatron.models.prompt_features import Ids, PromptFeatures, predicted
+from nla_megatron.models.strength import PredictorConfig, StrengthPredictor, columns_of, dropout_seed
 from nla_megatron.parallel.collectives import max_over_world, sum_over_world, sum_statistics
 from nla_megatron.parallel.world import World
 from nla_megatron.training.module import Update
 from nla_megatron.training.optimizer import learning_rate
 from nla_megatron.types import Steering
 
-Ids = tuple[int, ...]
-
-_CACHE_BYTES = 256 * 2**20  # per rank; 16,384 prompts of a model 4,096 wide
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class PromptFeatures:
-    """What the predictor reads of a prompt: (D,) fp32 of the unsteered model, kept because that model never changes."""
-
-    def __init__(self, chunks: Sequence[Any], world: World, micro_batch_size: int):
-        self.chunks, self.world, self.micro_batch_size = list(chunks), world, micro_batch_size
-        self.width = int(self.chunks[0].shape.hidden_size)
-        self._kept: OrderedDict[Ids, Tensor] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[Ids]) -> Tensor:
-        """(P, D) on the CPU, the same on every rank; collective, so every rank asks for the same."""
-        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept))
-        if missing:
-            with states_only(self.chunks):
-                found = forward_rows(
-                    self.chunks, Batch(missing), self.world, self.micro_batch_size, pooled(self.world), self.width
-                )
-            self._kept.update(zip(missing, found, strict=True))
-        for prompt in prompts:
-            self._kept.move_to_end(prompt)
-        features = torch.stack([self._kept[prompt] for prompt in prompts])
-        while len(self._kept) * self.width * 4 > _CACHE_BYTES:
-            self._kept.popitem(last=False)
-        return features
 
 
 class StrengthPolicy:
@@ -108,20 +74,10 @@ class StrengthPolicy:
         """(N, S) on the CPU, by the present predictor; `step` is the one whose dropout is drawn, None for none."""
         return self._predict(list(prompts), step).cpu()
 
-    def for_requests(self, strengths_NS: Tensor) -> list[tuple[tuple[float, ...] | None, ...]]:
-        """The same numbers as the sampler's requests carry them."""
-        return [
-            tuple(None if part is None else tuple(row[part[0] : part[1]]) for part in self.columns)
-            for row in strengths_NS.tolist()
-        ]
-
     def _predict(self, prompts: list[Ids], step: int | None) -> Tensor:
-        """(N, S) on the device, each different prompt computed once."""
-        different = list(dict.fromkeys(prompts))
-        index = {prompt: number for number, prompt in enumerate(different)}
-        seeds = None if step is None else [dropout_seed(self.seed, step, prompt) for prompt in different]
-        values_PS = self.predictor(self.features(different).to(self.world.device), seeds)
-        return values_PS[torch.tensor([index[prompt] for prompt in prompts], device=self.world.device)]
+        """(N, S) on the device."""
+        seed_of = None if step is None else partial(dropout_seed, self.seed, step)
+        return predicted(self.predictor, self.features, prompts, seed_of)
 
     def update(
         self, batch: Batch, loss: Loss, names: tuple[str, ...], step: int,

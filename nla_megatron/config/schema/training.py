@@ -172,6 +172,8 @@ class EvalConfig(StageConfig):
     names: dict[str, list[str]] = field(default_factory=dict)
     """`nla`: words to look for in the explanations, whole and in any case, by their figure's name: of how many rows the
     text names one of them."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """`sae`: what responses are worth, beside the task's own figure. Without terms they have no reward."""
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.0))
 
     def __post_init__(self) -> None:

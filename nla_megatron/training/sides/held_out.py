@@ -1,11 +1,10 @@
-"""What the sides of text tasks share on held-out rows: which these are, and what responses to them are worth."""
+"""What the sides of text tasks share: what responses to held-out rows are worth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
@@ -13,14 +12,6 @@ from nla_megatron.parallel.collectives import by_rank_0
 from nla_megatron.parallel.world import World
 from nla_megatron.rewards import Term, make_reward
 from nla_megatron.types import Measured
-
-_SHUFFLE = 8
-
-
-def evaluation_rows(available: int, wanted: int, seed: int) -> list[int]:
-    """Up to `wanted` rows, drawn once for all evaluations of a run."""
-    order: list[int] = np.random.default_rng([seed, _SHUFFLE]).permutation(available)[:wanted].tolist()
-    return order
 
 
 def terms_of_training_rows(config: RlConfig) -> list[str]:

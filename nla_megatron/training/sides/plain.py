@@ -22,7 +22,7 @@ from nla_megatron.models.batching import Batch
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest, Vectors
-from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
+from nla_megatron.tasks.text import Data, TextTask, evaluation_rows, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
 from nla_megatron.training.lora import adapt
@@ -31,7 +31,7 @@ from nla_megatron.training.reference import MovingCopy, make_reference
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
-from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards
+from nla_megatron.training.sides.held_out import held_out_rewards
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 EXAMPLES = 8

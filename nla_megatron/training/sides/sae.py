@@ -15,24 +15,25 @@ from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import ColumnError, ConfigError, MissingFile
+from nla_megatron.errors import ColumnError, ConfigError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.strength_files import write_predictor
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest
-from nla_megatron.tasks.sae import SaeOptions, check_steering, sae_options, without_steering
+from nla_megatron.tasks.sae import OPTIONS, SaeOptions, check_model, check_steering, sae_options, without_steering
 from nla_megatron.tasks.sae_rows import names_of
+from nla_megatron.tasks.steering import compared, steered, steered_tokens
 from nla_megatron.tasks.steering_report import strength_statistics, write_comparison
-from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
+from nla_megatron.tasks.text import Data, TextTask, evaluation_rows, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Prompts
-from nla_megatron.training.sides.held_out import evaluation_rows, held_out_rewards, terms_of_training_rows
+from nla_megatron.training.sides.held_out import held_out_rewards, terms_of_training_rows
 from nla_megatron.training.sides.plain import PlainSide
-from nla_megatron.training.steering import check_fit, compared, fit, steered_policy, steered_tokens
+from nla_megatron.training.steering import check_fit, fit, steered_policy
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
@@ -76,11 +77,12 @@ class SaeSide:
                 f"lora.rank={config.lora.rank} with steering", "a model that stays as it is",
                 "drop lora=, or set task.options.steering=false",
             )  # fmt: skip
-        if not Path(config.model, "config.json").is_file():
-            raise MissingFile(
-                f"no config.json in model={config.model!r}", "the Hugging Face directory of the model that is steered",
-                "add model=DIRECTORY",
+        if options.fixed_strengths:
+            raise ConfigError(
+                f"{OPTIONS}.fixed_strengths={list(options.fixed_strengths)} in a training", "a predictor that learns",
+                "drop it: it is an option of eval",
             )  # fmt: skip
+        check_model(config.model)
         shape = read_shape(config.model)
         check_layout(shape, config.parallel)
         interventions, form = check_steering(options, shape)
@@ -119,8 +121,7 @@ class SaeSide:
 
     def _steered(self, requests: Sequence[PromptRequest], step: int | None) -> list[PromptRequest]:
         chosen = self.policy.strengths([request.prompt_ids for request in requests], step)
-        carried = self.policy.for_requests(chosen)
-        return [replace(request, strengths=each) for request, each in zip(requests, carried, strict=True)]
+        return steered(requests, chosen, self.interventions)
 
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         batch = self.task.batch(rollouts, fields)
@@ -159,11 +160,11 @@ class SaeSide:
             return {}
         rows = evaluation_rows(self.held_out.rows, self.config.eval_rows, self.config.seed)
         plain = self.held_out.requests(rows, self.config.seed, 0)
-        steered = self._steered(plain, None)
         reward = held_out_rewards(self.config, self.n_rows, self.world)
         assert reward is not None, "refused by the check"
         comparison = compared(
-            self.held_out, engine, self.interventions, steered, step, reward, self.options.compare_samples
+            self.held_out, engine, self.interventions, self._steered(plain, None), step, reward,
+            self.options.compare_samples,
         )
         if self.world.is_main:
             write_comparison(Path(self.config.out) / "steering", comparison)

@@ -13,7 +13,7 @@ from nla_megatron.config.schema import TaskConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import next_token_targets
 from nla_megatron.tasks.lexical import LexicalOptions, LexicalTask
-from nla_megatron.tasks.text import Data, PromptStyle, open_task, register, text_tasks
+from nla_megatron.tasks.text import Data, PromptStyle, evaluation_rows, open_task, register, text_tasks
 from nla_megatron.types import Rollout
 
 QUESTION = "What is the `with` statement?"
@@ -157,3 +157,10 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="end token"):
         LexicalTask(tokenizer, LexicalOptions(), ["a"])
+
+
+def test_evaluations_are_on_the_same_rows_each_time_and_fewer_are_the_first_of_more() -> None:
+    rows = evaluation_rows(100, 10, 3)
+    assert rows == evaluation_rows(100, 10, 3) and len(set(rows)) == 10 and max(rows) < 100
+    assert rows != evaluation_rows(100, 10, 4) and rows == evaluation_rows(100, 40, 3)[:10]
+    assert sorted(evaluation_rows(5, 10, 3)) == list(range(5))

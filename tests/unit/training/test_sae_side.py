@@ -15,11 +15,12 @@ from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelCon
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.strength_files import read_predictor
 from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.tasks.steering import steered_tokens
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.sides.plain import PlainSide
 from nla_megatron.training.sides.sae import SaeSide
-from nla_megatron.training.steering import fit, steered_tokens
+from nla_megatron.training.steering import fit
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
 from tests.support.hooked import Hooked, write_sae
 from tests.support.tiny import SHAPE, tiny_model

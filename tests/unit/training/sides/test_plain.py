@@ -12,7 +12,6 @@ from nla_megatron.contract.files import read_json_lines
 from nla_megatron.errors import ConfigError, LayoutError, MissingFile, NlaError
 from nla_megatron.tasks.text import Data, open_task
 from nla_megatron.training.sides import side_of
-from nla_megatron.training.sides.held_out import evaluation_rows
 from nla_megatron.training.sides.plain import PlainSide, keep_examples
 
 
@@ -49,13 +48,6 @@ def test_mistakes_are_named_before_a_model_is_made(
     with pytest.raises(kind) as caught:
         PlainSide.check(config, 1)
     assert type(caught.value) is kind and named in caught.value.found
-
-
-def test_evaluations_are_on_the_same_rows_each_time() -> None:
-    rows = evaluation_rows(100, 10, 3)
-    assert rows == evaluation_rows(100, 10, 3) and len(set(rows)) == 10 and max(rows) < 100
-    assert rows != evaluation_rows(100, 10, 4)
-    assert sorted(evaluation_rows(5, 10, 3)) == list(range(5))
 
 
 def test_responses_of_the_first_and_the_last_evaluation_stand_side_by_side(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
-from nla_megatron.config.schema import EvalConfig
+from nla_megatron.config.schema import EvalConfig, TaskConfig
 from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile
@@ -38,29 +38,38 @@ def check(config: EvalConfig, world_size: int) -> None:
         raise ConfigError(
             f"no model for the task {config.task.name}", "a Hugging Face directory", "add model=DIRECTORY"
         )
+    check_sampling(config, world_size)
+    check_rows(config, held_out_task(config, config.task))
+    check_run_directory("eval", config)
+
+
+def check_sampling(config: EvalConfig, world_size: int) -> None:
+    """Raises ConfigError or LayoutError where the sampler cannot be started, or would not sample what is asked for."""
     if config.samples > 1 and config.rollout.temperature == 0:
         raise ConfigError(
             f"samples={config.samples} with rollout.temperature=0", "a temperature above 0",
             "greedy samples are all alike: set rollout.temperature=1, or samples=1",
         )  # fmt: skip
-    shape = read_shape(config.model)
-    check_rollout_layout(shape, config.rollout.tp, world_size, config.rollout.expert_parallel)
-    task = _task(config)
+    check_rollout_layout(read_shape(config.model), config.rollout.tp, world_size, config.rollout.expert_parallel)
+
+
+def check_rows(config: EvalConfig, task: TextTask) -> None:
+    """Raises ConfigError, LayoutError or MissingFile: too few rows, too long ones, or no evaluation to compare with."""
     if min(config.rows, task.rows) < 2:
         raise ConfigError(f"{min(config.rows, task.rows)} rows to evaluate", "at least 2", "raise rows=, or add data")
-    task.check_length(config.rollout.max_new_tokens, min(config.rollout.max_model_len, shape.max_positions))
+    limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+    task.check_length(config.rollout.max_new_tokens, limit)
     if config.compare is not None and not (Path(config.compare) / ROWS).is_file():
         raise MissingFile(
             f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first"
         )
-    check_run_directory("eval", config)
 
 
 def run(config: EvalConfig, world: World) -> None:
     if world.is_main:
         claim_run_directory("eval", config)
     barrier(world)
-    task = _task(config)
+    task = held_out_task(config, config.task)
     engine = Engine(
         config.model, read_shape(config.model), config.rollout, (), world, int(task.tokenizer.eos_token_id), config.seed
     )
@@ -77,11 +86,12 @@ def run(config: EvalConfig, world: World) -> None:
     engine.close()
 
 
-def _task(config: EvalConfig) -> TextTask:
-    task = open_task(config.task, Data(held_out=config.data, training=False), config.model, config.seed)
+def held_out_task(config: EvalConfig, text_task: TaskConfig) -> TextTask:
+    """A text task on the rows to evaluate. Raises ConfigError where there are none, and what `open_task` raises."""
+    task = open_task(text_task, Data(held_out=config.data, training=False), config.model, config.seed)
     if task is None:
         raise ConfigError(
-            f"no rows to evaluate the task {config.task.name} on", "data=, or the task's own held-out rows",
+            f"no rows to evaluate the task {text_task.name} on", "data=, or the task's own held-out rows",
             "add data=FILE, or task.options.held_out",
         )  # fmt: skip
     return task
@@ -110,7 +120,7 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
         name: value_N.tolist(),
     }
     if config.compare is not None:
-        results |= _difference(config, name, rows, prompts)
+        results[f"{name}_gain"], results[f"{name}_gain_ci95"] = difference(config, name, rows, prompts)
     examples = [task.example(measured, index) for index in range(min(config.examples, len(measured.rollouts)))]
     write_json(out / RESULTS, results)
     write_json(out / ROWS, rows)
@@ -128,8 +138,14 @@ def _correct_by_row(measured: Measured) -> list[dict[str, float]]:
     return [{"row": row, "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())]
 
 
-def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
-    """This evaluation's main figure over another's of the same responses' places, resampled together."""
+def difference(
+    config: EvalConfig, name: str, rows: Mapping[str, Any], prompts: Sequence[str]
+) -> tuple[float, list[float]]:
+    """A figure of this evaluation over another's of the same responses' places: the mean and its 95 % interval.
+
+    Raises:
+        ConfigError: the other one has other rows, or not this figure.
+    """
     other = json.loads((Path(str(config.compare)) / ROWS).read_text())
     same = all(other.get(key) == rows[key] for key in ("rows", "samples"))
     if not same or name not in other:
@@ -139,5 +155,4 @@ def _difference(config: EvalConfig, name: str, rows: dict[str, Any], prompts: Se
         )  # fmt: skip
     gains_N = np.asarray(rows[name]) - np.asarray(other[name])
     # Samples of one prompt are alike, so prompts are resampled.
-    interval = geometry.mean_ci(gains_N, prompts, config.bootstrap, config.seed)
-    return {f"{name}_gain": float(gains_N.mean()), f"{name}_gain_ci95": interval}
+    return float(gains_N.mean()), geometry.mean_ci(gains_N, prompts, config.bootstrap, config.seed)

@@ -21,6 +21,10 @@ _ABOUT = {
     "response_tokens": "Tokens of a response",
     "richness": "Share of different words",
     "words": "Words of a response",
+    "reward": "Reward",
+    "response_length": "Tokens of a response",
+    "steered_tokens": "Tokens that were steered",
+    "steering_failed": "Tokens that should have been steered and were not",
     "references_unreadable": "Problems left out: no readable reference",
 }
 _IN_TEXT = ("prompt", "response", "reference", "answer", "row", "finished")
@@ -37,42 +41,49 @@ def write_answers_report(
         results: as in `eval.json`: numbers, and tables of numbers.
         examples: as in `examples.jsonl`.
     """
+    write_page(out, task, [_head(task, main, results), _lengths(results), _tables(results), _examples(examples)])
+
+
+def write_page(out: Path, task: str, parts: Sequence[str]) -> None:
+    """The page of an evaluation from its parts, which are HTML, in one piece."""
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(task)}: evaluation</title><style>{STYLE}</style></head>\n<body><main>\n"
-        f"{_head(task, main, results)}\n{_lengths(results)}\n{_tables(results)}\n{_examples(examples)}\n"
-        f"<footer>Written by nla_megatron {__version__} from eval.json and examples.jsonl.</footer>\n"
+        + "\n".join(parts)
+        + f"\n<footer>Written by nla_megatron {__version__} from eval.json and examples.jsonl.</footer>\n"
         "</main></body></html>\n"
     )
     with atomic_path(out) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")  # a model can write half a character
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """A value as HTML."""
     if not isinstance(value, int | float):
         return escape(str(value))
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
     return f'<data value="{value!r}">{text.replace("-", "−")}</data>'
 
 
-def _name(key: str) -> str:
+def name_of(key: str) -> str:
+    """A figure as a reader calls it."""
     return _ABOUT.get(key) or key[:1].upper() + key[1:].replace("_", " ")
 
 
 def _head(task: str, main: str, results: Mapping[str, Any]) -> str:
     bounds = results.get(f"{main}_ci95")
-    interval = f'<p class="muted">95 % interval {_number(bounds[0])} to {_number(bounds[1])}</p>' if bounds else ""
+    interval = f'<p class="muted">95 % interval {number(bounds[0])} to {number(bounds[1])}</p>' if bounds else ""
     spreads = tuple(f"_{part}" for part in _SPREAD)
     rows = "".join(
-        f'<tr><th scope="row">{escape(_name(key))}</th><td class="number">{_number(value)}</td></tr>'
+        f'<tr><th scope="row">{escape(name_of(key))}</th><td class="number">{number(value)}</td></tr>'
         for key, value in results.items()
         if key not in (main, "task") and isinstance(value, int | float) and not key.endswith(spreads)
     )
     return (
         f'<p class="kicker">Evaluation</p><h1>Task {escape(task)}</h1>'
         '<section class="head" aria-label="Headline figures">'
-        f'<div><div class="hero">{_number(results[main])}</div><p class="hero-label">{escape(_name(main))}</p>'
+        f'<div><div class="hero">{number(results[main])}</div><p class="hero-label">{escape(name_of(main))}</p>'
         f"{interval}</div><table><tbody>{rows}</tbody></table></section>"
     )
 
@@ -81,8 +92,8 @@ def _lengths(results: Mapping[str, Any]) -> str:
     names = [key.removesuffix("_mean") for key in results if key.endswith("_mean")]
     names = [name for name in names if all(f"{name}_{part}" in results for part in _SPREAD)]
     rows = "".join(
-        f'<tr><th scope="row">{escape(_name(name))}</th>'
-        + "".join(f'<td class="number">{_number(results[f"{name}_{part}"])}</td>' for part in _SPREAD)
+        f'<tr><th scope="row">{escape(name_of(name))}</th>'
+        + "".join(f'<td class="number">{number(results[f"{name}_{part}"])}</td>' for part in _SPREAD)
         + "</tr>"
         for name in names
     )
@@ -97,10 +108,10 @@ def _tables(results: Mapping[str, Any]) -> str:
     for key, table in results.items():
         if isinstance(table, Mapping):
             rows = "".join(
-                f'<tr><th scope="row">{escape(str(name))}</th><td class="number">{_number(value)}</td></tr>'
+                f'<tr><th scope="row">{escape(str(name))}</th><td class="number">{number(value)}</td></tr>'
                 for name, value in table.items()
             )
-            found += f"<h2>{escape(_name(key))}</h2><table><tbody>{rows}</tbody></table>"
+            found += f"<h2>{escape(name_of(key))}</h2><table><tbody>{rows}</tbody></table>"
     return found
 
 
@@ -110,7 +121,7 @@ def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
 
 def _example(example: Mapping[str, Any]) -> str:
     figures = ", ".join(
-        f"{escape(key.replace('_', ' '))} <b>{_number(value)}</b>"
+        f"{escape(key.replace('_', ' '))} <b>{number(value)}</b>"
         for key, value in example.items()
         if key not in _IN_TEXT and value != ""
     )

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from nla_megatron.config.schema import EvalConfig
+from nla_megatron.config.schema import EvalConfig, RewardConfig
 from nla_megatron.errors import ConfigError
-from nla_megatron.evaluation import answers, held_out
+from nla_megatron.evaluation import answers, held_out, steered
 from nla_megatron.parallel.world import World
 
-EVALUATIONS: dict[str, ModuleType] = {"nla": held_out, "math": answers, "lexical": answers}
+EVALUATIONS: dict[str, ModuleType] = {"nla": held_out, "math": answers, "lexical": answers, "sae": steered}
 """By task, the module with `check` and `run`."""
+REWARDED = ("sae",)
+"""Tasks whose evaluation reads the key `reward`."""
 
 
 def check(config: EvalConfig, world_size: int) -> None:
     """Everything that can be known before the first sample; raises a named error."""
     if config.task.name not in EVALUATIONS:
         raise ConfigError(f"task.name={config.task.name!r}", f"one of {', '.join(EVALUATIONS)}", "correct task=")
+    if config.reward != RewardConfig() and config.task.name not in REWARDED:
+        raise ConfigError(
+            f"reward= with task={config.task.name}, whose evaluation does not read it",
+            f"a reward with task={', '.join(REWARDED)} alone", "drop reward=",
+        )  # fmt: skip
     EVALUATIONS[config.task.name].check(config, world_size)
 
 

@@ -8,7 +8,7 @@ c, ℓ and f are the labels `correctness`, `length` and `format`: a response tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -83,6 +83,16 @@ class Composed:
     def needs(self) -> dict[str, tuple[str, ...]]:
         """The named values of a task that each term reads."""
         return {label: term.needs() for label, term in self.terms.items()}
+
+    def check_needs(self, measured: Collection[str], task: str) -> None:
+        """Raises ConfigError where a term reads what the task does not measure."""
+        for label, names in self.needs.items():
+            if missing := sorted(set(names) - set(measured)):
+                raise ConfigError(
+                    f"reward term {label!r} reads {', '.join(missing)}, which task={task} does not measure",
+                    f"a term that reads some of {', '.join(measured)}",
+                    "choose another reward=, or another task=",
+                )
 
     def state(self) -> dict[str, float]:
         return {f"{label}/{key}": value for label, term in self.terms.items() for key, value in term.state().items()}

@@ -46,8 +46,8 @@ class Comparison:
     """Both sides of an evaluation after `step` steps; response i of the one and of the other are of the same prompt.
 
     `applied` and `failed`: tokens of the steered responses whose stream was changed, and such that should have been.
-    `strengths`: by name, the statistics of `strength_statistics`. `rows`, `samples`, `prompts` (N,): of each response its
-    row, its number among those to this row, and the text of its prompt. `figure`: the name of the sides' `values`.
+    `strengths`: by name, the statistics of `strength_statistics`. `rows`, `samples`, `prompts` (N,): of each response
+    its row, its number among those to this row, and the text of its prompt. `figure`: the name of the sides' `values`.
     """
 
     step: int
@@ -109,7 +109,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     page = comparison_page(comparison)
     for name in (f"{stem}.html", "latest.html"):
         with atomic_path(folder / name) as path:
-            path.write_text(page, encoding="utf-8")
+            path.write_text(page, encoding="utf-8", errors="replace")  # a model can write half a character
 
 
 def comparison_page(comparison: Comparison) -> str:

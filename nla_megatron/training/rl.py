@@ -75,13 +75,7 @@ def _check_credit(config: RlConfig, prompts: Prompts) -> None:
     """Whether algorithm and reward can work on what the task gives them."""
     check_algorithm(config.algorithm, config.samples_per_prompt)
     reward = make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
-    for label, names in reward.needs.items():
-        if missing := sorted(set(names) - set(prompts.values)):
-            raise ConfigError(
-                f"reward term {label!r} reads {', '.join(missing)}, which task={config.task.name} does not measure",
-                f"a term that reads some of {', '.join(prompts.values)}",
-                "choose another reward=, or another task=",
-            )
+    reward.check_needs(prompts.values, config.task.name)
 
 
 def run(config: RlConfig, world: World) -> None:

@@ -1,4 +1,6 @@
-"""`rl task=sae` as a user types it: what a run leaves behind, and the same rollouts on every layout."""
+"""`rl task=sae` and `eval task=sae` as a user types them: what a run leaves behind, the same rollouts on every layout,
+and what an evaluation says of the run's predictor.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from typing import Any
 import pytest
 
 from nla_megatron.models.strength_files import read_predictor
-from tests.support.planted import LOWERS, RAISES, plant, write_prompts
+from tests.support.planted import IDLE, LOWERS, RAISES, plant, silence, write_prompts
 from tests.support.ranks import command
 from tests.support.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {"single": [], "tp2": ["parallel=tp2", "rollout=tp2"], "pp2": ["parallel=pp2"], "dp2": ["parallel=dp2"]}
+REWARD = "+reward.terms.planted.term=tests.support.planted:share_of_class"
 COMPARED = (
     "reward", "policy_loss", "kl", "entropy", "policy_grad_norm", "strength_mean", "strength_std", "strength_min",
     "strength_max", "steered_tokens",
@@ -27,7 +30,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("sae")
     tiny_model(base / "model")
     plant(base / "model", base / "sae")
-    write_prompts(base / "prompts.jsonl")
+    write_prompts(base / "all.jsonl")
+    lines = (base / "all.jsonl").read_text().splitlines()
+    (base / "held_out.jsonl").write_text("\n".join(lines[::5]))
+    (base / "prompts.jsonl").write_text("\n".join(line for line in lines if line not in lines[::5]))
     sae, fading = base / "sae", "{over: decode, kind: linear, end: 0.5, steps: 6}"
     places = (
         f"[{{layer: 3, where: all, sae: {sae}, features: [{RAISES}, {LOWERS}]}}, "
@@ -38,8 +44,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         done = command(
             "rl", "task=sae", f"out={base / name}", f"model={base / 'model'}", f"data={base / 'prompts.jsonl'}",
             f"task.options.interventions={places}", "task.options.predictor.hidden=32",
-            "task.options.predictor.initial_strength=1", "task.options.prompts.options={held_out_fraction: 0.2}",
-            "~reward.terms.reconstruction", "+reward.terms.planted.term=tests.support.planted:share_of_class",
+            "task.options.predictor.initial_strength=1", f"held_out={base / 'held_out.jsonl'}",
+            "~reward.terms.reconstruction", REWARD,
             "steps=3", "batch_size=4", "samples_per_prompt=4", "micro_batch_size=4", "rollout.max_new_tokens=10",
             "optim.lr=3e-3", "optim.warmup_steps=0", "algorithm.kl_coef=0.05", "algorithm.minibatches=2",
             "rollout.max_logprob_gap=1e-3", "eval_every=3", "eval_rows=4", "save_every=3", source, *layout,
@@ -73,6 +79,58 @@ def test_a_run_leaves_predictor_comparison_and_checkpoint_and_no_model(runs: dic
     comparison = json.loads((run / "steering" / "step_00000003.json").read_text())
     assert comparison["numbers"]["eval_reward_gain"] == metrics(run)[-1]["eval_reward_gain"]
     assert (run / "checkpoints" / "step_00000003" / "predictor").is_dir() and not (run / "hf").exists()
+
+
+def evaluated(out: Path, base: Path, *overrides: str) -> dict[str, Any]:
+    """What `eval` says of the held-out prompts, sampled as the run samples."""
+    done = command(
+        "eval", "task=sae", f"out={out}", f"model={base / 'model'}", f"data={base / 'held_out.jsonl'}", REWARD,
+        "rollout.max_new_tokens=10", "rollout.temperature=1", *overrides,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    found: dict[str, Any] = json.loads((out / "eval.json").read_text())
+    return found
+
+
+def test_an_evaluation_of_the_predictor_is_the_runs_own_last_one(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs["single"]
+    predictor = f"task.options.predictor.path={run / 'predictor'}"
+    found = evaluated(tmp_path / "eval", run.parent, predictor, "rows=4", "examples=3")
+    own, rows = (
+        json.loads(path.read_text())
+        for path in (run / "steering" / "step_00000003.json", tmp_path / "eval" / "rows.json")
+    )
+    assert (rows["rows"], rows["samples"]) == (own["rows"], own["samples"])
+    assert rows["reward"] == own["steered"]["rewards"] and rows["reward_plain"] == own["plain"]["rewards"]
+    for name, value in own["numbers"].items():
+        assert found[name.removeprefix("eval_")] == pytest.approx(value, rel=1e-6), name
+    for name, values in own["strengths"].items():
+        assert found["strengths"][name] == pytest.approx(values, rel=1e-4, abs=1e-5)
+    low, high = found["reward_gain_ci95"]
+    assert low <= found["reward_gain"] <= high and found["steering_failed"] == 0
+    examples = [json.loads(line) for line in (tmp_path / "eval" / "examples.jsonl").read_text().splitlines()]
+    assert [each["response"] for each in examples] == own["steered"]["texts"][:3]
+    assert [each["response_plain"] for each in examples] == own["plain"]["texts"][:3]
+    assert (tmp_path / "eval" / "report.html").read_text().count("<article>") == 3
+
+
+def test_steering_at_the_values_that_features_have_anyway_changes_nothing(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """What the SAE does not explain stays: `global` at 1 adds 0 to the stream, and so does a silent feature set to 0."""
+    base = runs["single"].parent
+    silence(base / "sae", tmp_path / "silent", IDLE)
+    places = (
+        f"[{{layer: 1, mode: global, where: all, sae: {base / 'sae'}}}, "
+        f"{{layer: 3, where: all, sae: {tmp_path / 'silent'}, features: [{IDLE}]}}]"
+    )
+    steered = (f"task.options.interventions={places}", "samples=2")
+    found = evaluated(tmp_path / "eval", base, *steered, "task.options.fixed_strengths=[1, 0]")
+    assert found["reward_gain"] == found["richness_gain"] == 0 and found["reward_gain_ci95"] == [0, 0]
+    assert found["rows"] == 12 and found["steered_tokens"] > 0 and found["reward_ci95"][0] < found["reward_ci95"][1]
+    for line in (tmp_path / "eval" / "examples.jsonl").read_text().splitlines():
+        example = json.loads(line)
+        assert example["response"] == example["response_plain"]
 
 
 def test_target_strengths_are_fitted_without_a_sampler_and_alike_on_two_ranks(

@@ -42,6 +42,17 @@ def plant(directory: Path, sae: Path) -> None:
     save_file(tensors, sae / "sae_weights.safetensors")
 
 
+def silence(sae: Path, out: Path, feature: int) -> None:
+    """The same SAE with a feature that nothing in a stream makes active."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(sae / "sae_weights.safetensors")
+    tensors["b_enc"][feature] = -1e6
+    out.mkdir()
+    (out / "cfg.json").write_text((sae / "cfg.json").read_text())
+    save_file(tensors, out / "sae_weights.safetensors")
+
+
 def write_prompts(path: Path) -> None:
     words = ("river", "stone", "bread", "cloud", "winter", "paper", "music", "garden")
     lines = [{"prompt": f"The {one} and the {other}"} for one in words for other in words if one != other]

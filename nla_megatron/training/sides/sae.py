@@ -163,7 +163,12 @@ class SaeSide:
         reward = held_out_rewards(self.config, self.n_rows, self.world)
         assert reward is not None, "refused by the check"
         comparison = compared(
-            self.held_out, engine, self.interventions, self._steered(plain, None), step, reward,
+            self.held_out,
+            engine,
+            self.interventions,
+            self._steered(plain, None),
+            step,
+            reward,
             self.options.compare_samples,
         )
         if self.world.is_main:

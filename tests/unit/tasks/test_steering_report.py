@@ -20,7 +20,9 @@ def comparison() -> Comparison:
         samples=(0, 0, 0),
         prompts=("one", "two <b>", "three"),
         figure="richness",
-        steered=Side((1.0, 0.5, 0.75), ("a", "<script>", "c"), (4, 6, 5), {"richness": 0.5, "only_here": 1.0}, (1.0, 0, 0.5)),
+        steered=Side(
+            (1.0, 0.5, 0.75), ("a", "<script>", "c"), (4, 6, 5), {"richness": 0.5, "only_here": 1.0}, (1.0, 0, 0.5)
+        ),
         plain=Side((0.5, 0.25, 1.0), ("x", "y", "z"), (4, 4, 4), {"richness": 0.25}, (0.25, 0.5, 0)),
         strengths={"block1_feature3": {"mean": 1.5, "std": 0.5, "min": 1.0, "max": 2.0}},
         applied=12,

@@ -17,7 +17,7 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.evaluation.runs import SEED, Run, short_names, varying
 
 FINAL = "final"
-FIRST_CHOICES = ("fve_av", "accuracy", "richness", "eval_fve", "reward", "loss")
+FIRST_CHOICES = ("fve_av", "reward_gain", "accuracy", "richness", "eval_fve", "reward", "loss")
 CSV, JSON = "results.csv", "results.json"
 _LESS_IS_BETTER = ("loss", "mse", "error", "kl", "seconds", "failed", "truncated")
 

@@ -16,25 +16,35 @@ class TrainedModel:
     """A model that a run trains: the key that names it in `rl` and in `eval`, where a run exports it, and its name in
     checkpoints.
 
-    `sidecar`: it is told apart by an NLA sidecar.
+    `sidecar`: it is told apart by an NLA sidecar. `converts`: `convert` makes of a checkpoint what the run exports.
     """
 
     key: str
     exported: str
     module: str
     sidecar: bool
+    converts: bool = True
 
 
 _NLA = (TrainedModel("av", "av", "av", True), TrainedModel("ar", "ar", "ar", True))
 _PLAIN = (TrainedModel("model", "hf", "policy", False),)
+_STEERED = (TrainedModel("task.options.predictor.path", "predictor", "predictor", False, converts=False),)
 _LENGTHS = ("response_tokens_", "truncated")
+_MATH = (
+    "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
+    "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,
+)  # fmt: skip
+_LEXICAL = ("richness", "richness_ci95_", "words_", *_LENGTHS)
+# Each figure of a text task, that of the plain side, and what steering gains.
+_OF_BOTH_SIDES = tuple(f"{name.rstrip('_')}_" for name in (*_MATH, *_LEXICAL) if not name.endswith("."))
 FIGURES_OF: Mapping[str, tuple[str, ...]] = {
     "nla": ("fve_", "extraction_failed_"),
-    "math": (
-        "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",
-        "answer_found", "thinking_tokens_", "pass_at_", "references_unreadable", *_LENGTHS,
+    "math": _MATH,
+    "lexical": _LEXICAL,
+    "sae": (
+        "reward", "reward_", "response_length", "response_length_", "steered_tokens", "steering_failed", "strengths.",
+        *_MATH, *_LEXICAL, *_OF_BOTH_SIDES,
     ),
-    "lexical": ("richness", "richness_ci95_", "words_", *_LENGTHS),
 }  # fmt: skip
 """By task that `eval` knows, the figures that an evaluation will have; `_` and `.` end what only begins a name."""
 
@@ -49,7 +59,7 @@ def will_have(task: str, metric: str, names: Collection[str] = ()) -> bool:
 
 
 def models_of(run: Run) -> tuple[TrainedModel, ...]:
-    return _NLA if run.task == "nla" else _PLAIN
+    return {"nla": _NLA, "sae": _STEERED}.get(_task(run).name, _PLAIN)
 
 
 def can_be_evaluated(run: Run, data: str | None) -> bool:
@@ -62,11 +72,11 @@ def can_be_evaluated(run: Run, data: str | None) -> bool:
         return False
     from nla_megatron.tasks.text import Data, open_task
 
-    task = _task(run)
-    if task.options.get("held_out"):
+    prompts = _prompts(run)
+    if prompts.options.get("held_out"):
         return True
     # Without a file of either kind a task has rows of its own, a part of which may be held out.
-    own = not run.values.get("data") and open_task(task, Data(training=False), str(run.values["model"]), run.seed)
+    own = not run.values.get("data") and open_task(prompts, Data(training=False), str(run.values["model"]), run.seed)
     return own not in (None, False)
 
 
@@ -75,12 +85,28 @@ def evaluation_words(run: Run, models: Mapping[str, str], data: str | None) -> l
     rows = data or run.values.get("held_out")
     words = [f"{key}={literal(directory)}" for key, directory in models.items()]
     words += [f"data={literal(str(rows))}"] if rows else []
-    if run.task == "nla":
-        return words
     task = _task(run)
-    return [f"task={task.name}", *words, *(f"task.options.{key}={literal(one)}" for key, one in task.options.items())]
+    if task.name == "nla":
+        return words
+    if task.name != "sae":
+        return [f"task={task.name}", *words, *(f"task.options.{key}={literal(v)}" for key, v in task.options.items())]
+    # The exported predictor says itself what it steers.
+    words += [f"model={literal(str(run.values['model']))}", f"task.options.prompts={literal(task.options['prompts'])}"]
+    if task.options.get("objective", "rl") == "rl":  # else nothing was rewarded
+        words += [f"reward.{key}={literal(value)}" for key, value in run.record["reward"].items()]
+    return ["task=sae", *words]
 
 
 def _task(run: Run) -> TaskConfig:
+    """What is evaluated: of a run of `sae` without steering, the text task that its model learned."""
+    name = run.task
+    options: dict[str, Any] = run.record["task"]["options"] if "task" in run.record else {}
+    return _prompts(run) if name == "sae" and not options.get("steering", True) else TaskConfig(name, options)
+
+
+def _prompts(run: Run) -> TaskConfig:
+    """The text task that the prompts are of."""
     given: dict[str, Any] = run.record["task"]
+    if given["name"] == "sae":
+        given = {"options": {}, **given["options"]["prompts"]}
     return TaskConfig(given["name"], given["options"])

@@ -111,6 +111,13 @@ def check(config: CompareConfig, world_size: int) -> None:
         check_alike(runs, dict.fromkeys(_rows_keys(runs), "held-out rows"))
     if config.metric is not None and not will_have(runs[0].task, config.metric, places[0].evaluation.names):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
+    kept = [place for place in places if not place.exported and not all(one.converts for one in place.parts)]
+    if kept:
+        raise ConfigError(
+            f"checkpoints={config.checkpoints} with the steered run {kept[0].run.name}",
+            "what it exported at its end: a predictor in a checkpoint cannot be converted",
+            "use checkpoints=final, or evaluate=false",
+        )  # fmt: skip
     import nla_megatron.evaluation.command as evaluation
 
     for place in places:
@@ -165,7 +172,8 @@ def _check_directory(config: CompareConfig) -> None:
 
 def _rows_keys(runs: Sequence[Run]) -> list[str]:
     """The keys that say which rows are held out."""
-    of_tasks = (key for run in runs for key in run.values if key.startswith("task.options.held_out"))
+    starts = ("task.options.held_out", "task.options.prompts.options.held_out")
+    of_tasks = (key for run in runs for key in run.values if key.startswith(starts))
     return list(dict.fromkeys(("held_out", *of_tasks)))
 
 

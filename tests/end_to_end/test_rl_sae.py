@@ -117,7 +117,7 @@ def test_an_evaluation_of_the_predictor_is_the_runs_own_last_one(runs: dict[str,
 def test_steering_at_the_values_that_features_have_anyway_changes_nothing(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What the SAE does not explain stays: `global` at 1 adds 0 to the stream, and so does a silent feature set to 0."""
+    """What the SAE does not explain stays: `global` at 1 adds 0 to the stream, as does a silent feature at 0."""
     base = runs["single"].parent
     silence(base / "sae", tmp_path / "silent", IDLE)
     places = (

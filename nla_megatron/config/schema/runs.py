@@ -101,7 +101,7 @@ class CompareConfig:
     """What a run exported at its end (final), every checkpoint that `keep_every` kept (permanent), or all of these."""
     metric: str | None = None
     """What runs are sorted by: a figure of the evaluations or a scalar of `metrics.jsonl`. null: the first there
-    is of FVE, accuracy, richness, reward and loss."""
+    is of FVE, the gain of steering, accuracy, richness, reward and loss."""
     best: str | None = None
     """Whether the largest or the smallest value comes first. null: the smallest of a loss, else the largest."""
     last: int = 10

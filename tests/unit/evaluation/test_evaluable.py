@@ -47,7 +47,9 @@ def run_of(folder: Path, *words: str) -> Run:
         (("task=lexical", "data=''"), None, True),
         (("task=lexical", "data=''", "task.options.held_out_fraction=0"), None, False),
         (("task=lexical", "data=prompts.jsonl"), None, False),
-        (("task=sae", "held_out=held.jsonl"), None, False),
+        (("task=sae", "held_out=held.jsonl"), None, True),
+        (("task=sae", "data=prompts.jsonl"), None, False),
+        (("task=sae", "data=''"), None, True),
     ],
 )
 def test_a_run_needs_a_task_that_eval_knows_and_rows_it_did_not_train_on(

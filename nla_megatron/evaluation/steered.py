@@ -122,13 +122,18 @@ def results_of(config: EvalConfig, options: SaeOptions, comparison: Comparison) 
     """The numbers that a run logs of the same comparison, with intervals: prompts are resampled, as pairs."""
     prompts = [str(row) for row in comparison.rows]
     interval = partial(geometry.mean_ci, groups=prompts, n=config.bootstrap, seed=config.seed)
+    logged = {name.removeprefix("eval_"): value for name, value in comparison.numbers().items()}
+    # It takes responses to one prompt for independent; the intervals do not.
+    logged.pop("reward_gain_error", None)
     results: dict[str, Any] = {
         "task": config.task.name,
         "prompts": options.text_task.name,
         "rows": len(set(prompts)),
         "samples": config.samples,
         "temperature": config.rollout.temperature,
-        **{name.removeprefix("eval_"): value for name, value in comparison.numbers().items()},
+        **logged,
+        "steered_tokens": comparison.applied,
+        "steering_failed": comparison.failed,
     }
     for name, (on_N, off_N) in _pairs(comparison).items():
         results[f"{name}_ci95"], results[f"{name}_plain_ci95"] = interval(on_N), interval(off_N)

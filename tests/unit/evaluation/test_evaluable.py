@@ -10,9 +10,9 @@ import torch
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import flat
-from nla_megatron.config.schema import EvalConfig, TaskConfig
+from nla_megatron.config.schema import EvalConfig, RewardConfig, TaskConfig
 from nla_megatron.evaluation.command import EVALUATIONS
-from nla_megatron.evaluation.evaluable import FIGURES_OF, can_be_evaluated, evaluation_words, will_have
+from nla_megatron.evaluation.evaluable import FIGURES_OF, can_be_evaluated, evaluation_words, models_of, will_have
 from nla_megatron.evaluation.runs import Run, find_runs
 from nla_megatron.tasks.text import Data, open_task
 from nla_megatron.types import Rollout
@@ -73,6 +73,44 @@ def test_an_evaluation_is_of_the_runs_own_task(tmp_path: Path) -> None:
     assert (composed.model, composed.data) == ("/runs/x=1,y=2/hf", "a,b=c.jsonl")
 
 
+STEERED = (
+    "task=sae",
+    "held_out=held.jsonl",
+    "model=base",
+    "task.options.prompts={name: lexical, options: {prompt_words: 3}}",
+)
+
+
+def test_of_a_steered_run_its_predictor_is_evaluated_by_its_own_reward(tmp_path: Path) -> None:
+    reward = ("~reward.terms.reconstruction", "+reward.terms.length_hinge={weight: 2, options: {cap: 9, margin: 3}}")
+    run = run_of(tmp_path, *STEERED, *reward, "task.options.predictor.hidden=4")
+    [part] = models_of(run)
+    composed: EvalConfig = compose("eval", [*evaluation_words(run, {part.key: "/runs/a=1/predictor"}, None), "out=x"])
+    assert (composed.model, composed.data, composed.task.name) == ("base", "held.jsonl", "sae")
+    assert composed.task.options["predictor"]["path"] == "/runs/a=1/predictor"
+    # Its form, and what it steers, are in its file.
+    shipped = compose("eval", ["task=sae", "out=x"]).task.options
+    assert {**composed.task.options["predictor"], "path": None} == shipped["predictor"]
+    assert composed.task.options["interventions"] == []
+    assert composed.task.options["prompts"] == {"name": "lexical", "options": {"prompt_words": 3}}
+    assert composed.reward == compose("rl", ["out=x", *reward]).reward
+    assert (part.exported, part.converts) == ("predictor", False)
+
+
+def test_nothing_was_rewarded_where_target_strengths_were_fitted(tmp_path: Path) -> None:
+    words = evaluation_words(run_of(tmp_path, *STEERED, "task.options.objective=mse"), {}, None)
+    assert compose("eval", [*words, "out=x"]).reward == RewardConfig()
+
+
+def test_without_steering_the_model_is_evaluated_in_the_task_of_its_prompts(tmp_path: Path) -> None:
+    run = run_of(tmp_path, *STEERED, "task.options.steering=false")
+    [part] = models_of(run)
+    assert (part.key, part.exported) == ("model", "hf")
+    composed: EvalConfig = compose("eval", [*evaluation_words(run, {"model": "/runs/a/hf"}, None), "out=x"])
+    assert (composed.model, composed.task.name, composed.reward) == ("/runs/a/hf", "lexical", RewardConfig())
+    assert composed.task.options["prompt_words"] == 3
+
+
 def test_the_figures_of_every_task_are_known_before_there_are_any(model: Path) -> None:
     assert set(FIGURES_OF) == set(EVALUATIONS)
     options = {"math": {"provider": "generated"}, "lexical": {}}
@@ -85,6 +123,10 @@ def test_the_figures_of_every_task_are_known_before_there_are_any(model: Path) -
         numbers = list(flat(figures))
         assert [key for key in numbers if will_have(name, key)] == numbers and will_have(name, numbers[0] + "_ci95_low")
         assert not will_have(name, numbers[0] + "_of_nothing")
+    for name in ("reward_gain", "reward_gain_ci95_low", "accuracy_plain", "richness", "richness_gain",
+                 "words_mean_plain", "truncated_plain", "strengths.block1_feature3.mean"):  # fmt: skip
+        assert will_have("sae", name), name
+    assert not will_have("sae", "fve_av") and not will_have("sae", "beauty")
     assert will_have("nla", "fve_av") and not will_have("nla", "beauty")
     assert will_have("nla", "named_gold.city.found", ["city"]) and not will_have("nla", "named_gold.city.found")
     assert not will_have("nla", "named_gold.town.found", ["city"]) and not will_have("nla", "named_gold.city", ["city"])

@@ -223,6 +223,14 @@ def test_permanent_checkpoints_that_hold_adapters_alone(tmp_path: Path) -> None:
     assert "adapters" in error.found and "one" in error.found and error.remedy == "use checkpoints=final"
 
 
+def test_a_predictor_in_a_checkpoint_cannot_be_evaluated(tmp_path: Path) -> None:
+    run = left_run(tmp_path / "in" / "a", *STEPS, "task=sae", "held_out=held.jsonl", "model=base")
+    (run / "checkpoints" / "permanent" / "step_00000010").mkdir(parents=True)
+    (run / "checkpoints" / "permanent" / "step_00000010" / "state.json").write_text("{}")
+    error = refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent")
+    assert "checkpoints=permanent with the steered run a" in error.found and "checkpoints=final" in error.remedy
+
+
 def test_a_directory_of_something_else(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")

@@ -39,6 +39,7 @@ from nla_megatron.tasks.sae_rows import names_of
 from nla_megatron.tasks.steering import RewardOf, compared, steered
 from nla_megatron.tasks.steering_report import Comparison
 from nla_megatron.tasks.text import TextTask, evaluation_rows
+from nla_megatron.types import Measured
 
 REWARD = "reward"
 
@@ -93,7 +94,7 @@ def _reward(config: EvalConfig, task: TextTask, world: World) -> RewardOf | None
         return None
     reward = partial(make_reward, config.reward, rows=task.rows, once=partial(by_rank_0, world=world))
 
-    def rewards(measured: Any, step: int) -> Tensor:
+    def rewards(measured: Measured, step: int) -> Tensor:
         # Each side has one of its own: a moving average that one side moves is no part of the other.
         return reward()(measured, step).rewards
 
@@ -153,10 +154,7 @@ def rows_of(comparison: Comparison) -> dict[str, Any]:
 
 
 def _pairs(comparison: Comparison) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is compared response by response, steered and plain (N,): the reward where there is one, the task's figure.
-
-    The figure's values are summed as the task sums them, but for rounding.
-    """
+    """What is compared response by response, steered and plain (N,): the reward, where there is one, and the figure."""
     on, off = comparison.steered, comparison.plain
     pairs = {comparison.figure: (np.asarray(on.values, np.float64), np.asarray(off.values, np.float64))}
     if on.rewards is not None and off.rewards is not None:

@@ -18,7 +18,13 @@ from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.prompt_features import Ids, PromptFeatures, predicted
-from nla_megatron.models.strength_files import DESCRIPTION, Description, read_description, read_predictor
+from nla_megatron.models.strength_files import (
+    DESCRIPTION,
+    Description,
+    read_description,
+    read_predictor,
+    read_weights,
+)
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
 from nla_megatron.tasks.sae import OPTIONS, SaeOptions, check_places, predictor_config
@@ -85,6 +91,7 @@ def _predicted(options: SaeOptions, path: str, model: str, shape: ModelShape) ->
     described = read_description(path)
     named = options.steered() if options.interventions else described.interventions
     predictor_config(options, named, shape)
+    read_weights(path)
     _check_trained_for(described, path, model, named)
     check_places(named, shape)
     return Steering(named, _last_step(described.training, named), predictor=path)

@@ -61,6 +61,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_predictor(folder / name, predictor, [trained(folder)], model, {"steps": 40})
     predictor = StrengthPredictor(SHAPE.hidden_size, 2, PredictorConfig(hidden=8))
     write_predictor(folder / "elsewhere", predictor, [trained(folder)], str(folder / "another"), {"steps": 40})
+    write_predictor(folder / "torn", predictor, [trained(folder)], model, {"steps": 40})
+    (folder / "torn" / "predictor.safetensors").unlink()
     (folder / "damaged").mkdir()
     (folder / "damaged" / "predictor.json").write_text("{")
     return folder
@@ -94,6 +96,7 @@ def test_what_is_in_order_passes_with_a_predictor_and_with_fixed_strengths(files
         ("fits", {"fixed_strengths": [1.0]}, ConfigError, "fixed_strengths=[1.0]"),
         ("nowhere", {}, MissingFile, "predictor.json"),
         ("damaged", {}, CheckpointError, "predictor.json"),
+        ("torn", {}, MissingFile, "predictor.safetensors"),
         ("wide", {}, WidthError, "features 80 wide"),
         ("three", {}, WidthError, "makes 3 strengths"),
         ("elsewhere", {}, ConfigError, "model="),

@@ -79,6 +79,7 @@ def test_responses_stay_in_pairs_over_more_prompts_than_are_asked_at_once(task: 
         task, Written(), PLACES, steered(task.requests(rows, 0, 0), strengths, PLACES), 4, told, 2, advanced.append
     )
     assert found.rows == tuple(row for row in rows for _ in range(2)) and found.samples == (0, 1) * PROMPTS
+    assert found.failed == 0 < found.applied
     assert found.step == 5 and sum(advanced) == 2 * PROMPTS and len(advanced) > 2
     assert found.steered.rewards == tuple(
         1000.0 * row + 100 * sample + 1 + row % 7 for row in rows for sample in range(2)

@@ -43,17 +43,18 @@ COMMON = [
 ]  # fmt: skip
 
 
-def arguments(task: str, demo: Path) -> list[str]:
+def arguments(task: str, demo: Path, samples: int | None) -> list[str]:
     """What a run of a task is told beside its algorithm and seed."""
+    samples = samples or {"lexical": 4, "nla": 8}[task]
     if task == "lexical":
         return [
             "task=lexical", "reward=lexical", f"model={demo / 'pretrain' / 'hf'}", f"data={demo / 'corpus.parquet'}",
-            "samples_per_prompt=4", "rollout.max_new_tokens=32", "rollout.max_model_len=128", "optim.lr=3e-4",
+            f"samples_per_prompt={samples}", "rollout.max_new_tokens=32", "rollout.max_model_len=128", "optim.lr=3e-4",
             "optim.warmup_steps=0",
         ]  # fmt: skip
     return [
         f"av={demo / 'sft_av' / 'hf'}", f"ar={demo / 'sft_ar' / 'hf'}", f"data={demo / 'build' / 'rl.parquet'}",
-        "samples_per_prompt=8", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
+        f"samples_per_prompt={samples}", "rollout.max_new_tokens=40", "rollout.max_model_len=256", "optim.lr=3e-4",
         "optim.warmup_steps=5", "ar_optim.lr=1e-4", "ar_optim.schedule=constant", "ar_optim.warmup_steps=2",
     ]  # fmt: skip
 
@@ -108,8 +109,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def swept(out: Path, task: str, algorithms: list[str], options: argparse.Namespace, more: list[str]) -> int:
     return run([
-        "rl", "-m", *arguments(task, options.demo), *COMMON, *more, f"algorithm=choice({','.join(algorithms)})",
-        f"seed=range({options.seeds})", f"steps={options.steps}", f"out={out}", f"sweep.jobs={options.jobs}",
+        "rl", "-m", *arguments(task, options.demo, options.samples), *COMMON, *more,
+        f"algorithm=choice({','.join(algorithms)})", f"seed=range({options.seeds})", f"steps={options.steps}", f"out={out}", f"sweep.jobs={options.jobs}",
     ])  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", default=algorithms, choices=algorithms)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--samples", type=int, help="a prompt; by default 4 on lexical and 8 on nla")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one core each")
     options = parser.parse_args()
     if options.seeds < 2:

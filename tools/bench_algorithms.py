@@ -110,7 +110,8 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 def swept(out: Path, task: str, algorithms: list[str], options: argparse.Namespace, more: list[str]) -> int:
     return run([
         "rl", "-m", *arguments(task, options.demo, options.samples), *COMMON, *more,
-        f"algorithm=choice({','.join(algorithms)})", f"seed=range({options.seeds})", f"steps={options.steps}", f"out={out}", f"sweep.jobs={options.jobs}",
+        f"algorithm=choice({','.join(algorithms)})", f"seed=range({options.seeds})", f"steps={options.steps}",
+        f"out={out}", f"sweep.jobs={options.jobs}",
     ])  # fmt: skip
 
 

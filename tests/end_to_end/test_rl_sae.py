@@ -34,24 +34,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     lines = (base / "all.jsonl").read_text().splitlines()
     (base / "held_out.jsonl").write_text("\n".join(lines[::5]))
     (base / "prompts.jsonl").write_text("\n".join(line for line in lines if line not in lines[::5]))
+    for name, layout in LAYOUTS.items():
+        source = "rollout.record=true" if name == "single" else f"rollout.replay={base / 'single'}"
+        train(base, base / name, source, *layout)
+    return {name: base / name for name in LAYOUTS}
+
+
+def train(base: Path, out: Path, *overrides: str) -> None:
+    """Three steps of `rl` on two interventions, one of them fading over a response."""
     sae, fading = base / "sae", "{over: decode, kind: linear, end: 0.5, steps: 6}"
     places = (
         f"[{{layer: 3, where: all, sae: {sae}, features: [{RAISES}, {LOWERS}]}}, "
         f"{{layer: 1, mode: global, sae: {sae}, schedule: {fading}}}]"
     )
-    for name, layout in LAYOUTS.items():
-        source = "rollout.record=true" if name == "single" else f"rollout.replay={base / 'single'}"
-        done = command(
-            "rl", "task=sae", f"out={base / name}", f"model={base / 'model'}", f"data={base / 'prompts.jsonl'}",
-            f"task.options.interventions={places}", "task.options.predictor.hidden=32",
-            "task.options.predictor.initial_strength=1", f"held_out={base / 'held_out.jsonl'}",
-            "~reward.terms.reconstruction", REWARD,
-            "steps=3", "batch_size=4", "samples_per_prompt=4", "micro_batch_size=4", "rollout.max_new_tokens=10",
-            "optim.lr=3e-3", "optim.warmup_steps=0", "algorithm.kl_coef=0.05", "algorithm.minibatches=2",
-            "rollout.max_logprob_gap=1e-3", "eval_every=3", "eval_rows=4", "save_every=3", source, *layout,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{name}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
-    return {name: base / name for name in LAYOUTS}
+    done = command(
+        "rl", "task=sae", f"out={out}", f"model={base / 'model'}", f"data={base / 'prompts.jsonl'}",
+        f"task.options.interventions={places}", "task.options.predictor.hidden=32",
+        "task.options.predictor.initial_strength=1", f"held_out={base / 'held_out.jsonl'}",
+        "~reward.terms.reconstruction", REWARD,
+        "steps=3", "batch_size=4", "samples_per_prompt=4", "micro_batch_size=4", "rollout.max_new_tokens=10",
+        "optim.lr=3e-3", "optim.warmup_steps=0", "algorithm.kl_coef=0.05", "algorithm.minibatches=2",
+        "rollout.max_logprob_gap=1e-3", "eval_every=3", "eval_rows=4", "save_every=3", *overrides,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{out}\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -79,6 +84,16 @@ def test_a_run_leaves_predictor_comparison_and_checkpoint_and_no_model(runs: dic
     comparison = json.loads((run / "steering" / "step_00000003.json").read_text())
     assert comparison["numbers"]["eval_reward_gain"] == metrics(run)[-1]["eval_reward_gain"]
     assert (run / "checkpoints" / "step_00000003" / "predictor").is_dir() and not (run / "hf").exists()
+
+
+def test_without_vllm_the_model_steers_what_it_writes_itself(runs: dict[str, Path], tmp_path: Path) -> None:
+    train(runs["single"].parent, tmp_path / "own", "rollout.engine=policy", "parallel=tp2")
+    for step in metrics(tmp_path / "own"):
+        assert step["logprob_gap_max"] <= 1e-5 and step["steering_failed"] == 0 and step["policy_grad_norm"] > 0
+    own = json.loads((tmp_path / "own" / "steering" / "step_00000003.json").read_text())
+    vllm = json.loads((runs["single"] / "steering" / "step_00000003.json").read_text())
+    assert own["rows"] == vllm["rows"] and own["numbers"]["eval_steered_tokens"] > 0
+    assert own["steered"]["texts"] != own["plain"]["texts"]
 
 
 def evaluated(out: Path, base: Path, *overrides: str) -> dict[str, Any]:

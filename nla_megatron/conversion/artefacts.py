@@ -105,6 +105,7 @@ def adopt(
         else:
             _copy(source, partial)
         carry(source, partial, TOKENIZER)
+        carry_projections(source, partial)
         _check_depth(partial, full, source)
         check_head(partial, read_shape(partial), full.reconstructor or ReconstructorSpec(), full.role)
         return write_model_sidecar(partial, _checked(full, partial, resolve=read.bos_policy is None))

@@ -8,6 +8,7 @@ from nla_megatron.config.schema import EvalConfig, RewardConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.evaluation import answers, held_out, steered
 from nla_megatron.parallel.world import World
+from nla_megatron.rollout.plugin import check_installed
 
 EVALUATIONS: dict[str, ModuleType] = {"nla": held_out, "math": answers, "lexical": answers, "sae": steered}
 """By task, the module with `check` and `run`."""
@@ -24,6 +25,7 @@ def check(config: EvalConfig, world_size: int) -> None:
             f"reward= with task={config.task.name}, whose evaluation does not read it",
             f"a reward with task={', '.join(REWARDED)} alone", "drop reward=",
         )  # fmt: skip
+    check_installed()
     EVALUATIONS[config.task.name].check(config, world_size)
 
 

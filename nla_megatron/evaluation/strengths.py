@@ -124,7 +124,7 @@ def _same(key: str, one: Any, other: Any) -> bool:
 
 def _last_step(training: Mapping[str, Any], interventions: Sequence[Intervention]) -> int:
     """Of the run that trained, else of the schedules."""
-    if "steps" in training:
+    if training.get("steps") is not None:
         return int(training["steps"]) - 1
     return max(each.schedule.steps for each in interventions)
 

@@ -187,11 +187,8 @@ def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
     places = []
     for run in runs:
         kept = permanent_steps(run.directory) if config.checkpoints != "final" else {}
-        if kept and any(run.values.get(f"{key}.rank") for key in ("lora", "ar_lora")):
-            raise UnsupportedModel(
-                f"checkpoints of {run.name} that hold adapters alone", "whole models, or the one that a run ends with",
-                "use checkpoints=final",
-            )  # fmt: skip
+        if kept and config.evaluate:
+            _check_convertible(run)
         for step, path in kept.items():
             if step == run.steps and config.checkpoints == "all":
                 continue  # what the run exported at its end
@@ -205,6 +202,25 @@ def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
             "runs made with keep_every=", "use checkpoints=final",
         )  # fmt: skip
     return places
+
+
+def _check_convertible(run: Run) -> None:
+    """Raises UnsupportedModel where a run's checkpoints are no models of Hugging Face's."""
+    if any(run.values.get(f"{key}.rank") for key in ("lora", "ar_lora")):
+        held = "adapters alone"
+    elif _projects(str(run.values.get("av") or "")):
+        held = "a projection beside the weights"
+    else:
+        return
+    raise UnsupportedModel(
+        f"checkpoints of {run.name}, which hold {held}", "whole models, or the one that a run ends with",
+        "use checkpoints=final, or evaluate=false",
+    )  # fmt: skip
+
+
+def _projects(av: str) -> bool:
+    injection = read_model_sidecar(av).injection if model_sidecar_path(av).is_file() else None
+    return injection is not None and injection.projection is not None
 
 
 def _flat_name(run: Run) -> str:

@@ -104,6 +104,8 @@ def read_weights(directory: Path | str) -> dict[str, Tensor]:
     expected = {name: tuple(values.shape) for name, values in wanted.items()}
     if found != expected:
         raise CheckpointError(f"tensors {found} in {path}", f"{expected}", _AGAIN)
+    if broken := [name for name, values in weights.items() if not values.isfinite().all()]:
+        raise CheckpointError(f"{broken[0]} of {path}, which is not finite", "finite weights", _AGAIN)
     return weights
 
 

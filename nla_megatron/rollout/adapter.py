@@ -62,13 +62,7 @@ class Adapter:
 
 
 def options(lora_rank: int) -> dict[str, Any]:
-    """What vLLM is started with to take an adapter of rank `lora_rank` or less.
-
-    Raises:
-        ConfigError: more than vLLM has buffers for.
-    """
-    if lora_rank > _RANKS[-1]:
-        raise ConfigError(f"rollout.lora_rank={lora_rank}", f"at most {_RANKS[-1]}", "merge the adapter")
+    """What vLLM is started with to take an adapter of rank `lora_rank` or less."""
     fitting = next(rank for rank in _RANKS if rank >= lora_rank)
     # Not the output layer: vLLM adapts its logits as those of sampled tokens, and cannot score a prompt then.
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting, "lora_target_modules": [*PROJECTIONS]}

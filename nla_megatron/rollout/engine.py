@@ -198,6 +198,8 @@ class Engine:
             stop_token_ids=[self.eos_id],
             stop=self.config.stop or None,
             detokenize=bool(self.config.stop),
+            # A stop text may be a special token's.
+            skip_special_tokens=False,
             extra_args={NAME: key},
         )
 

@@ -74,6 +74,8 @@ def export(
         save_adapter(model, out.parent / ADAPTERS / out.name, model.shape, world, companions)
         if world.is_main:
             write_projections(out.parent / ADAPTERS / out.name, projections)
+            if sidecar is not None:
+                write_model_sidecar(out.parent / ADAPTERS / out.name, sidecar)
 
 
 def _head(model: Reconstructor, world: World) -> dict[str, torch.Tensor]:

@@ -21,8 +21,8 @@ def lora_spec(config: LoraConfig) -> LoraSpec | None:
     return LoraSpec(config.rank, config.alpha, targets_of(named), config.rslora)
 
 
-def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Whether a model of this shape can be adapted so.
+def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig, key: str = "lora") -> None:
+    """Whether a model of this shape can be adapted as the configuration says under `key`.
 
     Raises:
         ConfigError: an unknown projection.
@@ -35,8 +35,8 @@ def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig) 
     check_targets(spec, shape)
     if parallel.sequence_parallel:
         raise LayoutError(
-            f"LoRA of rank {config.rank} with parallel.sequence_parallel", "one of the two",
-            "set parallel.sequence_parallel=false, or lora.rank=0",
+            f"{key}.rank={config.rank} with parallel.sequence_parallel", "one of the two",
+            f"set parallel.sequence_parallel=false, or leave {key} out",
         )  # fmt: skip
 
 

@@ -38,8 +38,6 @@ from nla_megatron.types import Credit
 def check(config: RlConfig, world_size: int) -> None:
     """Everything that can be known before the first step; raises a named error."""
     data_parallel_size(config.parallel, world_size)
-    if config.rollout.engine == "vllm":
-        check_installed()
     side = side_of(config)
     _check_keys(config, side.own_keys)
     prompts = side.check(config, world_size)
@@ -55,6 +53,8 @@ def check(config: RlConfig, world_size: int) -> None:
             f"at most {limit} tokens in all", "lower rollout.max_new_tokens or raise rollout.max_model_len",
         )  # fmt: skip
     if side.alone(config) is None:
+        if config.rollout.engine == "vllm":
+            check_installed()
         _check_credit(config, prompts)
         check_replay(config)
     check_run_directory("rl", config)

@@ -24,7 +24,7 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import barrier, gather_objects
 from nla_megatron.parallel.world import initialise
 from nla_megatron.rollout.engine import Engine, PromptRequest
-from nla_megatron.types import Rollout
+from nla_megatron.types import Rollout, RolloutBatch
 from tests.support import hooked
 from tests.support.refusals import named
 from tests.support.tiny import tiny_model
@@ -185,14 +185,16 @@ def faults(bench: Bench) -> dict[str, str]:
     engine.marker._mark_chunk = lambda *args: ()  # type: ignore[method-assign]
     out["not_marked"] = named(lambda: bench.sample(two))
     engine.marker._mark_chunk = mark_chunk  # type: ignore[method-assign]
-    make = engine._rollout
+    exchange = engine._exchange
 
-    def other_on_rank_one(request: Any, index: int, ids: Any, *rest: Any) -> Rollout:
-        return make(request, index, [*ids[:-1], 7] if rank == 1 and request.group == 2 else ids, *rest)
+    def other_on_rank_one(mine: list[Rollout], *rest: Any, **more: Any) -> RolloutBatch:
+        other = [replace(each, response_ids=(*each.response_ids[:-1], 7)) for each in mine if each.group == 2]
+        kept = [each for each in mine if each.group != 2]
+        return exchange([*kept, *other] if rank == 1 else mine, *rest, **more)
 
-    engine._rollout = other_on_rank_one  # type: ignore[method-assign]
+    engine._exchange = other_on_rank_one  # type: ignore[method-assign]
     out["other_rank"] = named(lambda: bench.sample(bench.requests[:3]))
-    engine._rollout = make  # type: ignore[method-assign]
+    engine._exchange = exchange  # type: ignore[method-assign]
     out["fine_again"] = named(lambda: bench.sample(bench.requests[:3]))
     return out
 

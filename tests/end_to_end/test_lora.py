@@ -79,6 +79,7 @@ def test_a_warm_start_moves_the_targets_alone_and_writes_what_peft_merges(starte
     for name, tensor in weights(sft / "av").items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
     assert not (sft / "adapters" / "ar").exists()
+    assert read_model_sidecar(sft / "adapters" / "av") == read_model_sidecar(sft / "av")
     assert read_model_sidecar(sft / "av").training["lora"]["rank"] == 4
 
 

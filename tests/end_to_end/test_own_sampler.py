@@ -51,3 +51,7 @@ def test_without_vllm_the_default_is_refused_with_the_way_out(folder: Path, tmp_
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "no vLLM" in done.stderr and "rollout.engine=policy" in done.stderr
     assert not (tmp_path / "refused").exists()
+    model, data = folder / "model", folder / "prompts.jsonl"
+    done = without_vllm("eval", "task=lexical", f"model={model}", f"data={data}", f"out={tmp_path / 'refused'}")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "no vLLM" in done.stderr
+    assert not (tmp_path / "refused").exists()

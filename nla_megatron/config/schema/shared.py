@@ -76,11 +76,16 @@ class LoraConfig:
     """It is scaled by alpha / sqrt(rank) in place of that (Kalajdzievski, 2023)."""
 
     def __post_init__(self) -> None:
-        at_least("lora.rank", self.rank, 0)
+        at_least("rank", self.rank, 0)
         if not self.alpha > 0 or not self.targets:
             raise ConfigError(
-                f"lora.alpha={self.alpha} and lora.targets={list(self.targets)}", "a positive alpha, and targets",
-                "correct lora=",
+                f"LoRA with alpha={self.alpha} and targets={list(self.targets)}", "a positive alpha, and targets",
+                "correct alpha or targets",
+            )  # fmt: skip
+        if not self.rank and (self.alpha, list(self.targets), self.rslora) != (16.0, ["all-linear"], False):
+            raise ConfigError(
+                f"LoRA with alpha={self.alpha}, targets={list(self.targets)} and rslora={self.rslora}, of rank 0",
+                "a rank of at least 1, or none of these: all weights are trained", "set rank, or leave these out",
             )  # fmt: skip
 
 
@@ -140,6 +145,8 @@ class RolloutConfig:
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.top_k", self.top_k, 0)
         at_least("rollout.lora_rank", self.lora_rank, 1)
+        if self.lora_rank > 512:
+            raise ConfigError(f"rollout.lora_rank={self.lora_rank}", "at most 512, vLLM's largest", "set lora=merged")
         one_of("rollout.lora", self.lora, ("merged", "adapter"))
         if not all(self.stop):
             raise ConfigError(f"rollout.stop={list(self.stop)}", "texts of at least one character", "remove the empty")

@@ -117,7 +117,7 @@ class RlConfig(TrainingStageConfig):
     ar_updates: int = 1
     """AR optimizer steps per RL step, over the step's rollouts in as many minibatches."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Of the policy. The reference of a KL term is the policy without its adapter; a critic trains all its weights."""
+    """Of the policy. The initial reference of a KL term is the policy without it. A critic trains all its weights."""
     ar_lora: LoraConfig = field(default_factory=LoraConfig)
     """Of the AR, whose head learns whole."""
     critic_optim: OptimConfig = field(default_factory=OptimConfig)
@@ -178,10 +178,10 @@ class EvalConfig(StageConfig):
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
-        if self.rollout.engine != "vllm":
-            raise ConfigError(
-                f"rollout.engine={self.rollout.engine} in eval", "vllm", "leave rollout.engine out: rl alone has it"
-            )
+        for key in ("engine", "lora", "record", "replay"):
+            found, usual = getattr(self.rollout, key), getattr(RolloutConfig(), key)
+            if found != usual:
+                raise ConfigError(f"rollout.{key}={found} in eval", f"{usual}", f"leave rollout.{key} out: it is rl's")
         empty = [name for name, words in self.names.items() if not words or not all(map(str.strip, words))]
         if empty or (self.names and self.task.name != "nla"):
             raise ConfigError(

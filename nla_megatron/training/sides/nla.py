@@ -81,7 +81,7 @@ class NlaSide:
         task.check_model(config.ar, "ar")
         ar_shape = model_shape("ar", config.ar, task)
         check_layout(ar_shape, config.parallel)
-        check_lora(config.ar_lora, ar_shape, config.parallel)
+        check_lora(config.ar_lora, ar_shape, config.parallel, "ar_lora")
         if config.eval_every and config.held_out is None:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held_out", "a table of held-out rows", "add held_out="

@@ -18,6 +18,7 @@ from nla_megatron.contract.sidecar import (
     InjectionSpec,
     ModelSidecar,
     ProjectionSpec,
+    model_sidecar_path,
     read_dataset_sidecar,
     read_model_sidecar,
     write_dataset_sidecar,
@@ -38,6 +39,7 @@ from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, initialise, shut_down
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.export import export
+from tests.support.adapters import peft_adapter
 from tests.support.ranks import command
 from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_model, tiny_table
 
@@ -178,6 +180,17 @@ def test_conversions_carry_it_along(av: Path, tmp_path: Path) -> None:
         found = load_file(tmp_path / name / PROJECTION_FILE)
         assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
         assert read_model_sidecar(tmp_path / name).injection == SPEC
+
+
+def test_an_adapter_brings_it_to_its_base(av: Path, base: Path, tmp_path: Path) -> None:
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    peft_adapter(base, tmp_path / "adapter", options, seed=1)
+    shutil.copytree(av / PROJECTION_FILE.parent, tmp_path / "adapter" / PROJECTION_FILE.parent)
+    shutil.copyfile(model_sidecar_path(av), model_sidecar_path(tmp_path / "adapter"))
+    adopt(tmp_path / "adapter", tmp_path / "whole", Told(), base=base)
+    wanted, found = load_file(av / PROJECTION_FILE), load_file(tmp_path / "whole" / PROJECTION_FILE)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert read_model_sidecar(tmp_path / "whole").injection == SPEC
 
 
 def test_other_trainers_find_no_scale_and_refuse_it(av: Path) -> None:

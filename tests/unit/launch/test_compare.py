@@ -12,9 +12,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nla_megatron.contract.sidecar import InjectionSpec, ProjectionSpec
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError
 from nla_megatron.launch import compare
 from tests.support.runs import learning, left_run
+from tests.support.tiny import tiny_model, tiny_model_sidecar
 
 RATES, SEEDS = (1e-4, 3e-4, 1e-3), (0, 1, 2)
 STEPS = ("steps=30",)
@@ -213,14 +215,18 @@ def test_permanent_checkpoints_where_no_run_kept_any(root: Path, tmp_path: Path)
     assert "no permanent checkpoint" in error.found and "keep_every" in error.expected
 
 
-def test_permanent_checkpoints_that_hold_adapters_alone(tmp_path: Path) -> None:
-    run = tmp_path / "in" / "one"
-    left_run(run, *STEPS, "lora.rank=4", metrics=learning(1e-3, 0))
+@pytest.mark.parametrize("held", ["adapters", "projection"])
+def test_permanent_checkpoints_that_are_no_whole_models(tmp_path: Path, held: str) -> None:
+    run, base = tmp_path / "in" / "one", tiny_model(tmp_path / "base")
+    spec = InjectionSpec("project", 1, 1.0, None, ProjectionSpec())
+    tiny_model_sidecar(tmp_path / "av", base, "av", *([spec] if held == "projection" else []))
+    more = ["lora.rank=4"] if held == "adapters" else []
+    left_run(run, *STEPS, *more, f"av={tmp_path / 'av'}", metrics=learning(1e-3, 0))
     kept = run / "checkpoints" / "permanent" / "step_00000010"
     kept.mkdir(parents=True)
     (kept / "state.json").write_text("{}")
     error = refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent", "metric=reward")
-    assert "adapters" in error.found and "one" in error.found and error.remedy == "use checkpoints=final"
+    assert held in error.found and "one" in error.found and error.remedy.startswith("use checkpoints=final")
 
 
 def test_a_predictor_in_a_checkpoint_cannot_be_evaluated(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, NlaError, WidthError
 from nla_megatron.interventions.schedules import Schedule
@@ -141,6 +142,7 @@ def test_an_exported_predictor_comes_back_with_what_it_steers(tmp_path: Path) ->
         (lambda folder: (folder / DESCRIPTION).write_text("{}"), CheckpointError, DESCRIPTION),
         (lambda folder: changed(folder, "width", 7), CheckpointError, "tensors"),
         (lambda folder: changed(folder, "format", 2), CheckpointError, "format 2"),
+        (lambda folder: broken(folder), CheckpointError, "not finite"),
     ],
 )
 def test_damaged_exports_are_named(tmp_path: Path, damage: Any, error: type[NlaError], said: str) -> None:
@@ -148,6 +150,11 @@ def test_damaged_exports_are_named(tmp_path: Path, damage: Any, error: type[NlaE
     damage(tmp_path)
     with pytest.raises(error, match=said):
         read_predictor(tmp_path)
+
+
+def broken(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: torch.full_like(values, torch.nan) for name, values in tensors.items()}, folder / WEIGHTS)
 
 
 def changed(folder: Path, key: str, value: Any) -> None:

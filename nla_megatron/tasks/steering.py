@@ -52,13 +52,19 @@ def steered(
     ]
 
 
-def steered_tokens(interventions: Sequence[Intervention], rollouts: Sequence[Rollout]) -> int:
-    """Tokens that the interventions change, one after the other; the last token of a response is never an input."""
+def steered_tokens(
+    interventions: Sequence[Intervention], rollouts: Sequence[Rollout], positions: Sequence[int] = ()
+) -> int:
+    """Tokens that the interventions change, one after the other; the last token of a response is never an input.
+
+    Args:
+        positions: in the prompts, for interventions at positions.
+    """
     total = 0
     for rollout in rollouts:
         prompt = len(rollout.prompt_ids)
         span = Span(0, prompt + len(rollout.response_ids) - 1, prompt)
-        total += sum(len(part) for each in interventions for part in touched(each.where, span))
+        total += sum(len(part) for each in interventions for part in touched(each.where, span, positions))
     return total
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from nla_megatron.config.schema import LoraConfig, ParallelConfig
 from nla_megatron.conversion.peft import attach, check_targets
 from nla_megatron.errors import LayoutError
-from nla_megatron.models.lora_spec import LoraSpec, targets_of
+from nla_megatron.models.lora_spec import ALL_LINEAR, PROJECTIONS, LoraSpec, targets_of
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
@@ -16,9 +16,8 @@ def lora_spec(config: LoraConfig) -> LoraSpec | None:
     """None where all weights are trained. Raises ConfigError for an unknown projection."""
     if not config.rank:
         return None
-    [*targets] = config.targets
-    named = targets[0] if len(targets) == 1 else targets
-    return LoraSpec(config.rank, config.alpha, targets_of(named), config.rslora)
+    targets = PROJECTIONS if list(config.targets) == [ALL_LINEAR] else targets_of(config.targets)
+    return LoraSpec(config.rank, config.alpha, targets, config.rslora)
 
 
 def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig, key: str = "lora") -> None:

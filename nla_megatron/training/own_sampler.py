@@ -17,12 +17,13 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig, RolloutConfig
-from nla_megatron.interventions.placement import Span, touched
+from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.pipeline import Collect, forward_rows
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest, Terms, Vectors
+from nla_megatron.tasks.steering import steered_tokens
 from nla_megatron.training.sides.base import Side
 from nla_megatron.types import InjectionCount, Microbatch, Rollout, RolloutBatch
 
@@ -121,7 +122,10 @@ class PolicySampler:
         return token, float(logprobs_V[token])
 
     def _stopped(self, ids: Sequence[int]) -> bool:
-        return bool(self.config.stop) and any(stop in self.side.tokenizer.decode(ids) for stop in self.config.stop)
+        if not self.config.stop:
+            return False
+        text = self.side.tokenizer.decode(ids)
+        return any(stop in text for stop in self.config.stop)
 
     def _forward(
         self, responses: Sequence[_Response], vectors: Vectors, training_step: int, collect: Collect,
@@ -153,20 +157,15 @@ class PolicySampler:
 
     def _batch_of(self, rollouts: list[Rollout], requests: Sequence[PromptRequest]) -> RolloutBatch:
         self.changed = sum(
-            len(part)
+            steered_tokens(self._taken_by(request), [rollout], request.positions)
             for rollout, request in zip(rollouts, requests, strict=True)
-            for number, each in enumerate(self.terms.interventions)
-            if request.only is None or number in request.only
-            for part in touched(each.where, span_of(rollout), request.positions)
         )
         rollouts.sort(key=lambda rollout: (rollout.group, rollout.sample))
         return RolloutBatch(tuple(rollouts), InjectionCount(len(rollouts), len(rollouts)))
 
-
-def span_of(rollout: Rollout) -> Span:
-    """The tokens that were an input: all but the last of the response."""
-    prompt = len(rollout.prompt_ids)
-    return Span(0, prompt + len(rollout.response_ids) - 1, prompt)
+    def _taken_by(self, request: PromptRequest) -> list[Intervention]:
+        wanted = enumerate(self.terms.interventions)
+        return [each for number, each in wanted if request.only is None or number in request.only]
 
 
 def narrowed(logprobs_V: Tensor, config: RolloutConfig) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nla_megatron.cli import main
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.contract.blocks import InjectionSpec, ReconstructorSpec
 from nla_megatron.contract.sidecar import prompt_contract, read_model_sidecar
 from nla_megatron.conversion.artefacts import Told, adopt
@@ -39,24 +37,13 @@ from nla_megatron.errors import (
 )
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.pipeline import forward_each
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.tasks.nla import NlaTask
-from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_model, tiny_table
+from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_table
 
 D = SHAPE.hidden_size
 KITFT, EASYNLA = Told("kitft"), Told("easynla")
 REPLACE, NORM_ADD = InjectionSpec("replace", -1, 150.0), InjectionSpec("norm_add", 1, 1.0)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def tokens_and_templates(base: Path) -> tuple[dict[str, Any], str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nla_megatron.config.schema import ArConfig, ParallelConfig
+from nla_megatron.config.schema import ArConfig
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.sidecar import ModelSidecar, model_sidecar_path, read_model_sidecar, write_model_sidecar
 from nla_megatron.conversion.heads import head_of, is_reconstructor, reconstructor_shape, resolved_spec
@@ -20,24 +19,13 @@ from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.conversion.source import HuggingFaceSide
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, NlaError, SidecarError, UnsupportedModel
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.training.export import export
-from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_model
+from tests.support.tiny import LAYER, SHAPE, tiny_contract
 
 D = SHAPE.hidden_size
 DEEP = ReconstructorSpec("weighted", 2, 0.25, layer=1)
 PLAIN = ReconstructorSpec(layer=LAYER)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def exported(base: Path, out: Path, spec: ReconstructorSpec, world: World) -> Path:

@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.conversion.merge import merge
@@ -28,7 +26,7 @@ from nla_megatron.conversion.safetensors_file import checksum
 from nla_megatron.errors import CheckpointError, DiskFull, MissingFile, NlaError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.lora_spec import LoraSpec
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from tests.support.ranks import ROOT, environment
 from tests.support.tiny import tiny_model
 
@@ -45,17 +43,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"model.layers.1.self_attn.q_proj": 2},
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
     ModelSidecar,
@@ -36,27 +34,16 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.projections import projections_of
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.export import export
 from tests.support.adapters import peft_adapter
 from tests.support.ranks import command
-from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_model, tiny_table
+from tests.support.tiny import LAYER, SHAPE, tiny_contract, tiny_table
 
 D = SHAPE.hidden_size
 SPEC = InjectionSpec("project", 0, 2.0, (0, 2), ProjectionSpec("add", 2, 0.25))
 WANTED = tuple(Intervention(block, "project", strength=2.0, then="add", projection_layers=2) for block in (0, 2))
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def av_of(base: Path, world: World, interventions: tuple[Intervention, ...] = WANTED, seed: int = 0) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.strength import PredictorConfig, StrengthPredictor
 from nla_megatron.models.strength_files import write_predictor
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.tasks.sae import SaeOptions, sae_options
 from nla_megatron.tasks.steering_report import Comparison, Side
 from tests.support.hooked import Hooked, write_sae
@@ -158,12 +157,6 @@ def test_one_fixed_strength_is_for_all_and_schedules_stand_at_their_end(files: P
     found = steering_of(sae_options(TaskConfig("sae", options)), str(files / "model"), SHAPE)
     assert found.fixed == (2.5, 2.5) and found.interventions[0].schedule == Schedule(**schedule)
     assert found.interventions[0].strengths(found.fixed, found.step) == (2.5, 2.5)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 def test_strengths_are_the_predictors_of_the_mean_last_states(files: Path, world: World) -> None:

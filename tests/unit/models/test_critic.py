@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from nla_megatron.config.schema import OptimConfig, ParallelConfig
+from nla_megatron.config.schema import OptimConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import CheckpointError
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.critic import response_values
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.module import TrainModule
 from tests.support.sampled import made, sampled
@@ -22,12 +21,6 @@ from tests.support.tiny import tiny_model
 
 IDS, PROMPT = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Legend: B rows, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
@@ -24,18 +22,12 @@ from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.heads import ReconstructionHead, head_shapes
 from nla_megatron.models.pipeline import forward_each
 from nla_megatron.models.reconstructor import Reconstructor
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.types import POOLINGS, Microbatch
 from tests.support.tiny import SHAPE, tiny_model
 
 LENGTHS = (9, 4, 1, 12, 7)
 D = SHAPE.hidden_size
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

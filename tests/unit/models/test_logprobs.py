@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.models.logprobs import token_entropy, token_logprobs
-from nla_megatron.parallel.world import World, initialise, shut_down
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
+from nla_megatron.parallel.world import World
 
 
 def logits_and_padded() -> tuple[Tensor, Tensor]:

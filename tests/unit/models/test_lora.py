@@ -6,14 +6,12 @@ Legend: T tokens, B rows, I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.peft import attach, fused_layers
 from nla_megatron.conversion.rules import by_name
@@ -21,17 +19,11 @@ from nla_megatron.errors import ConfigError, UnsupportedModel
 from nla_megatron.models.lora import LoraLinear, adapted, merged, merged_local
 from nla_megatron.models.lora_spec import PROJECTIONS, LoraSpec, targets_of
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.types import Experts, ModelShape
 from tests.support.tiny import SHAPE
 
 BLOCK = "decoder.layers.1."
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 def adapted_model(world: World, spec: LoraSpec, dtype: str = "float32") -> Any:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nla_megatron.config.schema import ParallelConfig
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.types import Microbatch
 from tests.support.sampled import made, mask_of
 
 LENGTHS, VOCABULARY, TEMPERATURE = (4, 2, 3), 12, 0.7
 NAMES = ("grpo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "ppo")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 def part(weights: tuple[float, ...] = (1.0, 1.0, 1.0), **fields: Tensor) -> Microbatch:

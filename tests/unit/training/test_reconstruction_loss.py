@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nla_megatron import geometry
-from nla_megatron.config.schema import ArLossConfig, OptimConfig, ParallelConfig
+from nla_megatron.config.schema import ArLossConfig, OptimConfig
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch, microbatches
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.tasks.nla import squared_error
 from nla_megatron.training.losses import make_reconstruction_loss, reconstruction
 from nla_megatron.training.module import TrainModule
@@ -29,12 +29,6 @@ from tests.support.tiny import SHAPE, tiny_model
 LENGTHS = (9, 4, 2, 12, 7)
 N, D = len(LENGTHS), SHAPE.hidden_size
 OPTIM = OptimConfig(lr=0.0, warmup_steps=0, schedule="constant", clip_grad=1e9)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, OptimConfig, ParallelConfig
+from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, OptimConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.interventions.spec import Intervention
@@ -19,7 +19,7 @@ from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.projections import projections_of
 from nla_megatron.models.verbalizer import build_verbalizer
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.lora import adapt
 from nla_megatron.training.losses import cross_entropy
@@ -32,12 +32,6 @@ IDS, PROMPT, DECAY = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3, 0.75
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
 POLICIES = pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2)])
 """A rank is that of adapters, which learn in place of the weights."""
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

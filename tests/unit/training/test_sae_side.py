@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, ParallelConfig, RlConfig, TaskConfig
+from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, RlConfig, TaskConfig
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.strength_files import read_predictor
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.tasks.steering import steered_tokens
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
@@ -26,12 +25,6 @@ from tests.support.hooked import Hooked, write_sae
 from tests.support.tiny import SHAPE, tiny_model
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

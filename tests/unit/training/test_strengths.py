@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.models.logprobs import response_logprobs
-from nla_megatron.parallel.world import World, initialise, shut_down
+from nla_megatron.parallel.world import World
 from nla_megatron.training.losses import cross_entropy
 from tests.support import strengths as by_hand
 from tests.support.strengths import CASES, LENGTHS, PROMPTS, STEP
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield initialise(ParallelConfig())
-    shut_down()
 
 
 @pytest.fixture(scope="module")

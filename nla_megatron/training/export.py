@@ -66,7 +66,8 @@ def export(
             write_reconstructor_head(partial, head, model.spec, layer_index)
         write_projections(partial, projections)
         if sidecar is not None:
-            write_model_sidecar(partial, sidecar)
+            # Stamped once: the adapters below carry the same time.
+            sidecar = write_model_sidecar(partial, sidecar)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     barrier(world)

@@ -21,6 +21,7 @@ from nla_megatron.models.critic import response_values
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
+from nla_megatron.training.reference import Reference
 from nla_megatron.training.sampling import Scored
 from nla_megatron.training.sides.base import Side
 from nla_megatron.types import Credit, Rollout, RolloutBatch, Sampled
@@ -37,8 +38,12 @@ class Learned:
 class PolicyLearning:
     """Updates of the policy, and of the critic where the algorithm has one."""
 
-    def __init__(self, config: RlConfig, side: Side, algorithm: Algorithm, critic: TrainModule | None):
+    def __init__(
+        self, config: RlConfig, side: Side, algorithm: Algorithm, critic: TrainModule | None,
+        reference: Reference | None,
+    ):  # fmt: skip
         self.config, self.side, self.algorithm, self.critic = config, side, algorithm, critic
+        self.reference = reference
 
     def look(self, scored: Scored, number: int) -> Sampled:
         """Log-probs and values of all rollouts before anything is updated."""
@@ -47,8 +52,8 @@ class PolicyLearning:
         mask_NT, needs = batch.fields["mask"], self.algorithm.needs
         collect = response_logprobs(self.config.rollout.temperature)
         reference = values = None
-        if needs.reference:
-            with self.side.reference():
+        if self.reference is not None:
+            with self.reference.in_place():
                 reference = self.side.policy.rows(batch, collect, batch.longest)
         if self.critic is not None:
             values = self.critic.rows(batch, response_values, batch.longest)
@@ -76,6 +81,8 @@ class PolicyLearning:
             policy.append(self._update_policy(self.side.batch(rollouts, number, mine), number))
             if self.critic is not None:
                 critic.append(self._update_critic(rollouts, sampled, credit, weights, chosen, number))
+        if self.reference is not None:
+            self.reference.follow()
         return Learned(tuple(policy), tuple(critic))
 
     def _update_policy(self, batch: Batch, number: int) -> Update:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from torch import Tensor
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.training.module import sharded_weights, take_weights
+
+
+class Reference(Protocol):
+    """What a policy's log-probs are compared with."""
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Inside, the policy computes as the reference; afterwards as itself, to the bit."""
+
+    def follow(self) -> None:
+        """After the updates of a step."""
 
 
 class FrozenCopy:
@@ -25,13 +35,15 @@ class FrozenCopy:
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Inside, the model computes with the kept weights; afterwards with its own, to the bit."""
         own = [parameter.detach().clone() for parameter in self.parameters]
         self._fill(self.kept)
         try:
             yield
         finally:
             self._fill(own)
+
+    def follow(self) -> None:
+        """It stays where it is."""
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
@@ -51,7 +63,6 @@ class MovingCopy(FrozenCopy):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """After an update of the policy."""
         for kept, parameter in zip(self.kept, self.parameters, strict=True):
             kept.lerp_(parameter.detach().to("cpu", torch.float32), 1 - self.decay)
 
@@ -89,8 +100,6 @@ class MovingCopy(FrozenCopy):
                 setattr(module, name, held)
 
 
-def make_reference(model: Any, config: AlgorithmConfig, needed: bool) -> FrozenCopy | MovingCopy | None:
-    """To be made before a checkpoint is loaded: the reference is the policy that the stage starts from."""
-    if not needed:
-        return None
+def copied(model: Any, config: AlgorithmConfig) -> FrozenCopy:
+    """The reference of a model whose parameters learn, as `config.reference` says."""
     return MovingCopy(model, config.reference_decay) if config.reference == "ema" else FrozenCopy(model)

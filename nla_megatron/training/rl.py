@@ -28,6 +28,7 @@ from nla_megatron.training.lora import check_lora
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.recorder import check_replay
+from nla_megatron.training.reference import MovingCopy
 from nla_megatron.training.sampler import SamplerOf, make_sampler
 from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
@@ -106,10 +107,16 @@ class RlTrainer:
             config.reward, side.n_rows / config.batch_size, side.n_rows, once=partial(by_rank_0, world=world)
         )
         self.critic = self._critic() if self.algorithm.needs.values else None
-        self.learners = {**side.learners, **({} if self.critic is None else {"critic": self.critic})}
+        # Before a checkpoint is loaded: a reference is of the policy that this stage starts from.
+        self.reference = side.make_reference() if self.algorithm.needs.reference else None
+        self.learners = dict(side.learners)
+        if self.critic is not None:
+            self.learners["critic"] = self.critic
+        if isinstance(self.reference, MovingCopy):
+            self.learners["reference"] = self.reference
         self.engine = sampler(config, side, world)
         self.sampling = Sampling(config, side, self.engine, self.algorithm, self.reward, world)
-        self.learning = PolicyLearning(config, side, self.algorithm, self.critic)
+        self.learning = PolicyLearning(config, side, self.algorithm, self.critic, self.reference)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.
         self.engine.take_weights()
 

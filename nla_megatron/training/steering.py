@@ -34,12 +34,11 @@ def steered_policy(config: RlConfig, options: SaeOptions, world: World) -> Stren
     load_from_hf(model, config.model, shape, world, with_head=True)
     intervene(model, interventions)
     form = predictor_config(options, interventions, shape)
-    decay = config.algorithm.reference_decay if config.algorithm.reference == "ema" else None
     policy = StrengthPolicy(
-        model, interventions, form, world, config.optim, config.steps, config.micro_batch_size, config.seed, decay
+        model, interventions, form, world, config.optim, config.steps, config.micro_batch_size, config.seed
     )
     if options.predictor_options.path is not None:
-        policy.start_from(read_weights(options.predictor_options.path))
+        policy.predictor.load_state_dict(read_weights(options.predictor_options.path))
     return policy
 
 

@@ -28,6 +28,7 @@ from nla_megatron.parallel.collectives import max_over_world, sum_over_world, su
 from nla_megatron.parallel.world import World
 from nla_megatron.training.module import Update
 from nla_megatron.training.optimizer import learning_rate
+from nla_megatron.training.reference import MovingCopy
 from nla_megatron.types import Steering
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -39,7 +40,6 @@ class StrengthPolicy:
     Args:
         model: a language model with `interventions`; its parameters are frozen here.
         seed: of the predictor's weights and dropout.
-        reference_decay: of the moving average of the predictor that `reference` goes to; None keeps none.
 
     Raises:
         WidthError: a batch steered otherwise than the model.
@@ -47,7 +47,7 @@ class StrengthPolicy:
 
     def __init__(
         self, model: Any, interventions: Sequence[Intervention], predictor: PredictorConfig, world: World,
-        config: OptimConfig, total_steps: int, micro_batch_size: int, seed: int, reference_decay: float | None = None,
+        config: OptimConfig, total_steps: int, micro_batch_size: int, seed: int,
     ):  # fmt: skip
         self.chunks, self.world, self.config, self.total_steps = chunks_of(model), world, config, total_steps
         self.micro_batch_size, self.seed = micro_batch_size, seed
@@ -60,14 +60,7 @@ class StrengthPolicy:
         self.optimizer = torch.optim.AdamW(
             self.predictor.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay
         )
-        self.reference_decay = reference_decay
-        self._reference = [parameter.detach().clone() for parameter in self.predictor.parameters()]
         self._unsteered = False
-
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take an exported predictor's weights, before training: they are the reference too."""
-        self.predictor.load_state_dict(weights)
-        self._reference = [parameter.detach().clone() for parameter in self.predictor.parameters()]
 
     @torch.no_grad()
     def strengths(self, prompts: Sequence[Ids], step: int | None) -> Tensor:
@@ -130,7 +123,6 @@ class StrengthPolicy:
         finite = norm == norm and norm != float("inf")
         if finite:
             self.optimizer.step()
-            self._follow()
         return Update(statistics, norm, rate, skipped=not finite)
 
     def _agree_on_gradients(self) -> None:
@@ -142,12 +134,6 @@ class StrengthPolicy:
         dist.broadcast(flat, src=0, group=self.world.control)
         for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        if self.reference_decay is not None:
-            for kept, parameter in zip(self._reference, self.predictor.parameters(), strict=True):
-                kept.lerp_(parameter, 1 - self.reference_decay)
 
     def rows(self, batch: Batch, collect: Collect, width: int | None = None) -> Tensor:
         """Per-row numbers of the steered model without gradients; see `models.pipeline.forward_rows`."""
@@ -168,18 +154,6 @@ class StrengthPolicy:
         finally:
             self._unsteered = False
 
-    @contextmanager
-    @torch.no_grad()
-    def reference(self) -> Iterator[None]:
-        """Inside, the predictor is the one that training began with, or its moving average."""
-        parameters: list[Tensor] = list(self.predictor.parameters())
-        own = [parameter.detach().clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, self._reference)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(parameters, own)
-
     def _reduced(self, seen: Sequence[Mapping[str, Tensor]], names: tuple[str, ...]) -> dict[str, float]:
         speaks = self.world.speaks_for_its_rows
         most = [name for name in names if name.endswith("_max")]
@@ -191,33 +165,60 @@ class StrengthPolicy:
         return reduced
 
     def state(self, loading: bool) -> dict[str, Any]:
-        """Predictor, its moments and its reference for `dist_checkpointing`: whole, and written once."""
-        from megatron.core.dist_checkpointing import ShardedTensor
-
-        return {
-            name: ShardedTensor.from_rank_offsets(name, values, replica_id=self.world.rank)
-            for name, values in self._tensors().items()
-        }
+        """Predictor and its moments for `dist_checkpointing`."""
+        return written_once(self._tensors(), self.world)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         steps = torch.zeros(1)
-        for (name, parameter), kept in zip(self.predictor.named_parameters(), self._reference, strict=True):
+        for name, parameter in self.predictor.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             steps = torch.as_tensor(moments.get("step", 0.0)).detach().reshape(1).float().cpu()
             tensors[f"predictor.{name}"] = parameter.detach()
-            tensors[f"reference.{name}"] = kept
             for moment in _MOMENTS:
                 tensors[f"optimizer.{moment}.{name}"] = moments.get(moment, torch.zeros_like(parameter)).detach()
         return {**tensors, "optimizer.step": steps}
 
     @torch.no_grad()
     def load_state(self, loaded: dict[str, Any]) -> None:
-        for (name, parameter), kept in zip(self.predictor.named_parameters(), self._reference, strict=True):
+        for name, parameter in self.predictor.named_parameters():
             parameter.copy_(loaded[f"predictor.{name}"])
-            kept.copy_(loaded[f"reference.{name}"])
             moments = {moment: loaded[f"optimizer.{moment}.{name}"].to(parameter).clone() for moment in _MOMENTS}
             self.optimizer.state[parameter] = {"step": loaded["optimizer.step"].reshape(()).clone(), **moments}
+
+
+class Unsteered:
+    """The frozen model as it is, for a reference."""
+
+    def __init__(self, policy: StrengthPolicy):
+        self.in_place = policy.unsteered
+
+    def follow(self) -> None:
+        """It never learns."""
+
+
+class MovingPredictor(MovingCopy):
+    """A moving average of a predictor, which is alike on every rank."""
+
+    def __init__(self, predictor: StrengthPredictor, decay: float, world: World):
+        super().__init__(predictor, decay)
+        self.names, self.world = [name for name, _ in predictor.named_parameters()], world
+
+    def state(self, loading: bool) -> dict[str, Any]:
+        return written_once(dict(zip(self.names, self.kept, strict=True)), self.world)
+
+    def load_state(self, loaded: dict[str, Any]) -> None:
+        for name, kept in zip(self.names, self.kept, strict=True):
+            kept.copy_(loaded[name])
+
+
+def written_once(tensors: Mapping[str, Tensor], world: World) -> dict[str, Any]:
+    """Tensors that every rank has whole, as `dist_checkpointing` takes them."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return {
+        name: ShardedTensor.from_rank_offsets(name, values, replica_id=world.rank) for name, values in tensors.items()
+    }
 
 
 def _prompts(batch: Batch) -> list[Ids]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +17,7 @@ from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.module import Update
+from nla_megatron.training.reference import Reference
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.types import Measured, ModelShape, Rollout, RolloutBatch
 
@@ -103,8 +103,8 @@ class Side(Protocol):
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
         """What runs in place of the loop, where the configuration asks for a training that samples nothing."""
 
-    def reference(self) -> AbstractContextManager[None]:
-        """Inside, `policy.rows` computes with the reference policy of a KL term."""
+    def make_reference(self) -> Reference:
+        """Of a KL term: the policy as it is now, which is as this stage starts, or what follows it from here."""
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         """One prompt per row; groups are numbered from 0."""

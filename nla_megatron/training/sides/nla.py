@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from nla_megatron import geometry
-from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch
@@ -25,7 +23,7 @@ from nla_megatron.training.export import descended, export
 from nla_megatron.training.lora import adapt, check_lora, lora_record
 from nla_megatron.training.losses import make_reconstruction_loss
 from nla_megatron.training.module import TrainModule, Update
-from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.reference import Reference, copied
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sft import load_ar, load_av, model_shape
 from nla_megatron.training.sides import register
@@ -55,17 +53,14 @@ class NlaSide:
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype)
         ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
-        # Adapted before they are copied and wrapped: a copy is of what learns alone.
+        # Adapted before they are wrapped: what is frozen by then gets no gradient and no optimizer state.
         adapt(av, config.lora, world, config.seed)
         adapt(ar, config.ar_lora, world, config.seed)
-        self.kept = make_reference(av, config.algorithm, make_algorithm(config.algorithm).needs.reference)
         steps, micro, dtype = config.steps, config.micro_batch_size, config.dtype
         self.policy: Policy = TrainModule(av, world, config.optim, steps, micro, dtype)
         self.ar = TrainModule(ar, world, config.ar_optim, steps, micro, dtype)
         self.model, self.shape = av, av.shape
-        self.learners: dict[str, Stateful] = {"av": self.policy, "ar": self.ar}
-        if isinstance(self.kept, MovingCopy):
-            self.learners["reference"] = self.kept
+        self.learners: Mapping[str, Stateful] = {"av": self.policy, "ar": self.ar}
 
     @staticmethod
     def directory_of(config: RlConfig) -> str:
@@ -94,9 +89,8 @@ class NlaSide:
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
         return None
 
-    def reference(self) -> AbstractContextManager[None]:
-        assert self.kept is not None
-        return self.kept.in_place()
+    def make_reference(self) -> Reference:
+        return copied(self.model, self.config.algorithm)
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         # Further rounds of a step draw as steps beyond the run's end, each `steps` later than the one before.
@@ -114,8 +108,6 @@ class NlaSide:
 
     def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
         """The AR's optimizer steps, over the explanations in as many minibatches."""
-        if isinstance(self.kept, MovingCopy):
-            self.kept.follow()
         good = [index for index, text in enumerate(measured.texts) if text is not None]
         order = np.random.default_rng([self.config.seed, 3, step]).permutation(len(good))
         updates: list[Update] = []

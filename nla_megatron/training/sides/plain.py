@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from nla_megatron.algorithms import make_algorithm
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.contract.files import read_json_lines, write_json_lines
 from nla_megatron.conversion.hf import read_shape
@@ -27,7 +25,7 @@ from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import export
 from nla_megatron.training.lora import adapt
 from nla_megatron.training.module import TrainModule
-from nla_megatron.training.reference import MovingCopy, make_reference
+from nla_megatron.training.reference import Reference, copied
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Policy, Prompts
@@ -63,14 +61,10 @@ class PlainSide:
         self.model: Any = build_verbalizer(self.shape, world, config.dtype)
         load_from_hf(self.model, config.model, self.shape, world, with_head=True)
         adapt(self.model, config.lora, world, config.seed)
-        # The policy that this stage starts from, also after a resume: taken before a checkpoint is loaded.
-        self.kept = make_reference(self.model, config.algorithm, make_algorithm(config.algorithm).needs.reference)
         self.policy: Policy = TrainModule(
             self.model, world, config.optim, config.steps, config.micro_batch_size, config.dtype
         )
-        self.learners: dict[str, Stateful] = {"policy": self.policy}
-        if isinstance(self.kept, MovingCopy):
-            self.learners["reference"] = self.kept
+        self.learners: Mapping[str, Stateful] = {"policy": self.policy}
 
     @staticmethod
     def directory_of(config: RlConfig) -> str:
@@ -103,9 +97,8 @@ class PlainSide:
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
         return None
 
-    def reference(self) -> AbstractContextManager[None]:
-        assert self.kept is not None, "the algorithm asked for no reference"
-        return self.kept.in_place()
+    def make_reference(self) -> Reference:
+        return copied(self.model, self.config.algorithm)
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         # Further draws of one step are counted on beyond the run's end, where no curriculum should be.
@@ -118,9 +111,7 @@ class PlainSide:
         return self.task.measure(batch.rollouts)
 
     def learn(self, batch: RolloutBatch, measured: Measured, step: int) -> dict[str, float]:
-        """Nothing learns beside the policy, but a moving reference follows it."""
-        if isinstance(self.kept, MovingCopy):
-            self.kept.follow()
+        """Nothing learns beside the policy."""
         return {}
 
     def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:

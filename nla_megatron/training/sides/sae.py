@@ -6,7 +6,6 @@ Without steering it is the text task's own side, which trains the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,12 +27,14 @@ from nla_megatron.tasks.steering import compared, steered, steered_tokens
 from nla_megatron.tasks.steering_report import strength_statistics, write_comparison
 from nla_megatron.tasks.text import Data, TextTask, evaluation_rows, no_vectors, open_task
 from nla_megatron.training.checkpoint import Stateful
+from nla_megatron.training.reference import FrozenCopy, Reference
 from nla_megatron.training.sampler import Sampler
 from nla_megatron.training.sides import register
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.training.sides.held_out import held_out_rewards, terms_of_training_rows
 from nla_megatron.training.sides.plain import PlainSide
 from nla_megatron.training.steering import check_fit, fit, steered_policy
+from nla_megatron.training.strengths import MovingPredictor, Unsteered
 from nla_megatron.types import Measured, Rollout, RolloutBatch
 
 
@@ -111,9 +112,11 @@ class SaeSide:
         options = sae_options(config.task)
         return fit if options.steering and options.objective == "mse" else None
 
-    def reference(self) -> AbstractContextManager[None]:
-        moving = self.config.algorithm.reference == "ema"
-        return self.policy.reference() if moving or self.options.reference == "predictor" else self.policy.unsteered()
+    def make_reference(self) -> Reference:
+        algorithm = self.config.algorithm
+        if algorithm.reference == "ema":
+            return MovingPredictor(self.policy.predictor, algorithm.reference_decay, self.world)
+        return FrozenCopy(self.policy.predictor) if self.options.reference == "predictor" else Unsteered(self.policy)
 
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         # Further rounds of a step draw the prompts of steps beyond the last one, and are steered as this one is.

@@ -24,7 +24,7 @@ from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.lora import adapt
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
-from nla_megatron.training.reference import FrozenCopy, MovingCopy, make_reference
+from nla_megatron.training.reference import FrozenCopy, copied
 from tests.support.tiny import tiny_model
 
 VECTORS = np.random.default_rng(0).standard_normal((2, 64), dtype=np.float32)
@@ -57,9 +57,7 @@ class Learner:
         load_from_hf(self.model, str(directory), shape, world, with_head=True)
         intervene(self.model, interventions)
         adapt(self.model, LoraConfig(rank=rank), world, seed=3)
-        found = make_reference(self.model, AlgorithmConfig(reference=reference, reference_decay=DECAY), True)
-        assert found is not None
-        self.reference = found
+        self.reference = copied(self.model, AlgorithmConfig(reference=reference, reference_decay=DECAY))
         self.module = TrainModule(self.model, world, OPTIM, 10, 2, dtype)
 
     def learn(self, steps: int) -> list[float]:
@@ -67,8 +65,7 @@ class Learner:
         norms = []
         for step in range(steps):
             norms.append(self.module.update(batch(), cross_entropy(3.0), ("loss",), step).grad_norm)
-            if isinstance(self.reference, MovingCopy):
-                self.reference.follow()
+            self.reference.follow()
         return norms
 
     def logprobs(self) -> torch.Tensor:

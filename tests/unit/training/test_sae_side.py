@@ -81,7 +81,7 @@ def test_batches_steer_nobody_but_the_policy(files: Path, world: World) -> None:
     assert batch.only == [(), (), ()] and batch.training_step == 2
     collect, width = response_logprobs(1.0), batch.longest
     steered = side.policy.rows(batch, collect, width)
-    with side.reference():
+    with side.make_reference().in_place():
         plain = side.policy.rows(batch, collect, width)
     reference = Hooked(files / "model")
     for row, rollout in enumerate(rollouts):
@@ -98,12 +98,13 @@ def test_kl_may_compare_with_the_predictor_as_it_began_or_its_average(
     algorithm = AlgorithmConfig(reference=reference, reference_decay=0.75)
     side = SaeSide(config_of(files, algorithm, reference="predictor"), world)
     batch = side.batch(rollouts_of(side), 2, {})
-    collect, width = response_logprobs(1.0), batch.longest
+    collect, width, kept = response_logprobs(1.0), batch.longest, side.make_reference()
     start = {name: values.clone() for name, values in side.policy.predictor.state_dict().items()}
     began = side.policy.rows(batch, collect, width)
     side.policy.update(batch, cross_entropy(float(batch.fields["mask"].sum())), ("loss",), 0)
     end = {name: values.clone() for name, values in side.policy.predictor.state_dict().items()}
-    with side.reference():
+    kept.follow()
+    with kept.in_place():
         inside = side.policy.predictor.state_dict()
         share = 0.25 if reference == "ema" else 0.0
         for name, values in inside.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from nla_megatron.contract.prompts import extract_explanation
@@ -35,8 +35,8 @@ Answer with the features between <explanation> and </explanation>, each tag writ
 
 
 @register("anthropic")
-@dataclass
-class AnthropicProvider(BaseProvider):
+@dataclass(frozen=True)
+class AnthropicProvider(Endpoint, BaseProvider):
     """Asks a model for two or three features that predict what comes next.
 
     The key is read from the environment variable ANTHROPIC_API_KEY when the provider is made. The arguments are those
@@ -47,20 +47,12 @@ class AnthropicProvider(BaseProvider):
         ConfigError: an option out of range, or no key.
     """
 
-    model: str = "claude-haiku-5-5"
-    max_tokens: int = 2048
-    temperature: float | None = None
-    concurrency: int = 8
-    max_retries: int = 6
-    timeout: float = 120.0
-    base_url: str | None = None
-    backoff: float = 0.5
     _asker: Asker = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        options = {item.name: getattr(self, item.name) for item in fields(Endpoint)}
-        endpoint = Endpoint(**options)
-        self._asker = Asker(endpoint, api_key("choose the provider `keywords`, which needs none"), INSTRUCTION_PROMPT)
+        super().__post_init__()
+        asker = Asker(self, api_key("choose the provider `keywords`, which needs none"), INSTRUCTION_PROMPT)
+        object.__setattr__(self, "_asker", asker)
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nla_megatron.algorithms import Algorithm
 from nla_megatron.config.schema import AlgorithmConfig, RlConfig
-from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.critic import response_values
 from nla_megatron.models.logprobs import response_logprobs
+from nla_megatron.parallel.world import World
+from nla_megatron.training.logprob_gap import GapCheck
 from nla_megatron.training.module import TrainModule, Update
 from nla_megatron.training.policy_loss import policy_loss, policy_statistics, value_loss, value_statistics
 from nla_megatron.training.reference import Reference
@@ -40,10 +41,10 @@ class PolicyLearning:
 
     def __init__(
         self, config: RlConfig, side: Side, algorithm: Algorithm, critic: TrainModule | None,
-        reference: Reference | None,
+        reference: Reference | None, world: World,
     ):  # fmt: skip
         self.config, self.side, self.algorithm, self.critic = config, side, algorithm, critic
-        self.reference = reference
+        self.reference, self.check_gap = reference, GapCheck(config, side.tokenizer, world)
 
     def look(self, scored: Scored, number: int) -> Sampled:
         """Log-probs and values of all rollouts before anything is updated."""
@@ -78,17 +79,23 @@ class PolicyLearning:
             rollouts = [batch.rollouts[index] for index in chosen]
             weights = self.algorithm.token_weights(sampled.mask[chosen])
             mine = {name: values[chosen] for name, values in fields.items()} | {"token_weights": weights}
-            policy.append(self._update_policy(self.side.batch(rollouts, number, mine), number))
+            policy.append(self._update_policy(rollouts, self.side.batch(rollouts, number, mine), number))
             if self.critic is not None:
                 critic.append(self._update_critic(rollouts, sampled, credit, weights, chosen, number))
         if self.reference is not None:
             self.reference.follow()
         return Learned(tuple(policy), tuple(critic))
 
-    def _update_policy(self, batch: Batch, number: int) -> Update:
-        total = float(batch.fields["mask"].sum())
-        loss = policy_loss(self.algorithm, self.config.rollout.temperature, total)
-        check = partial(check_gap, self.config.rollout.max_logprob_gap)
+    def _update_policy(self, rollouts: list[Rollout], batch: Batch, number: int) -> Update:
+        total, temperature = float(batch.fields["mask"].sum()), self.config.rollout.temperature
+        loss = policy_loss(self.algorithm, temperature, total)
+
+        def compared() -> Tensor:
+            """The log-probs that the loss compares with the sampler's."""
+            old = batch.fields.get("old")
+            return self.side.policy.rows(batch, response_logprobs(temperature), batch.longest) if old is None else old
+
+        check = partial(self.check_gap, rollouts, compared, number)
         return self.side.policy.update(batch, loss, policy_statistics(self.algorithm), number, check=check)
 
     def _update_critic(
@@ -99,17 +106,6 @@ class PolicyLearning:
         batch = self.side.batch(rollouts, number, fields)
         loss = value_loss(self.algorithm, float(batch.fields["mask"].sum()))
         return self.critic.update(batch, loss, value_statistics(self.algorithm), number)
-
-
-def check_gap(limit: float | None, statistics: dict[str, float]) -> None:
-    """Raises RolloutError where sampler and trainer are further apart than `limit`, or not comparable at all."""
-    gap = statistics["logprob_gap_max"]
-    if limit is not None and not gap <= limit:  # so that NaN is refused too
-        raise RolloutError(
-            f"log-probs of sampler and trainer differ by {gap:.3g} at one token",
-            f"at most rollout.max_logprob_gap={limit:g}",
-            "check the injection and the weight sync; the gap's usual floor is 1e-4 in fp32 and 0.02 in bf16",
-        )
 
 
 def minibatches(groups_N: Tensor, algorithm: AlgorithmConfig, seed: int, number: int) -> list[list[int]]:

@@ -116,7 +116,7 @@ class RlTrainer:
             self.learners["reference"] = self.reference
         self.engine = sampler(config, side, world)
         self.sampling = Sampling(config, side, self.engine, self.algorithm, self.reward, world)
-        self.learning = PolicyLearning(config, side, self.algorithm, self.critic, self.reference)
+        self.learning = PolicyLearning(config, side, self.algorithm, self.critic, self.reference, world)
         # The sampler starts from the same directory, but the trainer's weights are the ones that count.
         self.engine.take_weights()
 

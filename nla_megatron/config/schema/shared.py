@@ -127,7 +127,8 @@ class RolloutConfig:
     top_k: int = 0
     """Sample among so many likeliest tokens; 0 is no limit."""
     max_logprob_gap: float | None = None
-    """Above it the step stops: the sampler no longer runs the policy that is trained. None measures only."""
+    """Above it the step stops: the sampler no longer runs the policy that is trained. `logprob_gap/` in the run's
+    directory then has the worst responses, token by token. None measures only."""
     record: bool = False
     """Write every step's rollouts to `rollouts/step_*.jsonl` in the run's directory."""
     replay: str | None = None

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import AlgorithmConfig
-from nla_megatron.errors import RolloutError
 from nla_megatron.models.batching import response_mask
 from nla_megatron.training.module import Update
-from nla_megatron.training.policy import check_gap, means, minibatches, sampler_logprobs
+from nla_megatron.training.policy import means, minibatches, sampler_logprobs
 from nla_megatron.types import Rollout
 
 
@@ -56,14 +53,6 @@ def test_the_samplers_logprobs_stand_where_their_tokens_are_predicted() -> None:
     mask = response_mask([3, 1], [5, 4], 5)
     assert sampler_logprobs(rollouts, mask).tolist() == [[0, 0, -0.5, -1.5, 0], [-2.0, -3.0, -4.0, 0, 0]]
     assert (sampler_logprobs(rollouts, mask) != 0).equal(mask > 0)
-
-
-def test_a_sampler_that_runs_another_policy_stops_the_step() -> None:
-    check_gap(0.1, {"logprob_gap_max": 0.1})
-    check_gap(None, {"logprob_gap_max": math.nan})
-    for gap in (0.2, math.inf, math.nan):
-        with pytest.raises(RolloutError, match="max_logprob_gap=0.1"):
-            check_gap(0.1, {"logprob_gap_max": gap})
 
 
 def test_several_updates_say_their_averages_and_the_largest_maximum() -> None:

@@ -140,7 +140,8 @@ class Injection:
     `lengths` and `prompt_lengths` in tokens; `positions` of each row, absolute indices in its prompt; `only`: the
     numbers of the interventions that a row takes, None for all; `strengths` of each row, None for 1; `training_step`
     for schedules over training. `steering`: of the whole batch, whose rows `rows` these are; it goes before
-    `strengths`.
+    `strengths`. `brought`: of rows that bring several vectors how many; a row that brings fewer than K has them last,
+    and its own in the place of the others, which no position names.
     """
 
     vectors: Tensor | None
@@ -152,6 +153,7 @@ class Injection:
     training_step: int = 0
     steering: Steering | None = None
     rows: tuple[int, ...] = ()
+    brought: tuple[int, ...] | None = None
 
     def strengths_of(self, row: int, number: int) -> tuple[float, ...] | None:
         """Of one row for one intervention."""

@@ -114,15 +114,24 @@ class PoolSpec:
     """`pool`, our extension: what a row keeps of the last `window` positions up to its own.
 
     `mean`: one activation, the mean over them. `stack`: all of them, those before its own in `preceding_vectors`.
+    `least`: of `stack`, a row may keep fewer, at least so many; None is `window`. `within`: "sentence" where none of
+    them is of an earlier sentence than its own.
     """
 
     method: str
     window: int
+    least: int | None = None
+    within: str | None = None
 
     @staticmethod
     def positions_of(pool: PoolSpec | None) -> int:
-        """How many activations a row keeps."""
+        """How many activations a row keeps, at most."""
         return pool.window if pool is not None and pool.method == "stack" else 1
+
+    @staticmethod
+    def bounds_of(pool: PoolSpec | None) -> tuple[int, int] | None:
+        """(least, most) activations of a row where the number differs from row to row; None where it does not."""
+        return None if pool is None or pool.least is None else (pool.least, pool.window)
 
 
 @dataclass(frozen=True)

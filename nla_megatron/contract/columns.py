@@ -39,20 +39,21 @@ _COLUMNS = {
 _OPTIONAL = {"av_sft": {TEXT, EXPLANATION}, "ar_sft": {TEXT}, "rl": {TEXT, EXPLANATION}}
 
 
-def schema(stage: str, d_model: int, positions: int = 1) -> pa.Schema:
+def schema(stage: str, d_model: int, positions: int | None = 1) -> pa.Schema:
     """The schema of the table that `stage` writes, with vectors of `d_model` float32.
 
     Args:
         stage: `base`, `explained`, `av_sft`, `ar_sft` or `rl`.
         d_model: the hidden size of the model the vectors come from.
-        positions: how many activations a row keeps; all but its own are in `preceding_vectors`.
+        positions: how many activations a row keeps; all but its own are in `preceding_vectors`. None: each row a number
+            of its own.
 
     Raises:
         ValueError: an unknown stage, or a width or number of positions below 1.
     """
     import pyarrow as pa
 
-    if d_model < 1 or positions < 1:
+    if d_model < 1 or (positions is not None and positions < 1):
         raise ValueError(f"d_model and positions must be at least 1, got {d_model} and {positions}")
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     types = {
@@ -62,7 +63,9 @@ def schema(stage: str, d_model: int, positions: int = 1) -> pa.Schema:
         PROMPT: pa.string() if stage == "ar_sft" else messages,
     }
     fields = [(name, types.get(name, pa.string())) for name in _columns(stage)]
-    if positions > 1:
+    if positions is None:
+        fields.append((PRECEDING, pa.large_list(pa.float32())))
+    elif positions > 1:
         fields.append((PRECEDING, pa.list_(pa.float32(), (positions - 1) * d_model)))
     return pa.schema(fields)
 
@@ -100,15 +103,21 @@ def check_columns(found: pa.Schema, stage: str, path: Path | str) -> int:
     return int(found.field(VECTOR).type.list_size)
 
 
-def positions_of(found: pa.Schema, d_model: int, path: Path | str) -> int:
+def positions_of(found: pa.Schema, d_model: int, path: Path | str) -> int | None:
     """How many activations a row of width `d_model` keeps: 1 without `preceding_vectors`.
+
+    None where that column holds lists: each row keeps a number of its own, which its list's length says.
 
     Raises:
         ColumnError: that column does not hold whole vectors side by side.
     """
+    import pyarrow.types as pt
+
     if PRECEDING not in found.names:
         return 1
     kind, (expected, fits) = found.field(PRECEDING).type, _rule(VECTOR, "base")
+    if (pt.is_list(kind) or pt.is_large_list(kind)) and pt.is_float32(kind.value_type):
+        return None
     if not fits(kind) or kind.list_size == 0 or kind.list_size % d_model:
         raise ColumnError(
             f"column {PRECEDING!r} in {str(path)!r} has type {kind}",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nla_megatron.contract.blocks import InjectionSpec, PromptTemplates, as_yaml_block
+from nla_megatron.contract.blocks import InjectionSpec, PoolSpec, PromptTemplates, as_yaml_block
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.errors import MissingFile, SidecarError
@@ -124,10 +124,11 @@ def model_yaml(sidecar: ModelSidecar) -> dict[str, Any]:
 
 
 def _leave_unused(block: dict[str, Any]) -> None:
-    """A single block needs no list of blocks, and a vector that enters as it is no projection."""
-    for key in ("layers", "projection"):
-        if block["injection"] is not None and block["injection"][key] is None:
-            del block["injection"][key]
+    """A single block needs no list of blocks, a vector that enters as it is no projection, a fixed number no bounds."""
+    for name, keys in {"injection": ("layers", "projection"), "pool": ("least", "within")}.items():
+        for key in keys:
+            if block[name] is not None and block[name][key] is None:
+                del block[name][key]
 
 
 def dataset_id(sidecar: DatasetSidecar) -> str:
@@ -183,8 +184,9 @@ def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> Non
     if sidecar.pool is not None:
         _one_of(path, "pool.method", sidecar.pool.method, ("mean", "stack"))
         _at_least(path, "pool.window", sidecar.pool.window, 2 if sidecar.pool.method == "stack" else 1)
+        _check_bounds(path, sidecar.pool)
         if sidecar.pool.method == "stack" and sidecar.prompt_templates is not None:
-            _one_marker_each(path, sidecar.prompt_templates.av.count(INJECT), sidecar.pool.window)
+            _one_marker_each(path, sidecar.prompt_templates.av.count(INJECT), sidecar.pool)
     if sidecar.injection is not None:
         blocks = sidecar.injection.blocks
         if not blocks or len(set(blocks)) != len(blocks) or blocks[0] != sidecar.injection.layer:
@@ -212,11 +214,28 @@ def _check_projection(path: Path, injection: InjectionSpec) -> None:
         raise SidecarError(found, "0: it lies between layers", _REMEDY)
 
 
-def _one_marker_each(path: Path, markers: int, positions: int) -> None:
-    if markers != positions:
+def _check_bounds(path: Path, pool: PoolSpec) -> None:
+    """Rows with fewer activations than the window are those of a stack, which says how few they may be."""
+    _one_of(path, "pool.within", pool.within, (None, "sentence"))
+    if pool.least is not None and not (pool.method == "stack" and 1 <= pool.least < pool.window):
         raise SidecarError(
-            f"the AV template in {str(path)!r} has {markers} markers for 'pool.window' = {positions} activations",
-            "a marker for each", f"build the table again with templates.positions={positions}",
+            f"'pool.least' in {str(path)!r} is {pool.least}, with method {pool.method!r} and window {pool.window}",
+            "1 or more, below the window, with method 'stack'; absent where every row keeps the whole window", _REMEDY,
+        )  # fmt: skip
+    if pool.within is not None and pool.least is None:
+        raise SidecarError(f"'pool.within' in {str(path)!r} without 'pool.least'", "both, or neither", _REMEDY)
+
+
+def _one_marker_each(path: Path, markers: int, pool: PoolSpec) -> None:
+    if pool.least is not None and markers != 1:
+        raise SidecarError(
+            f"the AV template in {str(path)!r} has {markers} markers for rows of {pool.least} to {pool.window} "
+            "activations", "one, which prompts repeat", "build the table again with templates.positions=1",
+        )  # fmt: skip
+    if pool.least is None and markers != pool.window:
+        raise SidecarError(
+            f"the AV template in {str(path)!r} has {markers} markers for 'pool.window' = {pool.window} activations",
+            "a marker for each", f"build the table again with templates.positions={pool.window}",
         )  # fmt: skip
 
 

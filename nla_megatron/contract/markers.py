@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from nla_megatron.contract.tokens import encode, name_of, single_id, templated_ids
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INJECT = "<INJECT>"  # stands for the marker in tables and templates, which then fit every tokenizer
+_WORD = re.compile(rf"(\S*){INJECT}(\S*)")
 _MARKERS = range(0x3200, 0x3400)  # enclosed CJK letters and squared words: one character each, almost absent from text
 
 
@@ -42,6 +44,24 @@ def several_markers(av_template: str, count: int) -> str:
     """A template with one marker between its tags, as one with `count` of them, each on a line of its own."""
     tagged = f"<concept>{INJECT}</concept>"
     return av_template.replace(tagged, "\n".join([tagged] * count))
+
+
+def repeated(av_template: str, count: int) -> str:
+    """A template with one marker as one with `count`: the word that holds it, so often, each on a line of its own.
+
+    Raises:
+        ConfigError: other than one marker, or a word that has no text on either side of it, so that what stands beside
+            a marker would depend on how many there are.
+    """
+    check_av_template(av_template)
+    [(before, after)] = _WORD.findall(av_template)
+    if not (before and after):
+        raise ConfigError(
+            f"the AV template holds {INJECT} in the word {before + INJECT + after!r}, which cannot be repeated for "
+            "each of a row's activations", "text on both sides of it, without a space between",
+            f"write <concept>{INJECT}</concept> where the activations go",
+        )  # fmt: skip
+    return _WORD.sub(lambda found: "\n".join([found[0]] * count), av_template)
 
 
 def marker_neighbours(

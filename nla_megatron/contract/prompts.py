@@ -18,6 +18,7 @@ from nla_megatron.contract.markers import (
     marker_neighbours,
     messages_of,
     prompt_ids,
+    repeated,
     times,
 )
 from nla_megatron.contract.tokens import encode, live_bos_policy, name_of, stable_suffix
@@ -70,6 +71,8 @@ class PromptContract:
         ar_suffix_ids: the last ids of every AR prompt, whatever the explanation. Empty only when a sidecar of another
             trainer did not record them.
         bos_policy: `"tokenizer"`: AR prompts get the special tokens the tokenizer adds; `"none"`: they get none.
+        repeats: (least, most) activations of a row, for each of which a prompt repeats the one marker of
+            `templates_av`; None where the template has as many as every prompt.
 
     Example:
         >>> contract = PromptContract.derive(tokenizer, AV_TEMPLATE, AR_TEMPLATE)
@@ -86,6 +89,7 @@ class PromptContract:
     right_id: int
     ar_suffix_ids: tuple[int, ...]
     bos_policy: str
+    repeats: tuple[int, int] | None = None
 
     @classmethod
     def derive(
@@ -96,6 +100,7 @@ class PromptContract:
         marker: str | None = None,
         bos_policy: str | None = None,
         positions: int = 1,
+        repeats: tuple[int, int] | None = None,
     ) -> PromptContract:
         """Compute the contract from the live tokenizer.
 
@@ -105,21 +110,26 @@ class PromptContract:
             ar_template: holds `{explanation}` exactly once, with text after it.
             marker: None chooses it by `choose_marker`.
             bos_policy: None takes the tokenizer's own habit; `"none"` keeps special tokens out of AR prompts.
+            repeats: as the attribute; `positions` is then 1.
 
         Raises:
-            MarkerError: no usable marker, or the given one is not.
-            ConfigError: a malformed template, an unknown policy, or no chat template.
+            MarkerError: no usable marker, or the given one is not, or repeated it has other neighbours.
+            ConfigError: a malformed template, one whose marker cannot be repeated, an unknown policy, or no chat
+                template.
         """
         check_av_template(av_template, positions)
         _check_ar_template(ar_template)
         if bos_policy not in (None, "none", "tokenizer"):
             raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
-        marker = choose_marker(tokenizer, av_template) if marker is None else marker
-        left_id, right_id = marker_neighbours(tokenizer, av_template, marker, positions)
+        longest = av_template if repeats is None else repeated(av_template, repeats[1])
+        marker = choose_marker(tokenizer, longest) if marker is None else marker
+        left_id, right_id = marker_neighbours(tokenizer, longest, marker, positions if repeats is None else repeats[1])
+        if repeats is not None:
+            _check_repeated(tokenizer, av_template, marker, repeats, (left_id, right_id))
         policy = "none" if bos_policy == "none" else live_bos_policy(tokenizer)
         suffix_ids = stable_suffix(tokenizer, ar_template, policy)
         marker_id = encode(tokenizer, marker)[0]
-        return cls(av_template, ar_template, marker, marker_id, left_id, right_id, suffix_ids, policy)
+        return cls(av_template, ar_template, marker, marker_id, left_id, right_id, suffix_ids, policy, repeats)
 
     def check(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Compare the recorded ids with those of the live tokenizer.
@@ -132,7 +142,7 @@ class PromptContract:
             SidecarError: the first difference, with the recorded and the live value.
         """
         live = PromptContract.derive(
-            tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy, self.positions
+            tokenizer, self.templates_av, self.templates_ar, self.marker, self.bos_policy, self.positions, self.repeats
         )
         plain_ids = live.ar_ids(tokenizer, "A plain sentence.")
         for name in ("marker_id", "left_id", "right_id", "ar_suffix_ids", "bos_policy"):
@@ -158,46 +168,74 @@ class PromptContract:
 
     @property
     def positions(self) -> int:
-        """How often the marker stands in the AV prompt."""
+        """How often the marker stands in the AV's template."""
         return self.templates_av.count(INJECT)
 
-    def messages(self) -> list[dict[str, str]]:
-        """The AV prompt as tables store it: one user message with the literal `<INJECT>`."""
-        return messages_of(self.templates_av)
+    def markers(self, activations: int) -> int:
+        """How often the marker stands in the prompt of a row with so many activations.
+
+        Raises:
+            MarkerError: more or fewer than `repeats` says.
+        """
+        if self.repeats is None:
+            return self.positions
+        least, most = self.repeats
+        if not least <= activations <= most:
+            raise MarkerError(
+                f"a prompt for {activations} activations", f"{least} to {most}, as the sidecar says",
+                "use the table and the model of one build",
+            )  # fmt: skip
+        return activations
+
+    def messages(self, activations: int = 1) -> list[dict[str, str]]:
+        """The AV prompt as tables store it: one user message with the literal `<INJECT>`.
+
+        Args:
+            activations: of the row, where `repeats` says that a prompt repeats the marker; raises as `markers`.
+        """
+        count = self.markers(activations)
+        return messages_of(self.templates_av if self.repeats is None else repeated(self.templates_av, count))
 
     def av_prompt_ids(
-        self, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        activations: int = 1,
     ) -> list[int]:
-        """Token ids of the AV prompt, marker in place, up to where the response starts.
+        """Token ids of the AV prompt, marker in place, up to where the response starts; `activations` as `messages`.
 
         The chat template writes every special token itself, so the tokenizer adds none: there is never a second BOS.
         """
-        return prompt_ids(tokenizer, self.messages() if messages is None else messages, self.marker)
+        return prompt_ids(tokenizer, self.messages(activations) if messages is None else messages, self.marker)
 
     def marker_position(self, ids: Sequence[int], prompt_length: int | None = None) -> int:
         """The first of `marker_positions`, and of most contracts the only one."""
         return self.marker_positions(ids, prompt_length)[0]
 
-    def marker_positions(self, ids: Sequence[int], prompt_length: int | None = None) -> tuple[int, ...]:
+    def marker_positions(
+        self, ids: Sequence[int], prompt_length: int | None = None, activations: int = 1
+    ) -> tuple[int, ...]:
         """Where to inject: the positions of the prompt with the marker and both its neighbours, ascending.
 
         Args:
             ids: a prompt, or a prompt followed by a response.
             prompt_length: how many of `ids` are the prompt; None means all. Give it for a whole sequence, since the
                 policy can write the marker, neighbours included, into its response.
+            activations: as of `messages`.
 
         Raises:
-            MarkerError: fewer or more of them than the template has.
+            MarkerError: fewer or more of them than the template has, or the row activations.
         """
+        count = self.markers(activations)
         prompt = list(ids if prompt_length is None else ids[:prompt_length])
         wanted = [self.left_id, self.marker_id, self.right_id]
         positions = [p for p in range(1, len(prompt) - 1) if prompt[p - 1 : p + 2] == wanted]
-        if len(positions) != self.positions:
+        if len(positions) != count:
             raise MarkerError(
                 f"ids {wanted} stand at positions {positions} of a prompt of {len(prompt)} tokens "
                 f"(the marker {self.marker!r} alone: {prompt.count(self.marker_id)} times)",
-                "exactly one position" if self.positions == 1 else f"{self.positions} positions",
-                f"check that the row's prompt holds <INJECT> {times(self.positions)}, between its neighbours",
+                "exactly one position" if count == 1 else f"{count} positions",
+                f"check that the row's prompt holds <INJECT> {times(count)}, between its neighbours",
             )
         return tuple(positions)
 
@@ -226,6 +264,28 @@ class PromptContract:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {name_of(tokenizer)!r} has no EOS token", "an EOS token", "set its eos_token")
         return [*encode(tokenizer, response), int(tokenizer.eos_token_id)]
+
+
+def _check_repeated(
+    tokenizer: PreTrainedTokenizerFast,
+    av_template: str,
+    marker: str,
+    repeats: tuple[int, int],
+    beside: tuple[int, int],
+) -> None:
+    """Raises MarkerError where a marker of a shorter prompt stands between other ids than in the longest.
+
+    Behind the third a further one adds nothing new beside any. Every prompt is looked through again when it is used.
+    """
+    least, most = repeats
+    for count in range(least, min(least + 3, most)):
+        found = marker_neighbours(tokenizer, repeated(av_template, count), marker, count)
+        if found != beside:
+            raise MarkerError(
+                f"marker {marker!r} stands between the ids {found} in a prompt for {count} activations",
+                f"{beside}, as in one for {most}",
+                "put the same text around <INJECT> in the AV template, ending in a sign on either side",
+            )
 
 
 def _check_ar_template(template: str) -> None:

@@ -253,6 +253,7 @@ def prompt_contract(sidecar: DatasetSidecar | ModelSidecar) -> PromptContract:
         right_id=tokens.injection_right_neighbor_id,
         ar_suffix_ids=tokens.critic_suffix_ids or (),
         bos_policy=sidecar.bos_policy,
+        repeats=PoolSpec.bounds_of(sidecar.pool),
     )
 
 

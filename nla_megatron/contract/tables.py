@@ -11,13 +11,16 @@ import errno
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nla_megatron.contract.columns import PRECEDING, VECTOR, check_columns, positions_of
+from nla_megatron.contract.columns import PRECEDING, PROMPT, VECTOR, check_columns, positions_of
 from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.lists import Lists, check_finite
+from nla_megatron.contract.markers import INJECT
 from nla_megatron.errors import ColumnError, MissingFile
 
 if TYPE_CHECKING:
@@ -81,7 +84,8 @@ class Table:
         path: the parquet file.
         n_rows: its rows.
         d_model: D, the width of its vectors.
-        positions: K, the activations that a row keeps of consecutive positions, its own the last; mostly 1.
+        positions: K, the activations that a row keeps of consecutive positions, its own the last; mostly 1. Where each
+            row keeps a number of its own, the largest.
 
     Example:
         >>> table = Table.open("data/rl.parquet", "rl")
@@ -97,6 +101,7 @@ class Table:
     # By column, zero-copy views (rows of the chunk, its width).
     _chunks: Mapping[str, tuple[np.ndarray, ...]] = field(repr=False)
     _starts: np.ndarray = field(repr=False)  # first row of each chunk
+    _lists: Lists | None = field(default=None, repr=False)  # preceding vectors, where each row has its own number
 
     @classmethod
     def open(cls, path: Path | str, stage: str) -> Table:
@@ -120,10 +125,14 @@ class Table:
         d_model = check_columns(found, stage, path)
         positions = positions_of(found, d_model, path)
         data = _mapped(path)
-        names = (VECTOR, PRECEDING) if positions > 1 else (VECTOR,)
+        lists = None if positions is not None else Lists.of(data.column(PRECEDING), PRECEDING, d_model, path)
+        names = (VECTOR,) if lists is not None or positions == 1 else (VECTOR, PRECEDING)
         chunks = {name: _views(data, name, path) for name in names}
         starts = np.cumsum([0, *(len(chunk) for chunk in chunks[VECTOR])])[:-1]
-        return cls(path, data.num_rows, d_model, positions, data, chunks, starts)
+        if lists is not None:
+            positions = 1 + int(lists.vectors.max(initial=0))
+        assert positions is not None
+        return cls(path, data.num_rows, d_model, positions, data, chunks, starts, lists)
 
     def column(self, name: str) -> list[Any]:
         """All values of a column other than the vectors, as Python objects.
@@ -154,18 +163,53 @@ class Table:
         """
         return self._floats(VECTOR, rows)
 
-    def preceding(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The vectors before each row's own, oldest first and side by side: (N, (K - 1) D); raises as `vectors`."""
+    @property
+    def varies(self) -> bool:
+        """Each row keeps a number of activations of its own."""
+        return self._lists is not None
+
+    @cached_property
+    def activations(self) -> np.ndarray:
+        """How many each row keeps, (rows,) int64."""
+        return np.full(self.n_rows, self.positions) if self._lists is None else 1 + self._lists.vectors
+
+    def preceding(self, rows: Sequence[int] | np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """The vectors before each row's own, oldest first and side by side; raises as `vectors`.
+
+        Returns:
+            (N, (K - 1) D), or where each row keeps a number of its own, N arrays of ((its number - 1) D,).
+        """
+        if self._lists is not None:
+            return [self._lists.of_row(int(row)) for row in rows]
         if self.positions == 1:
             return np.empty((len(rows), 0), dtype=np.float32)
         return self._floats(PRECEDING, rows)
 
-    def inputs(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """What the AV reads: `vectors` (N, D), or where rows keep several, all of them, the own last: (N, K, D)."""
+    def inputs(self, rows: Sequence[int] | np.ndarray, positions: int | None = None) -> np.ndarray:
+        """What the AV reads: `vectors` (N, D), or where rows keep several, all of them, the own last: (N, K, D).
+
+        A row that keeps fewer has NaN in front, in the place of those that it lacks.
+
+        Args:
+            positions: K, where each row keeps a number of its own; None is this table's largest.
+        """
         own_ND = self.vectors(rows)
+        if self._lists is not None:
+            return self._lists.before(own_ND, rows, self.positions if positions is None else positions)
         if self.positions == 1:
             return own_ND
-        return np.concatenate([self.preceding(rows), own_ND], axis=1).reshape(-1, self.positions, self.d_model)
+        preceding = self._floats(PRECEDING, rows)
+        return np.concatenate([preceding, own_ND], axis=1).reshape(-1, self.positions, self.d_model)
+
+    def markers(self) -> np.ndarray:
+        """How often the `prompt` of each row of an av_sft or rl table holds `<INJECT>`, (rows,) int64."""
+        import pyarrow.compute as pc
+
+        counts = []
+        for chunk in self._data.column(PROMPT).chunks:
+            found = pc.count_substring(chunk.flatten().field("content"), INJECT).fill_null(0).to_numpy()
+            counts.append(np.bincount(pc.list_parent_indices(chunk).to_numpy(), found, minlength=len(chunk)))
+        return np.concatenate([np.empty(0), *counts]).astype(np.int64)
 
     def _floats(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         chunks = self._chunks[name]
@@ -184,13 +228,7 @@ class Table:
         for index in np.unique(chunk_N):
             here = chunk_N == index
             out_ND[here] = chunks[index][rows_N[here] - self._starts[index]]
-        bad = rows_N[~np.isfinite(out_ND).all(axis=1)]
-        if bad.size:
-            raise ColumnError(
-                f"column {name!r} in {str(self.path)!r} is not finite in row {bad[0]}",
-                "finite numbers",
-                "extract the activations again, in a wider dtype if the model overflows",
-            )
+        check_finite(name, self.path, out_ND, rows_N)
         return out_ND
 
 

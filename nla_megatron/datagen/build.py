@@ -56,21 +56,29 @@ def check(config: BuildConfig, world_size: int) -> None:
         if not block < shape.num_layers:
             key = "layer" if config.intervention.layers is None else "layers"
             raise ConfigError(f"intervention.{key}={block}", f"a block below {shape.num_layers}", "lower it")
-    _contract(config)
+    _check_positions(config, table, sidecar.pool)
+    _contract(config, sidecar.pool)
     if sidecar.extraction.d_model != table.d_model:
         raise WidthError(
             f"vectors of width {table.d_model} in {config.input}",
             f"{sidecar.extraction.d_model}, as its sidecar says",
             "extract the table again",
         )
-    _check_positions(config, table, PoolSpec.positions_of(sidecar.pool))
     check_run_directory("build", config)
 
 
-def _check_positions(config: BuildConfig, table: Table, positions: int) -> None:
+def _check_positions(config: BuildConfig, table: Table, pool: PoolSpec | None) -> None:
     """Each of a row's activations needs a marker of its own; a single one may enter at any number of them."""
-    check_stack(table, positions)
-    if positions > 1 and config.templates.positions != positions:
+    check_stack(table, pool)
+    positions = PoolSpec.positions_of(pool)
+    if PoolSpec.bounds_of(pool) is not None:
+        if config.templates.positions != 1:
+            raise ConfigError(
+                f"templates.positions={config.templates.positions} for {config.input}, whose rows keep each a number "
+                "of activations of its own", "1: each prompt repeats the marker for its row's",
+                "set templates.positions=1",
+            )  # fmt: skip
+    elif positions > 1 and config.templates.positions != positions:
         raise ConfigError(
             f"templates.positions={config.templates.positions} for {config.input}, whose rows keep {positions} "
             "activations each", "a marker for each", f"set templates.positions={positions}",
@@ -79,15 +87,12 @@ def _check_positions(config: BuildConfig, table: Table, positions: int) -> None:
 
 def run(config: BuildConfig) -> None:
     claim_run_directory("build", config)
-    table, source, contract = (
-        Table.open(config.input, "explained"),
-        read_dataset_sidecar(config.input),
-        _contract(config),
-    )
+    table, source = Table.open(config.input, "explained"), read_dataset_sidecar(config.input)
+    contract = _contract(config, source.pool)
     for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
         stage = STAGES[split]
         out = Path(config.out) / f"{split}.parquet"
-        schema = columns.schema(stage, table.d_model, table.positions)
+        schema = columns.schema(stage, table.d_model, None if table.varies else table.positions)
         written = write_table(out, _batches(table, rows, stage, contract), schema)
         sidecar = DatasetSidecar.from_contract(
             contract, stage=stage, row_count=written, extraction=source.extraction, api_summaries=source.api_summaries,
@@ -104,7 +109,7 @@ def injection_of(spec: InterventionConfig) -> InjectionSpec:
     return InjectionSpec(spec.method, spec.blocks[0], spec.scale, several, projection)
 
 
-def _contract(config: BuildConfig) -> PromptContract:
+def _contract(config: BuildConfig, pool: PoolSpec | None) -> PromptContract:
     templates = config.templates
     return PromptContract.derive(
         load_tokenizer(config.model),
@@ -112,6 +117,7 @@ def _contract(config: BuildConfig) -> PromptContract:
         templates.ar or AR_TEMPLATE,
         templates.marker,
         positions=templates.positions,
+        repeats=PoolSpec.bounds_of(pool),
     )
 
 
@@ -142,7 +148,7 @@ def _batches(table: Table, rows: list[int], stage: str, contract: PromptContract
         if stage == "ar_sft":
             batch[columns.PROMPT] = [contract.templates_ar.format(explanation=text) for text in explanations]
         else:
-            batch[columns.PROMPT] = [contract.messages()] * len(chunk)
+            batch[columns.PROMPT] = [contract.messages(count) for count in table.activations[chunk].tolist()]
         if stage == "av_sft":
             batch[columns.RESPONSE] = [wrap_explanation(text) for text in explanations]
         yield batch

@@ -16,7 +16,7 @@ from typing import Any
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import ExplainConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.blocks import ApiSummaries, PoolSpec
+from nla_megatron.contract.blocks import ApiSummaries
 from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.datagen.providers import ExplainRequest, make_provider
@@ -38,7 +38,7 @@ def check(config: ExplainConfig, world_size: int) -> None:
             "run `nla-megatron extract`, or correct input=",
         )
     pool = read_dataset_sidecar(config.input).pool
-    check_stack(Table.open(config.input, "base"), PoolSpec.positions_of(pool))
+    check_stack(Table.open(config.input, "base"), pool)
     make_provider(config.provider.name, **config.provider.options)
     check_run_directory("explain", config)
 
@@ -52,7 +52,8 @@ def run(config: ExplainConfig) -> None:
     explained = _explain(config, provider, texts)
     kept = sorted(explained)
     out = Path(config.out) / TABLE
-    rows = write_table(out, _batches(base, kept, explained), columns.schema("explained", base.d_model, base.positions))
+    schema = columns.schema("explained", base.d_model, None if base.varies else base.positions)
+    rows = write_table(out, _batches(base, kept, explained), schema)
     source = read_dataset_sidecar(config.input)
     write_dataset_sidecar(
         out,

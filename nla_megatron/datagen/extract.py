@@ -25,6 +25,7 @@ from nla_megatron.contract.sidecar import DatasetSidecar, PoolSpec, write_datase
 from nla_megatron.contract.tables import write_table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
+from nla_megatron.datagen.sentences import sentences_of
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import check_layout
@@ -41,11 +42,15 @@ TABLE = "base.parquet"
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens that go through the model together, and the positions sampled from them, ascending."""
+    """Tokens that go through the model together, and the positions sampled from them, ascending.
+
+    `kept`: of each position, how many activations its row keeps, where the configuration's `pool` does not say.
+    """
 
     doc_id: str
     ids: tuple[int, ...]
     positions: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
 
 def layer_of(config: ExtractConfig, shape: ModelShape) -> int:
@@ -109,27 +114,63 @@ def _documents(config: ExtractConfig) -> list[tuple[str, str]]:
 def _passages(config: ExtractConfig, documents: Sequence[tuple[str, str]]) -> Iterator[Passage]:
     tokenizer = load_tokenizer(config.model)
     special = set(tokenizer.all_special_ids)
-    encoded = tokenizer([text for _, text in documents], add_special_tokens=True)["input_ids"] if documents else []
-    for (doc_id, _), ids in zip(documents, encoded, strict=True):
+    if not documents:
+        return
+    by_sentence = config.pool_within == "sentence"
+    encoded = tokenizer(
+        [text for _, text in documents], add_special_tokens=True, return_offsets_mapping=by_sentence
+    )  # fmt: skip
+    for number, (doc_id, text) in enumerate(documents):
+        ids = encoded["input_ids"][number]
+        sentences = sentences_of(text, encoded["offset_mapping"][number]) if by_sentence else [0] * len(ids)
         starts = range(0, len(ids), config.max_length) if config.long_documents == "window" else [0]
         for start in starts:
             window = ids[start : start + config.max_length]
-            positions = sample_positions(config, doc_id, start, window, special)
+            kept = kept_at(config, sentences[start : start + config.max_length])
+            positions = sample_positions(config, doc_id, start, window, special, kept)
             if positions:
-                yield Passage(doc_id, tuple(window), positions)
+                yield Passage(doc_id, tuple(window), positions, tuple(kept[at] for at in positions) if kept else ())
+
+
+def kept_at(config: ExtractConfig, sentences: Sequence[int]) -> list[int]:
+    """How many activations a row at each position of a passage would keep; none where all keep as many.
+
+    Args:
+        sentences: of each position; a row keeps none of another than its own.
+    """
+    if config.pool_least is None:
+        return []
+    kept: list[int] = []
+    for at, sentence in enumerate(sentences):
+        kept.append(1 + kept[-1] if at and sentence == sentences[at - 1] else 1)
+    return [min(count, config.pool_window) for count in kept]
 
 
 def sample_positions(
-    config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int]
+    config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int], kept: Sequence[int] = ()
 ) -> tuple[int, ...]:
-    """Ascending positions of one passage: those that qualify, drawn by a generator keyed by (seed, doc_id, start)."""
+    """Ascending positions of one passage: those that qualify, drawn by a generator keyed by (seed, doc_id, start).
+
+    Args:
+        kept: of `kept_at`; positions with fewer than `pool_least` do not qualify.
+    """
     candidates = [at for at in range(config.min_position, len(ids)) if ids[at] not in special]
+    if config.pool_least is not None:
+        candidates = [at for at in candidates if kept[at] >= config.pool_least]
     if not candidates:
         return ()
     key = hashlib.sha256(f"{config.seed}\0{doc_id}\0{start}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(key[:8], "big"))
     chosen = rng.choice(len(candidates), min(config.positions_per_doc, len(candidates)), replace=False)
     return tuple(sorted(candidates[index] for index in chosen))
+
+
+def kept_of(stream_TD: Tensor, passage: Passage, config: ExtractConfig) -> list[np.ndarray]:
+    """What the row of each of a passage's positions keeps, (K, D) fp32 each, its own activation last."""
+    if config.pool_least is None:
+        return list(pooled_at(stream_TD, passage.positions, config.pool, config.pool_window).cpu().numpy())
+    rows = zip(passage.positions, passage.kept, strict=True)
+    return [stream_TD[at + 1 - count : at + 1].float().cpu().numpy() for at, count in rows]
 
 
 def pooled_at(stream_TD: Tensor, positions: Sequence[int], pool: str, window: int) -> Tensor:
@@ -154,45 +195,51 @@ def _activations(
     with bar:
         for start in range(0, len(passages), config.batch_size):
             chunk = passages[start : start + config.batch_size]
-            found: dict[int, np.ndarray] = {}
+            found: dict[int, list[np.ndarray]] = {}
 
             def keep(
-                hidden_TBD: Tensor, part: Microbatch, chunk: list[Passage] = chunk, found: dict[int, np.ndarray] = found
+                hidden_TBD: Tensor,
+                part: Microbatch,
+                chunk: list[Passage] = chunk,
+                found: dict[int, list[np.ndarray]] = found,
             ) -> None:
                 for column, (row, weight) in enumerate(zip(part.rows.tolist(), part.weights.tolist(), strict=True)):
                     if weight:
-                        stream_TD = hidden_TBD[:, column]
-                        pooled = pooled_at(stream_TD, chunk[row].positions, config.pool, config.pool_window)
-                        found[row] = pooled.cpu().numpy()
+                        found[row] = kept_of(hidden_TBD[:, column], chunk[row], config)
 
             batch = Batch(ids=[passage.ids for passage in chunk])
             forward_each(model, microbatches(batch, alone, len(chunk)), world, keep)
             bar.advance(len(chunk))
             if world.speaks_for_its_rows:
-                yield _columns(chunk, [found[row] for row in range(len(chunk))], layer, tokenizer)
+                yield _columns(chunk, [kept for row in range(len(chunk)) for kept in found[row]], layer, tokenizer)
 
 
-def _columns(chunk: list[Passage], vectors: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
+def _columns(chunk: list[Passage], kept: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
+    """Of each position of the passages; `kept` (K, D) of each, for any K."""
     rows = [(passage, position) for passage in chunk for position in passage.positions]
-    vectors_NKD = np.concatenate(vectors)
+    before = [vectors_KD[:-1].reshape(-1) for vectors_KD in kept]
     return {
         columns.N_RAW_TOKENS: [position + 1 for _, position in rows],
         columns.TEXT: tokenizer.batch_decode(
             [passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True
         ),
-        columns.VECTOR: vectors_NKD[:, -1],
-        columns.PRECEDING: vectors_NKD[:, :-1].reshape(len(rows), -1),
+        columns.VECTOR: np.stack([vectors_KD[-1] for vectors_KD in kept]),
+        columns.PRECEDING: before if chunk[0].kept else np.stack(before),
         columns.LAYER: [layer] * len(rows),
         columns.DOC_ID: [passage.doc_id for passage, _ in rows],
     }
 
 
 def _pool(config: ExtractConfig) -> PoolSpec | None:
-    return PoolSpec(config.pool, config.pool_window) if config.pool != "last" else None
+    if config.pool == "last":
+        return None
+    within = None if config.pool_within == "passage" else config.pool_within
+    return PoolSpec(config.pool, config.pool_window, config.pool_least, within)
 
 
 def _schema(config: ExtractConfig, shape: ModelShape) -> Any:
-    return columns.schema("base", shape.hidden_size, PoolSpec.positions_of(_pool(config)))
+    positions = None if config.pool_least is not None else PoolSpec.positions_of(_pool(config))
+    return columns.schema("base", shape.hidden_size, positions)
 
 
 def _part(config: ExtractConfig, share: int) -> Path:

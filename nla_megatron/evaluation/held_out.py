@@ -132,8 +132,11 @@ def _reader(config: EvalConfig, task: NlaTask, world: World) -> RowRunner:
 def _verbalised(
     task: NlaTask, engine: Engine, reader: RowRunner, targets: list[int], sources: list[int], seed: int
 ) -> Condition:
-    """Texts written for the activations of `sources`, scored against those of `targets`."""
-    batch = engine.generate(task.requests(sources, seed, 0), task.table.inputs, 1)
+    """Texts written for the activations of `sources`, scored against those of `targets`.
+
+    A source brings all of its activations, in a prompt with a marker for each, however many the target has.
+    """
+    batch = engine.generate(task.requests(sources, seed, 0), task.inputs, 1)
     texts = explanations_of(batch.rollouts)
     mse_N, _ = task.score(reader, targets, texts)
     return Condition(mse_N, tuple(texts), batch.injections)

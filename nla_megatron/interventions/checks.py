@@ -92,8 +92,9 @@ def check_positions(
         name: of the request, for messages.
 
     Raises:
-        InjectionError: no position, or one given twice or not asked for, not one for each of several vectors, a
-            position outside the prompt, a token that is not the marker, or another neighbour than the marker's.
+        InjectionError: no position, or one given twice or not asked for, not one for each of several vectors (more or
+            fewer than a row may bring), a position outside the prompt, a token that is not the marker, or another
+            neighbour than the marker's.
     """
     request = f"request {name}" if name != "" else "a request"
     if bool(positions) != (intervention.where == "positions") or len(set(positions)) != len(positions):
@@ -101,9 +102,9 @@ def check_positions(
             f"{request} names positions {list(positions)} for an intervention at {intervention.where!r}",
             "different positions where it is at 'positions', none elsewhere", _DATA,
         )  # fmt: skip
-    if intervention.vectors not in (1, len(positions)):
+    if intervention.vectors > 1 and not intervention.takes(len(positions)):
         raise InjectionError(
-            f"{request} names positions {list(positions)} for {intervention.vectors} vectors",
+            f"{request} names positions {list(positions)} for {intervention.counts} vectors",
             "a position for each vector", _DATA,
         )  # fmt: skip
     for position in positions:
@@ -114,6 +115,23 @@ def check_positions(
             )  # fmt: skip
         if marker is not None:
             _check_marker(prompt_ids, position, marker, request)
+
+
+def check_brought(intervention: Intervention, positions: int, brought: int, name: object) -> None:
+    """Where rows may bring different numbers of vectors, each of a row's has a position.
+
+    Args:
+        positions, brought: how many positions a request or row names, and how many vectors it brings (`filled`).
+        name: of the request or row, for messages.
+
+    Raises:
+        InjectionError: another number of the one than of the other, or than the intervention takes.
+    """
+    if intervention.fewest is not None and not (intervention.takes(positions) and positions == brought):
+        raise InjectionError(
+            f"{positions} positions of {name}, which brings {brought} activations",
+            f"a position for each of {intervention.counts} activations", _DATA,
+        )  # fmt: skip
 
 
 def _check_marker(prompt_ids: Sequence[int], position: int, marker: Marker, request: str) -> None:

@@ -67,10 +67,11 @@ def mark(
     Args:
         slot_T: (T,) int32 or int64, changed in place; the caller fills it with `UNTOUCHED` before each batch.
         slot: the request's row in the tables.
-        vectors: how many rows a request has there, one for each position: those from `slot * vectors` on.
+        vectors: how many rows a request has there, one for each position: those from `slot * vectors` on, or where it
+            has fewer positions, the last of them.
     """
     if vectors > 1:
-        each = enumerate(positions, slot * vectors)
+        each = enumerate(positions, (slot + 1) * vectors - len(positions))
         return sum(mark(slot_T, where, row, at, span, (position,)) for row, position in each)
     count = 0
     for indices in touched(where, span, positions):
@@ -85,6 +86,26 @@ def taken(vectors: Rows, count: int) -> Rows:
     One is the row's own, the last: (N, E). Of several it takes all: (N, count, E).
     """
     return vectors[:, -1] if count == 1 and vectors.ndim == 3 else vectors
+
+
+def filled(vectors_NKD: np.ndarray, positions: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that bring different numbers of vectors, without the NaN that stands for those they lack.
+
+    What no position names may hold anything finite: here the row's own vector, the last.
+
+    Args:
+        vectors_NKD: the own one last; of a row that brings fewer than K, the first ones are NaN throughout.
+        positions: how many each row names. So many of its last vectors count as brought, NaN or not.
+
+    Returns:
+        (N, K, D), a copy only where something was missing, and how many each row brings (N,), at least 1.
+    """
+    count = vectors_NKD.shape[1]
+    lacking_NK = np.logical_and.accumulate(np.isnan(vectors_NKD).all(axis=-1), axis=1)
+    lacking_NK &= np.arange(count) < count - np.maximum(np.asarray(positions, dtype=np.int64), 1)[:, None]
+    if not lacking_NK.any():
+        return vectors_NKD, np.full(len(vectors_NKD), count)
+    return np.where(lacking_NK[..., None], vectors_NKD[:, -1:], vectors_NKD), count - lacking_NK.sum(axis=1)
 
 
 def row_slots(

@@ -50,6 +50,7 @@ class Intervention:
         projection_layers: of `project`; 1 is linear.
         vectors: how many a row brings: 1 is its own at every position; of several, the i-th enters at the i-th
             position, and its own is the last.
+        fewest: of several, a row may bring fewer, at least so many, and has as many positions; None is `vectors`.
         sae: path that `sae_files.load_sae` reads, for the SAE modes.
         features: the SAE's features that `features` and `clamp` set; `global` scales all and names none.
         max_acts: largest activation of each feature named; empty is 1 for each.
@@ -71,6 +72,7 @@ class Intervention:
     vector_width: int | None = None
     projection_layers: int = 1
     vectors: int = 1
+    fewest: int | None = None
     sae: str | None = None
     features: tuple[int, ...] = ()
     max_acts: tuple[float, ...] = ()
@@ -102,6 +104,10 @@ class Intervention:
                 f"vectors={self.vectors} of {self.mode} at {self.where!r}",
                 "1, or several where vectors enter at positions", "set vectors",
             )  # fmt: skip
+        if self.fewest is not None and not 1 <= self.fewest < self.vectors:
+            raise ConfigError(
+                f"fewest={self.fewest} of vectors={self.vectors}", "1 or more, below vectors", "set fewest, or leave it"
+            )
 
     def _check_projection(self) -> None:
         if self.mode != "project" and (self.vector_width is not None or self.projection_layers != 1):
@@ -142,6 +148,15 @@ class Intervention:
         """Each request brings a vector; otherwise it brings strengths only."""
         return self.mode not in SAE_MODES
 
+    def takes(self, vectors: int) -> bool:
+        """Whether a row may bring so many vectors."""
+        return (self.vectors if self.fewest is None else self.fewest) <= vectors <= self.vectors
+
+    @property
+    def counts(self) -> str:
+        """How many vectors a row brings, for messages."""
+        return f"{self.vectors}" if self.fewest is None else f"{self.fewest} to {self.vectors}"
+
     @property
     def num_strengths(self) -> int:
         """F: how many strengths a request has: one per feature named, else one."""
@@ -178,11 +193,18 @@ class Intervention:
 
     @classmethod
     def recorded(
-        cls, method: str, layer: int, scale: float, vectors: int = 1, then: str = "norm_add", layers: int = 1
+        cls,
+        method: str,
+        layer: int,
+        scale: float,
+        vectors: int = 1,
+        then: str = "norm_add",
+        layers: int = 1,
+        fewest: int | None = None,
     ) -> Intervention:
         """The one that a sidecar or a configuration describes; `then` and `layers` are of a projection."""
         place = EMBEDDING if layer == TOKEN_EMBEDDING else layer
-        return cls(place, method, strength=scale, vectors=vectors, then=then, projection_layers=layers)
+        return cls(place, method, strength=scale, vectors=vectors, fewest=fewest, then=then, projection_layers=layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for another process."""

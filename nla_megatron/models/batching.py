@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nla_megatron.errors import ColumnError, InjectionError
 from nla_megatron.interventions.maths import check_vectors
+from nla_megatron.interventions.placement import filled
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Injection, Microbatch, Steering, Strengths
 
@@ -24,10 +25,10 @@ class Batch:
     """The rows of one global batch, the same on every rank; vectors are read only where a microbatch needs them.
 
     `ids`: token ids per row. `fields`: what the loss needs, each (N,) or (N, T) with T the longest row.
-    `vectors(rows)`: activations (len(rows), D) of batch rows, or (len(rows), K, D) where rows bring several: what
-    interventions take where `positions` or `prompt_lengths` are given, targets where they are not. `positions`: of each
-    row, one or several indices in its prompt; `only`, `strengths`, `training_step` and `steering` as in
-    `types.Injection`; an AR's dropout is drawn by the step too.
+    `vectors(rows)`: activations (len(rows), D) of batch rows, or (len(rows), K, D) where rows bring several, NaN in front
+    where one brings fewer: what interventions take where `positions` or `prompt_lengths` are given, targets where they
+    are not. `positions`: of each row, one or several indices in its prompt; `only`, `strengths`, `training_step` and
+    `steering` as in `types.Injection`; an AR's dropout is drawn by the step too.
     """
 
     ids: Sequence[Sequence[int]]
@@ -47,7 +48,13 @@ class Batch:
     def longest(self) -> int:
         return max(len(row) for row in self.ids)
 
-    def injection(self, rows: Sequence[int], vectors: Tensor | None) -> Injection | None:
+    def places(self, row: int) -> tuple[int, ...]:
+        """The positions of a row."""
+        return () if self.positions is None else _several(self.positions[row])
+
+    def injection(
+        self, rows: Sequence[int], vectors: Tensor | None, brought: tuple[int, ...] | None = None
+    ) -> Injection | None:
         """What the interventions of these rows need; None where the batch has none."""
         if self.positions is None and self.prompt_lengths is None:
             return None
@@ -55,17 +62,17 @@ class Batch:
         def picked(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
             return None if values is None else tuple(values[row] for row in rows)
 
-        places = picked(self.positions)
         return Injection(
             vectors=vectors,
             lengths=tuple(len(self.ids[row]) for row in rows),
             prompt_lengths=picked(self.prompt_lengths),
-            positions=None if places is None else tuple(_several(each) for each in places),
+            positions=None if self.positions is None else tuple(self.places(row) for row in rows),
             only=picked(self.only),
             strengths=picked(self.strengths),
             training_step=self.training_step,
             steering=self.steering,
             rows=tuple(rows),
+            brought=brought,
         )
 
     def check(self) -> None:
@@ -83,8 +90,8 @@ class Batch:
                 raise InjectionError(
                     f"a prompt of {prompt} tokens in row {row}, which has {length}", f"1 to {length}", _ROWS
                 )
-        for row, (positions, prompt) in enumerate(zip(self.positions or [()] * len(self), prompts, strict=True)):
-            places = _several(positions)
+        for row, prompt in enumerate(prompts):
+            places = self.places(row)
             if len(set(places)) < len(places) or not all(0 <= place < prompt for place in places):
                 raise InjectionError(
                     f"positions {list(places)} in row {row}, whose prompt has {prompt} tokens",
@@ -135,14 +142,14 @@ def _microbatch(batch: Batch, rows: list[int], world: World) -> Microbatch:
     for index, row in enumerate(real):
         ids_BT[index, : len(batch.ids[row])] = torch.as_tensor(batch.ids[row])
     device = world.device
-    vectors = _vectors(batch, real, device)
+    vectors, brought = _vectors(batch, real, device)
     return Microbatch(
         ids=ids_BT.to(device),
         lengths=torch.tensor([len(batch.ids[row]) for row in real], device=device),
         weights=torch.tensor([float(row >= 0) for row in rows], device=device),
         rows=torch.tensor(real, device=device),
         vectors=vectors,
-        injection=batch.injection(real, vectors),
+        injection=batch.injection(real, vectors, brought),
         fields={name: _fitted(values[real], width).to(device) for name, values in batch.fields.items()},
         training_step=batch.training_step,
     )
@@ -153,15 +160,20 @@ def _fitted(values: Tensor, width: int) -> Tensor:
     return F.pad(values, (0, width - values.shape[1])) if values.dim() == 2 else values
 
 
-def _vectors(batch: Batch, rows: list[int], device: torch.device) -> Tensor | None:
+def _vectors(batch: Batch, rows: list[int], device: torch.device) -> tuple[Tensor | None, tuple[int, ...] | None]:
+    """Of these rows, and how many each brings, where they bring several."""
     if batch.vectors is None:
-        return None
-    vectors_BD = torch.from_numpy(np.ascontiguousarray(batch.vectors(rows)))
+        return None, None
+    raw, brought = batch.vectors(rows), None
+    if raw.ndim == 3:
+        raw, counts = filled(raw, [len(batch.places(row)) for row in rows])
+        brought = tuple(counts.tolist())
+    vectors_BD = torch.from_numpy(np.ascontiguousarray(raw))
     if bad := check_vectors(vectors_BD):
         raise ColumnError(
             f"{bad} activations that are zero or not finite", "finite activations", "extract the table again"
         )
-    return vectors_BD.to(device)
+    return vectors_BD.to(device), brought
 
 
 def next_token_targets(ids_BT: Tensor) -> Tensor:

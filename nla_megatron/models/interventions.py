@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nla_megatron.errors import InjectionError, WidthError
-from nla_megatron.interventions.checks import check_layers
+from nla_megatron.interventions.checks import check_brought, check_layers
 from nla_megatron.interventions.maths import Formula, Slots, apply_whole_indexed
 from nla_megatron.interventions.placement import UNTOUCHED, row_slots, taken
 from nla_megatron.interventions.projection import Drop, Projection
@@ -147,15 +147,24 @@ class Sites:
 
     def _check_several(self, number: int, injection: Injection, need: str) -> None:
         """Rows that take the intervention bring as many vectors, and a position for each."""
-        count = self.interventions[number].vectors
+        intervention = self.interventions[number]
         shape = None if injection.vectors is None else injection.vectors.shape
         takes = [only is None or number in only for only in injection.only or (None,) * len(injection.lengths)]
-        found = {len(each) for each, taken_here in zip(injection.positions or (), takes, strict=True) if taken_here}
-        if found and (shape is None or shape[1:-1] != (count,)):
-            raise WidthError(f"vectors of shape {shape and tuple(shape)} for {need}", f"{count} for each row", _DATA)
-        if found - {count}:
-            wrong = min(found - {count})
-            raise InjectionError(f"{wrong} positions of a row for {need}", f"one for each of {count} vectors", _DATA)
+        found = [
+            (row, len(each), brought)
+            for row, each, brought, taken_here in zip(
+                injection.rows, injection.positions or (), injection.brought or (0,) * len(takes), takes, strict=True
+            )
+            if taken_here
+        ]
+        if found and (shape is None or shape[1:-1] != (intervention.vectors,)):
+            wanted = f"{intervention.vectors} for each row"
+            raise WidthError(f"vectors of shape {shape and tuple(shape)} for {need}", wanted, _DATA)
+        for row, places, brought in found:
+            check_brought(intervention, places, brought, f"row {row} of a batch")
+            if not intervention.takes(places):
+                wanted = f"one for each of {intervention.counts} vectors"
+                raise InjectionError(f"{places} positions of a row for {need}", wanted, _DATA)
 
     def _check_steering(self, number: int, steering: Steering | None, need: str) -> None:
         if steering is None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError
-from nla_megatron.interventions.checks import Marker, check_positions, check_vectors
-from nla_megatron.interventions.placement import taken
+from nla_megatron.interventions.checks import Marker, check_brought, check_positions, check_vectors
+from nla_megatron.interventions.placement import filled, taken
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import Asked, salt_of
 from nla_megatron.types import Rollout
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
-"""Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last; asked
-only for this replica's share."""
+"""Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last and NaN
+in front where it brings fewer; asked only for this replica's share."""
 
 Project = Callable[[int, np.ndarray], np.ndarray]
 """For the mode `project`: an intervention's number and vectors (N, E) to (N, D), as the trainer has it at that moment;
@@ -145,6 +145,7 @@ class Terms:
 
         Raises:
             WidthError, ColumnError: vectors of another width, not finite, or of no direction.
+            InjectionError: a request that brings more or fewer vectors than it names positions.
         """
         by_site = self._vectors(requests, vectors, project)
         asked = {}
@@ -167,6 +168,8 @@ class Terms:
             return [None] * len(self.interventions)
         raw = np.ascontiguousarray(vectors([request.row for request in requests]), dtype=np.float32)
         names = [request.name for request in requests]
+        if raw.ndim == 3:
+            raw = self._filled(requests, raw)
         brought: list[np.ndarray | None] = []
         for number, intervention in enumerate(self.interventions):
             if not intervention.takes_vectors:
@@ -183,6 +186,15 @@ class Terms:
                 own = np.ascontiguousarray(projected_ND, dtype=np.float32).reshape(*own.shape[:-1], -1)
             brought.append(own)
         return brought
+
+    def _filled(self, requests: Sequence[PromptRequest], raw_NKD: np.ndarray) -> np.ndarray:
+        """The same with something in the place of what rows lack, which each of them has a position less for."""
+        whole_NKD, counts = filled(raw_NKD, [len(request.positions) for request in requests])
+        for request, count in zip(requests, counts.tolist(), strict=True):
+            for number, intervention in enumerate(self.interventions):
+                if request.only is None or number in request.only:
+                    check_brought(intervention, len(request.positions), count, request.name)
+        return whole_NKD
 
     def _strengths(self, request: PromptRequest, training_step: int) -> tuple[tuple[float, ...] | None, ...]:
         """For each intervention, None where the request does not take it."""

@@ -40,13 +40,19 @@ class Curriculum:
 
     @classmethod
     def of(
-        cls, injection: InjectionSpec, config: CurriculumConfig, num_layers: int | None = None, vectors: int = 1
+        cls,
+        injection: InjectionSpec,
+        config: CurriculumConfig,
+        num_layers: int | None = None,
+        vectors: int = 1,
+        fewest: int | None = None,
     ) -> Curriculum:
         """Those of the record first, then one for each further block of the curriculum.
 
         Args:
             num_layers: the AV's blocks; None checks none.
             vectors: how many activations a row of the table keeps.
+            fewest: where a row may keep fewer, at least so many.
 
         Raises:
             ConfigError: a block of the curriculum that the model lacks, any block where the injection projects, or a
@@ -68,7 +74,7 @@ class Curriculum:
         further = [block for block in dict.fromkeys(config.layers) if block not in injection.blocks]
         learned = injection.projection or ProjectionSpec()
         interventions = tuple(
-            Intervention.recorded(injection.method, block, scale, vectors, learned.then, learned.layers)
+            Intervention.recorded(injection.method, block, scale, vectors, learned.then, learned.layers, fewest)
             for block in (*injection.blocks, *further)
         )
         if config.start == 0 and any(each.formula == "replace" for each in interventions):

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from nla_megatron.contract.prompts import PromptContract, extract_explanation
 from nla_megatron.contract.sidecar import (
     DatasetSidecar,
     ModelSidecar,
+    PoolSpec,
     check_dataset,
     prompt_contract,
     read_dataset_sidecar,
@@ -39,7 +41,7 @@ from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.pipeline import Collect
 from nla_megatron.rollout.engine import PromptRequest
 from nla_megatron.tasks.curriculum import Curriculum
-from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_table, differing, scale_name
+from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_markers, check_table, differing, scale_name
 from nla_megatron.types import Microbatch, Rollout
 
 if TYPE_CHECKING:
@@ -67,6 +69,14 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(directory))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of an AV's prompt, and where in it the row's activation enters, or each of its activations in order."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,11 +119,15 @@ class NlaTask:
         )
         spec = sidecar.injection
         check_table(table, sidecar)
+        if table.varies and stage != "ar_sft":
+            check_markers(table)
         # An AR has the blocks that it reads and no others.
         depth = None if is_reconstructor(model) else shape.num_layers
         if depth is not None:
             check_blocks(sidecar, spec, data, model, depth)
-        steps = Curriculum.of(spec, curriculum or CurriculumConfig(), depth, table.positions)
+        vectors, bounds = PoolSpec.positions_of(sidecar.pool), PoolSpec.bounds_of(sidecar.pool)
+        fewest = None if bounds is None else bounds[0]
+        steps = Curriculum.of(spec, curriculum or CurriculumConfig(), depth, vectors, fewest)
         check_projections(model, steps.interventions, shape.hidden_size)
         return cls(
             table=table,
@@ -167,14 +181,26 @@ class NlaTask:
         return Marker(self.contract.marker_id, self.contract.left_id, self.contract.right_id)
 
     @cached_property
-    def _prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        ids = self.contract.av_prompt_ids(self.tokenizer)
-        return tuple(ids), self.contract.marker_positions(ids)
+    def _prompts(self) -> dict[int, Prompt]:
+        """By how many activations a row keeps."""
+        return {}
+
+    def prompt(self, activations: int) -> Prompt:
+        """The AV's prompt: the same tokens for every row that keeps as many activations, others in each."""
+        if activations not in self._prompts:
+            ids = self.contract.av_prompt_ids(self.tokenizer, activations=activations)
+            positions = self.contract.marker_positions(ids, activations=activations)
+            self._prompts[activations] = Prompt(tuple(ids), positions)
+        return self._prompts[activations]
+
+    def prompt_of(self, row: int) -> Prompt:
+        """A row's."""
+        return self.prompt(int(self.table.activations[row]))
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The AV's prompt: the same tokens for every row, another activation in each."""
-        return self._prompt[0]
+        """Of a row with the most activations of the table; where all keep as many, every row's."""
+        return self.prompt(self.table.positions).ids
 
     @property
     def mse_scale(self) -> float | str | None:
@@ -184,25 +210,29 @@ class NlaTask:
     @property
     def marker_position(self) -> int:
         """The first of `marker_positions`."""
-        return self._prompt[1][0]
+        return self.marker_positions[0]
 
     @property
     def marker_positions(self) -> tuple[int, ...]:
-        """Where the vector enters the prompt, or each of a row's vectors in order."""
-        return self._prompt[1]
+        """Where the vector enters `prompt_ids`, or each of a row's vectors in order."""
+        return self.prompt(self.table.positions).positions
+
+    def inputs(self, rows: Sequence[int]) -> np.ndarray:
+        """What the AV reads of each row, as `Table.inputs`: (N, D), or where rows keep several activations (N, K, D)."""
+        return self.table.inputs(rows, PoolSpec.positions_of(self.sidecar.pool))
 
     def requests(
         self, rows: Sequence[int], seed: int, step: int, training_step: int | None = None
     ) -> list[PromptRequest]:
         """One prompt per row; sampling seeds depend on (seed, step, row) alone, on no layout."""
-        first, *more = self.marker_positions
         condition = self.curriculum.at(training_step)
+        prompts = [self.prompt_of(row) for row in rows]
         return [
             PromptRequest(
-                group, row, self.prompt_ids, first, _sampling_seed(seed, step, row), tuple(more),
+                group, row, prompt.ids, prompt.positions[0], _sampling_seed(seed, step, row), prompt.positions[1:],
                 only=condition.only, strengths=condition.strengths,
             )
-            for group, row in enumerate(rows)
+            for group, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         ]  # fmt: skip
 
     def response_batch(
@@ -215,18 +245,19 @@ class NlaTask:
     ) -> Batch:
         """AV sequences (prompt + response) with their activations; `fields` are added to the mask and targets."""
         condition = self.curriculum.at(training_step)
-        ids = [[*self.prompt_ids, *response] for response in responses]
-        lengths = [len(row) for row in ids]
-        mask = response_mask([len(self.prompt_ids)] * len(ids), lengths, max(lengths))
+        prompts = [self.prompt_of(row) for row in rows]
+        ids = [[*prompt.ids, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        prompt_lengths, lengths = [len(prompt.ids) for prompt in prompts], [len(row) for row in ids]
+        mask = response_mask(prompt_lengths, lengths, max(lengths))
         return Batch(
             ids=ids,
             fields={"mask": mask, **fields},
-            positions=[self.marker_positions] * len(ids),
+            positions=[prompt.positions for prompt in prompts],
             only=None if condition.only is None else [condition.only] * len(ids),
             strengths=None if condition.strengths is None else [condition.strengths] * len(ids),
-            prompt_lengths=[len(self.prompt_ids)] * len(ids),
+            prompt_lengths=prompt_lengths,
             training_step=training_step or 0,
-            vectors=lambda chosen: self.table.inputs([rows[index] for index in chosen]),
+            vectors=lambda chosen: self.inputs([rows[index] for index in chosen]),
         )
 
     def text_batch(self, rows: Sequence[int], explanations: Sequence[str]) -> Batch:

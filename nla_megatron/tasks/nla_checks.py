@@ -6,9 +6,12 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
+
+from nla_megatron.contract.markers import INJECT
 from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar, PoolSpec
 from nla_megatron.contract.tables import Table
-from nla_megatron.errors import SidecarError, WidthError
+from nla_megatron.errors import MarkerError, SidecarError, WidthError
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING
 
 MSE_SCALE = "sqrt_d_model"
@@ -28,17 +31,38 @@ def check_table(table: Table, sidecar: DatasetSidecar) -> None:
             f"{sidecar.row_count}, as its sidecar says",
             "put table and sidecar of the same build together",
         )
-    check_stack(table, PoolSpec.positions_of(sidecar.pool))
+    check_stack(table, sidecar.pool)
 
 
-def check_stack(table: Table, positions: int) -> None:
-    """Raises SidecarError where rows keep another number of activations than the sidecar's `positions`."""
-    if table.positions != positions:
-        raise SidecarError(
-            f"{table.positions} activations in each row of {table.path}",
-            f"{positions}, as its sidecar says",
-            "put table and sidecar of the same build together",
-        )
+def check_stack(table: Table, pool: PoolSpec | None) -> None:
+    """Raises SidecarError where rows keep other numbers of activations than the sidecar's `pool` says."""
+    bounds, remedy = PoolSpec.bounds_of(pool), "put table and sidecar of the same build together"
+    if bounds is None:
+        wanted = PoolSpec.positions_of(pool)
+        if table.varies or table.positions != wanted:
+            number = "any number of" if table.varies else table.positions
+            found = f"{number} activations in each row of {table.path}"
+            raise SidecarError(found, f"{wanted}, as its sidecar says", remedy)
+        return
+    if not table.varies:
+        found = f"{table.positions} activations in each row of {table.path}"
+        raise SidecarError(found, f"lists of {bounds[0]} to {bounds[1]}, as its sidecar says", remedy)
+    outside = np.flatnonzero((table.activations < bounds[0]) | (table.activations > bounds[1]))
+    if outside.size:
+        found = f"{table.activations[outside[0]]} activations in row {outside[0]} of {table.path}"
+        raise SidecarError(found, f"{bounds[0]} to {bounds[1]}, as its sidecar says", remedy)
+
+
+def check_markers(table: Table) -> None:
+    """Raises MarkerError where a stored prompt has not one marker for each of its row's activations."""
+    markers = table.markers()
+    wrong = np.flatnonzero(markers != table.activations)
+    if wrong.size:
+        row = wrong[0]
+        raise MarkerError(
+            f"{markers[row]} times {INJECT} in the prompt of row {row} of {table.path}, which keeps "
+            f"{table.activations[row]} activations", "once for each", "build the table again",
+        )  # fmt: skip
 
 
 def check_blocks(sidecar: DatasetSidecar, injection: InjectionSpec, data: str, model: str, num_layers: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nla_megatron.config.run_directory import check_run_directory, mark_done
@@ -76,11 +77,18 @@ def check(config: SftConfig, world_size: int) -> None:
 def _longest(part: Part, task: NlaTask) -> int:
     """Tokens of the longest row that a part learns from, as `longest_row` finds it."""
     if part.role == "av":
-        texts = task.gold_responses
-        response = longest_row(len(texts), texts.__getitem__, lambda row: len(task.gold_response_ids(row)))[1]
-        return len(task.prompt_ids) + response
+        # Rows with as many activations have prompts of as many tokens.
+        counts = task.table.activations
+        return max(_longest_of(task, np.flatnonzero(counts == count).tolist()) for count in np.unique(counts))
     texts = task.gold_prompts
     return longest_row(len(texts), texts.__getitem__, lambda row: task.gold_text_batch([row]).longest)[1]
+
+
+def _longest_of(task: NlaTask, rows: list[int]) -> int:
+    """Tokens of the longest of rows that have the same prompt."""
+    texts = task.gold_responses
+    found = longest_row(len(rows), lambda at: texts[rows[at]], lambda at: len(task.gold_response_ids(rows[at])))
+    return len(task.prompt_of(rows[0]).ids) + found[1]
 
 
 def spec_of(config: ArConfig) -> ReconstructorSpec:

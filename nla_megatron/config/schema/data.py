@@ -39,6 +39,12 @@ class ExtractConfig(StageConfig):
     """last: the activation of a sampled position. mean: the mean of the last `pool_window` positions' up to it. stack:
     its own, and beside it those of the `pool_window` - 1 positions before it, which the AV reads too."""
     pool_window: int = 1
+    pool_least: int | None = None
+    """With pool=stack: a row keeps the activations of as many of the last `pool_window` positions as there are, and a
+    position with fewer than `pool_least` is not sampled. None: every row keeps `pool_window`."""
+    pool_within: str = "passage"
+    """Where there are positions to keep, with `pool_least`. passage: in the document, or its window. sentence: in the
+    position's own sentence."""
     documents_start: int = 0
     documents_length: int | None = None
     batch_size: int = 8
@@ -57,10 +63,26 @@ class ExtractConfig(StageConfig):
             raise ConfigError(f"pool_window={self.pool_window} with pool=last", "pool=mean or pool=stack", "set pool=")
         if self.pool == "stack" and self.pool_window < 2:
             raise ConfigError(f"pool_window={self.pool_window} with pool=stack", "at least 2", "set pool_window=")
-        if self.pool_window > self.min_position + 1:
+        self._check_least()
+        if self.pool_least is None and self.pool_window > self.min_position + 1:
+            remedy = "raise min_position=" + (", or set pool_least=" if self.pool == "stack" else "")
             raise ConfigError(
                 f"pool_window={self.pool_window} with min_position={self.min_position}",
-                f"at most {self.min_position + 1}, so that every window is full", "raise min_position=",
+                f"at most {self.min_position + 1}, so that every window is full", remedy,
+            )  # fmt: skip
+
+    def _check_least(self) -> None:
+        one_of("pool_within", self.pool_within, ("passage", "sentence"))
+        if self.pool_least is None:
+            if self.pool_within != "passage":
+                raise ConfigError(
+                    f"pool_within={self.pool_within} without pool_least", "the fewest activations that a row may keep",
+                    "set pool_least=1, or more",
+                )  # fmt: skip
+        elif self.pool != "stack" or not 1 <= self.pool_least < self.pool_window:
+            raise ConfigError(
+                f"pool_least={self.pool_least} with pool={self.pool} and pool_window={self.pool_window}",
+                "pool=stack, and 1 or more, below pool_window", "set pool_least, or leave it out",
             )  # fmt: skip
 
 

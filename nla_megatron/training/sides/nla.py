@@ -49,7 +49,7 @@ class NlaSide:
         if config.held_out is not None:
             self.held_out = NlaTask.open(config.held_out, "rl", config.av, config.curriculum)
         self.ar_loss = make_reconstruction_loss(config.ar_loss)
-        self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.table.inputs
+        self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.inputs
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype)
         ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
@@ -81,9 +81,12 @@ class NlaSide:
             raise ConfigError(
                 f"eval_every={config.eval_every} without held_out", "a table of held-out rows", "add held_out="
             )
+        tasks = [task]
         if config.held_out is not None:
-            NlaTask.open(config.held_out, "rl", config.av).check_model(config.av, "av")
-        return Prompts(task.table.n_rows, len(task.prompt_ids), ("mse", "d_model"))
+            tasks.append(NlaTask.open(config.held_out, "rl", config.av))
+            tasks[1].check_model(config.av, "av")
+        longest = max(len(each.prompt_ids) for each in tasks)
+        return Prompts(task.table.n_rows, longest, ("mse", "d_model"))
 
     @staticmethod
     def alone(config: RlConfig) -> Callable[[RlConfig, World], None] | None:
@@ -140,7 +143,7 @@ class NlaSide:
             return {}
         rows = list(range(min(self.config.eval_rows, self.held_out.table.n_rows)))
         requests = self.held_out.requests(rows, self.config.seed, step)
-        rollouts = engine.generate(requests, self.held_out.table.inputs, 1, step)
+        rollouts = engine.generate(requests, self.held_out.inputs, 1, step)
         mse_N, _ = self.held_out.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
         targets_ND = torch.from_numpy(self.held_out.table.vectors(rows))
         return {"eval_fve": geometry.fve(mse_N, targets_ND, self.held_out.mse_scale)}

@@ -92,7 +92,7 @@ def test_a_schema_of_several_positions_gives_their_number(stage: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [pa.list_(pa.float32(), 6), pa.list_(pa.float32(), 0), pa.list_(pa.float64(), 8), pa.list_(pa.float32())],
+    [pa.list_(pa.float32(), 6), pa.list_(pa.float32(), 0), pa.list_(pa.float64(), 8), pa.list_(pa.float64())],
     ids=str,
 )
 def test_preceding_vectors_that_are_not_whole_vectors_are_named(wrong: pa.DataType) -> None:

@@ -48,10 +48,11 @@ def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
     assert min(spec.blocks) >= 0, f"{directory} injects at the embedding, which this example does not"
     contract.check(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    prompt = contract.av_prompt_ids(tokenizer)
+    prompt = contract.av_prompt_ids(tokenizer, activations=len(vectors_KD))
+    positions = contract.marker_positions(prompt, activations=len(vectors_KD))
     for number, block in enumerate(spec.blocks):
         vectors = projected(directory, spec, number, vectors_KD)
-        hook = injecting_hook(spec, vectors, contract.marker_positions(prompt))
+        hook = injecting_hook(spec, vectors, positions)
         model.model.layers[block].register_forward_hook(hook)
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -134,6 +135,8 @@ def main() -> None:
 
     table = Table.open(chosen.table or chosen.run / "build" / "held_out.parquet", "rl")
     vectors_KD = torch.from_numpy(table.inputs([chosen.row])).reshape(-1, table.d_model)
+    # Where rows keep different numbers of activations, NaN stands for those that this one has not.
+    vectors_KD = vectors_KD[-int(table.activations[chosen.row]) :]
     vector_D = vectors_KD[-1]
     response = write(chosen.av or chosen.run / "rl" / "av", vectors_KD, chosen.max_new_tokens)
     explanation, gold = extract_explanation(response), table.column(columns.EXPLANATION)[chosen.row]

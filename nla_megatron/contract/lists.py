@@ -62,7 +62,7 @@ class Lists:
         return values
 
     def before(self, own_ND: np.ndarray, rows: Sequence[int] | np.ndarray, positions: int) -> np.ndarray:
-        """The vectors of rows with `own_ND` behind them, and NaN in front of those that hold fewer: (N, positions, D)."""
+        """The vectors of rows, `own_ND` behind them, and NaN in front where there are fewer: (N, positions, D)."""
         out_NKD = np.full((len(own_ND), positions, self.d_model), np.nan, dtype=np.float32)
         out_NKD[:, -1] = own_ND
         for row, out_KD in zip(rows, out_NKD, strict=True):

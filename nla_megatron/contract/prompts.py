@@ -123,9 +123,8 @@ class PromptContract:
             raise ConfigError(f"bos_policy {bos_policy!r}", "none or tokenizer", "set one of the two")
         longest = av_template if repeats is None else repeated(av_template, repeats[1])
         marker = choose_marker(tokenizer, longest) if marker is None else marker
-        left_id, right_id = marker_neighbours(tokenizer, longest, marker, positions if repeats is None else repeats[1])
-        if repeats is not None:
-            _check_repeated(tokenizer, av_template, marker, repeats, (left_id, right_id))
+        # What stands before the first of a shorter prompt's markers, and behind its last, is what does so here.
+        left_id, right_id = marker_neighbours(tokenizer, longest, marker, longest.count(INJECT))
         policy = "none" if bos_policy == "none" else live_bos_policy(tokenizer)
         suffix_ids = stable_suffix(tokenizer, ar_template, policy)
         marker_id = encode(tokenizer, marker)[0]
@@ -264,28 +263,6 @@ class PromptContract:
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {name_of(tokenizer)!r} has no EOS token", "an EOS token", "set its eos_token")
         return [*encode(tokenizer, response), int(tokenizer.eos_token_id)]
-
-
-def _check_repeated(
-    tokenizer: PreTrainedTokenizerFast,
-    av_template: str,
-    marker: str,
-    repeats: tuple[int, int],
-    beside: tuple[int, int],
-) -> None:
-    """Raises MarkerError where a marker of a shorter prompt stands between other ids than in the longest.
-
-    Behind the third a further one adds nothing new beside any. Every prompt is looked through again when it is used.
-    """
-    least, most = repeats
-    for count in range(least, min(least + 3, most)):
-        found = marker_neighbours(tokenizer, repeated(av_template, count), marker, count)
-        if found != beside:
-            raise MarkerError(
-                f"marker {marker!r} stands between the ids {found} in a prompt for {count} activations",
-                f"{beside}, as in one for {most}",
-                "put the same text around <INJECT> in the AV template, ending in a sign on either side",
-            )
 
 
 def _check_ar_template(template: str) -> None:

@@ -25,10 +25,10 @@ class Batch:
     """The rows of one global batch, the same on every rank; vectors are read only where a microbatch needs them.
 
     `ids`: token ids per row. `fields`: what the loss needs, each (N,) or (N, T) with T the longest row.
-    `vectors(rows)`: activations (len(rows), D) of batch rows, or (len(rows), K, D) where rows bring several, NaN in front
-    where one brings fewer: what interventions take where `positions` or `prompt_lengths` are given, targets where they
-    are not. `positions`: of each row, one or several indices in its prompt; `only`, `strengths`, `training_step` and
-    `steering` as in `types.Injection`; an AR's dropout is drawn by the step too.
+    `vectors(rows)`: activations (len(rows), D) of batch rows, or (len(rows), K, D) where rows bring several, with NaN
+    in front where one brings fewer: what interventions take where `positions` or `prompt_lengths` are given, targets
+    where they are not. `positions`: of each row, one or several indices in its prompt; `only`, `strengths`,
+    `training_step` and `steering` as in `types.Injection`; an AR's dropout is drawn by the step too.
     """
 
     ids: Sequence[Sequence[int]]

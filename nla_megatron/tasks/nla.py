@@ -218,7 +218,7 @@ class NlaTask:
         return self.prompt(self.table.positions).positions
 
     def inputs(self, rows: Sequence[int]) -> np.ndarray:
-        """What the AV reads of each row, as `Table.inputs`: (N, D), or where rows keep several activations (N, K, D)."""
+        """What the AV reads of each row: (N, D), or where rows keep several activations (N, K, D) as `Table.inputs`."""
         return self.table.inputs(rows, PoolSpec.positions_of(self.sidecar.pool))
 
     def requests(

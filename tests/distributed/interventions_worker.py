@@ -50,6 +50,8 @@ PROMPTS, LENGTHS = (6, 10, 5, 7), (11, 15, 9, 12)
 POSITIONS = ((3,), (1, 6), (4,), (0, 2, 5))
 # Of rows that bring two vectors; with sequence parallelism those of the second row are on different ranks.
 PAIRS = ((3, 5), (1, 9), (0, 4), (6, 2))
+# Of rows that bring one to three.
+ANY = ((3,), (1, 9), (4, 0, 2), (6, 2))
 CHOSEN, MAX_ACTS = (3, 7), (1.5, 0.5)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=0, schedule="constant")
 STRENGTHS = (1.5, 0.5, 1.25, 2.0)  # 1 would change nothing
@@ -69,6 +71,8 @@ def interventions(sae: Path) -> tuple[Intervention, ...]:
         Intervention("embedding", "norm_add", "prompt", 0.5),
         Intervention(2, "norm_add", strength=1.5, vectors=2),
         Intervention(4, "replace", strength=2.0, vectors=2),
+        Intervention(2, "norm_add", strength=1.5, vectors=3, fewest=1),
+        Intervention(4, "replace", strength=2.0, vectors=3, fewest=1),
     )
 
 
@@ -81,8 +85,9 @@ PROJECTED = {"alone": ParallelConfig(), **{name: LAYOUTS[name] for name in ("tp2
 
 NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding")
 CASES: dict[str, tuple[int, ...]] = {name: (number,) for number, name in enumerate(NAMES)}
-CASES |= {"all": tuple(range(len(NAMES))), "none": (), "several vectors": (0, len(NAMES), len(NAMES) + 1)}
-FEWER = ("replace", "add", "project", "global", "all", "several vectors")
+SEVERAL, OTHERS = (len(NAMES), len(NAMES) + 1), (len(NAMES) + 2, len(NAMES) + 3)
+CASES |= {"all": tuple(range(len(NAMES))), "none": (), "several vectors": (0, *SEVERAL), "one to three": (0, *OTHERS)}
+FEWER = ("replace", "add", "project", "global", "all", "several vectors", "one to three")
 """Where chunks or shards are new and the modes are not."""
 
 
@@ -97,6 +102,10 @@ class Reference:
         self.vectors = rng.standard_normal((len(LENGTHS), shape.hidden_size)).astype(np.float32) * 5
         before = rng.standard_normal(self.vectors.shape).astype(np.float32) * 5
         self.pairs = np.stack([before, self.vectors], axis=1)
+        first = rng.standard_normal(self.vectors.shape).astype(np.float32) * 5
+        self.triples = np.stack([first, before, self.vectors], axis=1)
+        for row, places in enumerate(ANY):
+            self.triples[row, : 3 - len(places)] = np.nan
         self.w = torch.eye(shape.hidden_size).requires_grad_()
         self.b = torch.zeros(shape.hidden_size).requires_grad_()
 
@@ -105,13 +114,14 @@ class Reference:
         own = STRENGTHS[row]
 
         def marked(s: float) -> Callable[[int], float | None]:
-            places = POSITIONS if max(only, default=0) < len(NAMES) else PAIRS
+            places, _ = self.brought(only)
             return lambda t: s if t in places[row] else None
 
-        def pair(layer: int, formula: hooked.Formula, s: float) -> list[hooked.Change]:
+        def each_at_its_own(layer: int, formula: hooked.Formula, s: float) -> list[hooked.Change]:
+            places, vectors = self.brought(only)
             return [
                 hooked.Change(layer, formula, torch.from_numpy(each), lambda t, at=at: s if t == at else None)
-                for at, each in zip(PAIRS[row], self.pairs[row], strict=True)
+                for at, each in zip(places[row], vectors[row, -len(places[row]) :], strict=True)
             ]
 
         trained = 0.3 * (1.0 - 0.5 * (1 - math.cos(math.pi * STEP / 6)) / 2)
@@ -127,9 +137,15 @@ class Reference:
             hooked.Change("embedding", hooked.norm_add, v, lambda t: 0.5 if t < prompt else None),
         ]
         chosen = [change for number, change in enumerate(every) if number in only]
-        if len(NAMES) in only:
-            chosen += [*pair(2, hooked.norm_add, 1.5), *pair(4, hooked.replace, 2.0)]
+        if max(only, default=0) >= len(NAMES):
+            chosen += [*each_at_its_own(2, hooked.norm_add, 1.5), *each_at_its_own(4, hooked.replace, 2.0)]
         return chosen
+
+    def brought(self, only: Sequence[int]) -> tuple[Sequence[tuple[int, ...]], np.ndarray]:
+        """Positions and vectors of all rows."""
+        if SEVERAL[0] in only:
+            return PAIRS, self.pairs
+        return (ANY, self.triples) if OTHERS[0] in only else (POSITIONS, self.vectors)
 
     def run(self, only: Sequence[int]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Log-probs of each response, and the gradient of their mean loss by name."""
@@ -148,11 +164,10 @@ class Reference:
 
 def batch_of(reference: Reference, only: tuple[int, ...]) -> Batch:
     mask = response_mask(PROMPTS, LENGTHS, max(LENGTHS))
-    own = tuple(tuple((s,) if number == 6 else None for number in range(len(NAMES) + 2)) for s in STRENGTHS)
-    several = max(only, default=0) >= len(NAMES)
-    vectors = reference.pairs if several else reference.vectors
+    own = tuple(tuple((s,) if number == 6 else None for number in range(len(NAMES) + 4)) for s in STRENGTHS)
+    positions, vectors = reference.brought(only)
     return Batch(
-        ids=reference.ids, fields={"mask": mask}, positions=PAIRS if several else POSITIONS, prompt_lengths=PROMPTS,
+        ids=reference.ids, fields={"mask": mask}, positions=positions, prompt_lengths=PROMPTS,
         vectors=lambda rows: vectors[list(rows)], only=[only] * len(LENGTHS), strengths=own,
         training_step=STEP,
     )  # fmt: skip
@@ -299,6 +314,8 @@ def faults(directory: Path, scratch: Path, world: World, reference: Reference) -
 
     marked, everywhere = Intervention(4, "norm_add"), Intervention(0, "add", "generated")
     pair, pairs = Intervention(4, "norm_add", vectors=2), {"vectors": lambda rows: reference.pairs[list(rows)]}
+    others = Intervention(4, "norm_add", vectors=3, fewest=1)
+    triples = {"vectors": lambda rows: reference.triples[list(rows)]}
     return {
         "layer": named(lambda: build(Intervention(BLOCKS, "add"))),
         "sae": named(lambda: build(Intervention(0, "global", "all", sae=str(scratch / "narrow")))),
@@ -311,6 +328,10 @@ def faults(directory: Path, scratch: Path, world: World, reference: Reference) -
         "no_vectors": run(marked, vectors=None),
         "single_vectors": run(pair, positions=PAIRS),
         "fewer_positions": run(pair, positions=[*PAIRS[:3], (2,)], **pairs),
+        "more_brought": run(others, positions=[*ANY[:2], (4, 0), ANY[3]], **triples),
+        "more_positions": run(others, positions=[ANY[0], (1, 3, 9), *ANY[2:]], **triples),
+        "no_position": run(others, positions=[(), *ANY[1:]], **triples),
+        "fine_others": run(others, positions=ANY, **triples),
         "fine": run(marked),
         "fine_pairs": run(pair, positions=PAIRS, **pairs),
     }
@@ -352,6 +373,9 @@ def main(result: str, scratch: str) -> None:
         reference.vectors = np.roll(shifted, 1, axis=0)
         out["wrong vectors"] = compare(found["tp2 pp2"]["norm_add"], reference.run(CASES["norm_add"]))
         reference.vectors, reference.pairs = shifted, reference.pairs[:, ::-1].copy()
+        shifted = reference.triples.copy()
+        reference.triples[1, 1:], reference.triples[2] = shifted[1, :0:-1], shifted[2, ::-1]
+        out["swapped others"] = compare(found["tp2 pp2"]["one to three"], reference.run(CASES["one to three"]))
         out["swapped vectors"] = compare(found["tp2 pp2"]["several vectors"], reference.run(CASES["several vectors"]))
         Path(result).write_text(json.dumps(out, indent=1))
     barrier(world)

@@ -10,8 +10,8 @@ from tests.distributed.interventions_worker import PROJECTED
 from tests.support.ranks import torchrun
 
 NAMES = ("norm_add", "replace", "add", "project", "features", "clamp", "global", "training", "embedding", "all")
-NAMES += ("several vectors",)
-FEWER = ("replace", "add", "project", "global", "all", "several vectors")
+NAMES += ("several vectors", "one to three")
+FEWER = ("replace", "add", "project", "global", "all", "several vectors", "one to three")
 PLAIN = ("tp2 pp2", "tp2 pp2 recomputed")
 CUT = ("tp2 pp2 vpp2 recomputed", "tp2 pp2 sequence parallel recomputed")
 CASES = [(layout, name) for layout in PLAIN for name in (*NAMES, "none")]
@@ -39,8 +39,9 @@ def test_every_intervention_changes_every_row(found: Any, name: str) -> None:
 
 def test_other_vectors_would_be_seen(found: Any) -> None:
     assert found["wrong vectors"]["logprob"] > 1e-2 and found["wrong vectors"]["gradient"] > 1e-2
-    # Both of a row's vectors, each at the other's marker.
-    assert found["swapped vectors"]["logprob"] > 1e-2 and found["swapped vectors"]["gradient"] > 1e-2
+    # Both of a row's vectors, or all of them, each at another's marker.
+    for swapped in ("swapped vectors", "swapped others"):
+        assert found[swapped]["logprob"] > 1e-2 and found[swapped]["gradient"] > 1e-2
 
 
 def test_blocks_are_recomputed_while_other_microbatches_are_under_way(found: Any) -> None:
@@ -91,8 +92,12 @@ def test_projections_learn_alike_on_every_layout_and_come_back_from_a_checkpoint
         ("no_vectors", "InjectionError: a batch without vectors for norm_add at 'positions' of block 4"),
         ("single_vectors", "WidthError: vectors of shape (1, 64) for norm_add at 'positions' of block 4"),
         ("fewer_positions", "InjectionError: 1 positions of a row for norm_add at 'positions' of block 4"),
+        ("more_brought", "InjectionError: 2 positions of row 2 of a batch, which brings 3 activations"),
+        ("more_positions", "ColumnError: 1 activations that are zero or not finite"),
+        ("no_position", "InjectionError: 0 positions of row 0 of a batch, which brings 1 activations"),
         ("fine", "no error"),
         ("fine_pairs", "no error"),
+        ("fine_others", "no error"),
     ],
 )
 def test_wrong_input_is_named_on_every_rank(found: Any, fault: str, said: str) -> None:

@@ -78,27 +78,39 @@ def tiny_model(directory: Path, **shape: Any) -> Path:
     return directory
 
 
-def tiny_contract(model: Path, positions: int = 1) -> PromptContract:
-    """The prompts of the tiny tables with the tokenizer of `model`, and so many markers."""
+def tiny_contract(model: Path, positions: int = 1, fewest: int | None = None) -> PromptContract:
+    """The prompts of the tiny tables with the tokenizer of `model`, and so many markers, or `fewest` to so many."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    if fewest is not None:
+        return PromptContract.derive(tokenizer, AV_TEMPLATE, AR_TEMPLATE, repeats=(fewest, positions))
     template = several_markers(AV_TEMPLATE, positions)
     return PromptContract.derive(tokenizer, template, AR_TEMPLATE, positions=positions)
 
 
-def tiny_rows(width: int, documents: int = 16, rows_per_document: int = 3, positions: int = 1) -> dict[str, Any]:
-    """Every column a table can have but the prompts: documents of nested prefixes, explanations, random vectors."""
+def tiny_rows(
+    width: int, documents: int = 16, rows_per_document: int = 3, positions: int = 1, fewest: int | None = None
+) -> dict[str, Any]:
+    """Every column a table can have but the prompts: documents of nested prefixes, explanations, random vectors.
+
+    A row has those of `positions`, or the first row of a document those of `fewest`, the next of one more, and so on.
+    """
     numbers = [(document, row) for document in range(documents) for row in range(rows_per_document)]
     rng = np.random.default_rng(0)
+    own = rng.standard_normal((len(numbers), width), dtype=np.float32)
+    before: Any = rng.standard_normal((len(numbers), (positions - 1) * width), dtype=np.float32)
+    if fewest is not None:
+        counts = [fewest + row % (positions - fewest + 1) for _, row in numbers]
+        before = [each[: (count - 1) * width] for each, count in zip(before, counts, strict=True)]
     return {
         columns.N_RAW_TOKENS: [51 + row for _, row in numbers],
         columns.TEXT: [f"Document {document} tells of" + " many things" * (row + 1) for document, row in numbers],
         columns.LAYER: [LAYER] * len(numbers),
         columns.DOC_ID: [f"tiny:train:{document}" for document, _ in numbers],
         columns.EXPLANATION: [f"last: things\nabout: document {document}, row {row}" for document, row in numbers],
-        columns.VECTOR: rng.standard_normal((len(numbers), width), dtype=np.float32),
-        columns.PRECEDING: rng.standard_normal((len(numbers), (positions - 1) * width), dtype=np.float32),
+        columns.VECTOR: own,
+        columns.PRECEDING: before,
     }
 
 
@@ -106,15 +118,18 @@ def tiny_table(path: Path, model: Path, stage: str, rows: Mapping[str, Any] | No
     """Write one table of `stage` for `model`, with its sidecar; `rows` are by default those of `tiny_rows`."""
     width = read_shape(model).hidden_size
     values = dict(rows or tiny_rows(width))
-    positions = 1 + values[columns.PRECEDING].shape[1] // width
-    pool, contract = PoolSpec("stack", positions) if positions > 1 else None, tiny_contract(model, positions)
+    before = values[columns.PRECEDING]
+    counts = [1 + len(each) // width for each in before]
+    varies, positions = isinstance(before, list), max(counts)
+    pool = PoolSpec("stack", positions, min(counts) if varies else None) if positions > 1 else None
+    contract = tiny_contract(model, positions, None if pool is None else pool.least)
     explanations: Sequence[str] = values[columns.EXPLANATION]
     if stage == "ar_sft":
         values[columns.PROMPT] = [AR_TEMPLATE.format(explanation=text) for text in explanations]
     else:
-        values[columns.PROMPT] = [contract.messages()] * len(explanations)
+        values[columns.PROMPT] = [contract.messages(count) for count in counts]
     values[columns.RESPONSE] = [wrap_explanation(text) for text in explanations]
-    count = write_table(path, [values], columns.schema(stage, width, positions))
+    count = write_table(path, [values], columns.schema(stage, width, None if varies else positions))
     extraction = DatasetExtraction(str(model), width, LAYER, "tiny", CorpusSlice(0, 16), positions_per_doc=3)
     if stage in ("base", "explained"):
         summaries = ApiSummaries("keywords", 6, 0.0, "the last word") if stage == "explained" else None

@@ -102,6 +102,14 @@ def test_preceding_vectors_that_are_not_whole_vectors_are_named(wrong: pa.DataTy
     assert str(wrong) in caught.value.found and "width 4" in caught.value.expected
 
 
+@pytest.mark.parametrize("stage", columns.STAGES)
+def test_a_schema_of_any_number_of_positions_says_that_rows_differ(stage: str) -> None:
+    written = columns.schema(stage, 4, positions=None)
+    assert written.field("preceding_vectors").type == pa.large_list(pa.float32())
+    assert columns.check_columns(written, stage, "t.parquet") == 4
+    assert columns.positions_of(written, 4, "t.parquet") is None
+
+
 def test_no_positions_are_a_programming_error() -> None:
     with pytest.raises(ValueError, match="positions must be at least 1"):
         columns.schema("rl", 4, positions=0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from nla_megatron.contract.markers import several_markers
+from nla_megatron.contract.markers import repeated, several_markers
 from nla_megatron.contract.prompts import (
     AR_TEMPLATE,
     AV_TEMPLATE,
@@ -288,3 +288,50 @@ def test_a_number_of_markers_that_nobody_asked_for_is_refused(tokenizer: Tok) ->
         PromptContract.derive(tokenizer, AV_TEMPLATE, positions=2)
     with pytest.raises(MarkerError, match="same neighbours"):
         PromptContract.derive(tokenizer, f"a {INJECT} b, ({INJECT})", positions=2)
+
+
+def test_a_prompt_repeats_its_marker_for_each_activation_of_a_row(tokenizer: Tok) -> None:
+    contract = PromptContract.derive(tokenizer, repeats=(1, 5))
+    contract.check(tokenizer)
+    assert contract.templates_av == AV_TEMPLATE and contract.positions == 1
+    for count in range(1, 6):
+        fixed = PromptContract.derive(tokenizer, several_markers(AV_TEMPLATE, count), positions=count)
+        assert (contract.left_id, contract.right_id) == (fixed.left_id, fixed.right_id)
+        assert contract.messages(count) == fixed.messages()
+        ids = contract.av_prompt_ids(tokenizer, activations=count)
+        assert ids == fixed.av_prompt_ids(tokenizer)
+        assert contract.marker_positions(ids, activations=count) == fixed.marker_positions(ids)
+    with pytest.raises(MarkerError, match=r"stand at positions[\s\S]*2 positions"):
+        contract.marker_positions(ids, activations=2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_a_prompt_for_more_or_fewer_activations_than_are_recorded_is_refused(tokenizer: Tok, count: int) -> None:
+    contract = PromptContract.derive(tokenizer, repeats=(2, 5))
+    with pytest.raises(MarkerError, match=f"a prompt for {count} activations[\\s\\S]*2 to 5"):
+        contract.messages(count)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (f"an activation {INJECT} there", "word '<INJECT>', which cannot be repeated"),
+        (f"an activation <{INJECT} there", "word '<<INJECT>', which cannot be repeated"),
+        (several_markers(AV_TEMPLATE, 2), "holds <INJECT> 2 times"),
+        ("none", "holds <INJECT> 0 times"),
+    ],
+)
+def test_a_template_that_cannot_repeat_its_marker_is_refused(tokenizer: Tok, template: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PromptContract.derive(tokenizer, template, repeats=(1, 3))
+    assert told in caught.value.found
+
+
+def test_the_word_that_holds_the_marker_is_what_is_repeated() -> None:
+    assert repeated(f"see [{INJECT}]: {{x}}", 3) == f"see [{INJECT}]:\n[{INJECT}]:\n[{INJECT}]: {{x}}"
+    assert repeated(AV_TEMPLATE, 4) == several_markers(AV_TEMPLATE, 4)
+
+
+def test_a_word_whose_ends_depend_on_the_marker_s_place_is_refused(tokenizer: Tok) -> None:
+    with pytest.raises(MarkerError, match="the same neighbours everywhere"):
+        PromptContract.derive(tokenizer, f"It is the{INJECT}the end", repeats=(1, 3))

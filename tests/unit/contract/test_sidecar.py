@@ -425,3 +425,57 @@ def test_activations_without_a_marker_each_are_refused(
     with pytest.raises(SidecarError) as caught:
         read_dataset_sidecar(path)
     assert told in caught.value.found
+
+
+def varying(tokenizer: Tok, pool: PoolSpec) -> DatasetSidecar:
+    contract = PromptContract.derive(tokenizer, repeats=PoolSpec.bounds_of(pool))
+    extraction = DatasetExtraction("base", 64, 2, "corpus", CorpusSlice(0, 4), 3)
+    return DatasetSidecar.from_contract(
+        contract, stage="rl", row_count=1, extraction=extraction, pool=pool, injection=InjectionSpec("add", 1, 0.5)
+    )
+
+
+@pytest.mark.parametrize("pool", [PoolSpec("stack", 3, 1), PoolSpec("stack", 8, 2, "sentence")])
+def test_bounds_on_a_row_s_activations_are_part_of_the_contract(tmp_path: Path, tokenizer: Tok, pool: PoolSpec) -> None:
+    sidecar = varying(tokenizer, pool)
+    written = write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)
+    found = read_dataset_sidecar(tmp_path / "rl.parquet")
+    assert found == written and PoolSpec.positions_of(found.pool) == pool.window
+    contract = prompt_contract(found)
+    assert contract.repeats == (pool.least, pool.window)
+    contract.check(tokenizer)
+    model = ModelSidecar.from_contract(
+        contract, role="av", stage="sl", base_checkpoint="base", d_model=64, layer_index=2, pool=pool,
+        injection=InjectionSpec("add", 1, 0.5),
+    )  # fmt: skip
+    write_model_sidecar(tmp_path, model)
+    assert prompt_contract(read_model_sidecar(tmp_path)) == contract
+
+
+def test_a_fixed_number_of_activations_is_written_as_before(tmp_path: Path, tokenizer: Tok) -> None:
+    write_dataset_sidecar(tmp_path / "rl.parquet", stacked(tokenizer, PoolSpec("stack", 3), 3))
+    raw = yaml.safe_load(dataset_sidecar_path(tmp_path / "rl.parquet").read_text())
+    assert raw["pool"] == {"method": "stack", "window": 3}
+
+
+@pytest.mark.parametrize(
+    ("pool", "told"),
+    [
+        (PoolSpec("stack", 3, 0), "'pool.least' in"),
+        (PoolSpec("stack", 3, 3), "is 3, with method 'stack' and window 3"),
+        (PoolSpec("mean", 3, 1), "with method 'mean'"),
+        (PoolSpec("stack", 3, 1, "line"), "'pool.within' in"),
+        (PoolSpec("mean", 3, None, "sentence"), "'pool.within' in"),
+    ],
+)
+def test_bounds_that_cannot_be_meant_are_refused(tmp_path: Path, tokenizer: Tok, pool: PoolSpec, told: str) -> None:
+    sidecar = replace(varying(tokenizer, PoolSpec("stack", 3, 1)), pool=pool)
+    with pytest.raises(SidecarError) as caught:
+        write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)
+    assert told in caught.value.found
+
+
+def test_a_template_of_several_markers_does_not_go_with_bounds(tmp_path: Path, tokenizer: Tok) -> None:
+    sidecar = replace(stacked(tokenizer, PoolSpec("stack", 3), 3), pool=PoolSpec("stack", 3, 1))
+    with pytest.raises(SidecarError, match=r"has 3 markers for rows of 1 to 3 activations"):
+        write_dataset_sidecar(tmp_path / "rl.parquet", sidecar)

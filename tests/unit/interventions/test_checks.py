@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nla_megatron.errors import ConfigError, InjectionError, WidthError
-from nla_megatron.interventions.checks import Marker, check_layers, check_positions, check_vectors
+from nla_megatron.interventions.checks import Marker, check_brought, check_layers, check_positions, check_vectors
 from nla_megatron.interventions.maths import check_vectors as count_wrong
 from nla_megatron.interventions.spec import EMBEDDING, Intervention
 
@@ -95,3 +95,24 @@ def test_a_position_for_each_vector_is_asked_for() -> None:
     for positions in ([2], [0, 2, 4]):
         with pytest.raises(InjectionError, match=r"request r7 names positions .* for 2 vectors"):
             check_positions(Intervention(1, vectors=2), PROMPT, positions, name="r7")
+
+
+@pytest.mark.parametrize("positions", [[], [0, 2, 4, 5]])
+def test_a_number_of_positions_outside_the_bounds_is_named(positions: list[int]) -> None:
+    any_number = Intervention(1, vectors=3, fewest=1)
+    for fine in ([2], [2, 4], [0, 2, 4]):
+        check_positions(any_number, PROMPT, fine)
+    with pytest.raises(InjectionError, match=r"request r7 names positions"):
+        check_positions(any_number, PROMPT, positions, name="r7")
+
+
+@pytest.mark.parametrize(("positions", "brought"), [(2, 3), (3, 2), (4, 4), (0, 0)])
+def test_vectors_without_a_position_each_are_named(positions: int, brought: int) -> None:
+    any_number = Intervention(1, vectors=3, fewest=1)
+    for count in (1, 2, 3):
+        check_brought(any_number, count, count, "row 5")
+    with pytest.raises(
+        InjectionError, match=f"{positions} positions of row 5, which brings {brought} activations"
+    ) as e:
+        check_brought(any_number, positions, brought, "row 5")
+    assert e.value.expected == "a position for each of 1 to 3 activations"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_megatron.interventions.placement import UNTOUCHED, Span, mark, row_slots, touched
+from nla_megatron.interventions.placement import UNTOUCHED, Span, filled, mark, row_slots, touched
 from nla_megatron.interventions.spec import WHERE
 
 
@@ -87,3 +87,29 @@ def test_the_i_th_position_takes_the_i_th_row_of_its_request_however_it_is_cut(
     }
     slot_BT, _ = row_slots("positions", total, [total] * 3, [prompt] * 3, [drawn] * 3, count)
     assert slot_BT[2].tolist() == slot_T.tolist()
+
+
+def test_a_row_with_fewer_vectors_than_others_has_them_last() -> None:
+    slot_BT, _ = row_slots("positions", 7, [7, 7, 7], [6, 6, 6], [(4,), (5, 1), (0, 2, 3)], vectors=3)
+    by_hand = [[-1, -1, -1, -1, 2, -1, -1], [-1, 5, -1, -1, -1, 4, -1], [6, -1, 7, 8, -1, -1, -1]]
+    assert slot_BT.tolist() == by_hand
+
+
+def test_what_a_row_lacks_is_filled_with_its_own_vector_and_counted() -> None:
+    vectors = np.arange(36, dtype=np.float32).reshape(3, 3, 4)
+    lacking = vectors.copy()
+    lacking[0, :2] = lacking[1, :1] = np.nan
+    found, counts = filled(lacking, [1, 2, 3])
+    assert counts.tolist() == [1, 2, 3]
+    by_hand = [vectors[0, [2, 2, 2]], vectors[1, [2, 1, 2]], vectors[2]]
+    np.testing.assert_array_equal(found, by_hand)
+    assert filled(vectors, [3, 3, 3])[0] is vectors
+
+
+def test_nothing_is_filled_in_at_a_position_nor_between_vectors() -> None:
+    lacking = np.ones((3, 3, 2), dtype=np.float32)
+    lacking[0, :2] = lacking[1, 1] = lacking[2] = np.nan
+    found, counts = filled(lacking, [2, 1, 0])
+    assert np.isnan(found).all(-1).tolist() == [[False, True, False], [False, True, False], [True] * 3]
+    # A row without a position brings its own all the same.
+    assert counts.tolist() == [2, 3, 1]

@@ -29,6 +29,9 @@ SAE = {"sae": "saes/layer_12", "features": (7, 3)}
         ({"mode": "project", "then": "replace", "strength": 0.0}, "strength=0.0 of replace"),
         ({"mode": "project", "then": "project"}, "then='project'"),
         ({"vectors": 0}, "vectors=0 of norm_add at 'positions'"),
+        ({"vectors": 3, "fewest": 0}, "fewest=0 of vectors=3"),
+        ({"vectors": 3, "fewest": 3}, "fewest=3 of vectors=3"),
+        ({"fewest": 1}, "fewest=1 of vectors=1"),
         ({"vectors": 2, "where": "prompt"}, "vectors=2 of norm_add at 'prompt'"),
         ({"vectors": 2, "mode": "global", "sae": "x"}, "vectors=2 of global"),
         ({"mode": "project", "projection_layers": 0}, "projection_layers=0"),
@@ -98,3 +101,10 @@ def test_the_spec_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_may_bring_from_the_fewest_vectors_to_all() -> None:
+    any_number = Intervention(1, vectors=4, fewest=2)
+    assert [count for count in range(7) if any_number.takes(count)] == [2, 3, 4] and any_number.counts == "2 to 4"
+    assert [count for count in range(7) if Intervention(1, vectors=3).takes(count)] == [3]
+    assert Intervention.from_dict(json.loads(json.dumps(any_number.to_dict()))) == any_number

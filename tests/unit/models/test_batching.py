@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,3 +125,18 @@ def test_a_vector_without_a_direction_among_several_of_a_row_stops_the_step(bad:
     vectors[1, 0] = bad
     with pytest.raises(ColumnError, match="1 activations that are zero or not finite"):
         microbatches(batch, world_of(), 2)
+
+
+def test_rows_of_one_to_three_vectors_share_a_microbatch_and_say_how_many_they_bring() -> None:
+    vectors = np.arange(1, 19, dtype=np.float32).reshape(3, 3, 2)
+    vectors[0, :2] = vectors[1, :1] = np.nan
+    places = [(2,), (0, 1), (0, 1, 2)]
+    batch = Batch([[1, 2, 3]] * 3, positions=places, vectors=lambda rows: vectors[list(rows)])
+    [part] = microbatches(batch, world_of(), 3)
+    assert part.injection is not None and part.vectors is not None
+    assert part.injection.brought == (1, 2, 3) and part.injection.positions == tuple(places)
+    assert torch.isfinite(part.vectors).all()
+    for row, count in enumerate((1, 2, 3)):
+        np.testing.assert_array_equal(part.vectors[row, 3 - count :].numpy(), vectors[row, 3 - count :])
+    with pytest.raises(ColumnError, match="1 activations that are zero or not finite"):
+        microbatches(replace(batch, positions=[(0, 1), *places[1:]]), world_of(), 3)

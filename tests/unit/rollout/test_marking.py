@@ -33,7 +33,9 @@ class Run:
         # The i-th of several is filled with i + 1.
         vector = np.repeat(np.arange(1.0, count + 1, dtype=np.float32), WIDTH).reshape(count, WIDTH)
         vectors, positions = (vector if count > 1 else vector[0],), (2, *range(4, 3 + count))
-        asked = {name: Asked(name, PROMPT, positions, vectors, ((1.0,),), salt="same") for name in names}
+        # "b1" has the first of the positions alone.
+        own = {name: positions[: int(name[1:] or count)] for name in names}
+        asked = {name: Asked(name, PROMPT, own[name], vectors, ((1.0,),), salt=str(own[name])) for name in names}
         self.marker.begin(asked)
         return asked
 
@@ -157,3 +159,17 @@ def test_one_of_several_markers_that_was_not_changed_is_named() -> None:
     run.site.send = lambda rows: send(rows[:1])  # type: ignore[method-assign]
     run.step(("a", 0, 5), new=["a"])
     assert run.settle(asked) == ["a: 1 of 2 marked tokens changed at block 1"]
+
+
+def test_a_request_with_fewer_markers_than_others_takes_its_last_vectors() -> None:
+    run = Run(Intervention(1, "add", vectors=2, fewest=1))
+    asked = run.begin("a", "b1")
+    none = (-1, 0.0)
+    assert run.step(("b1", 0, 5), ("a", 0, 5), new=["b1", "a"]) == [
+        none, none, (1, 2.0), none, none, none, none, (2, 1.0), none, (3, 2.0)
+    ]  # fmt: skip
+    periods = run.marker.finish()
+    assert sorted((period.key, period.marked, period.applied) for period in periods) == [
+        ("a", [2], [2]), ("b1", [1], [1])
+    ]  # fmt: skip
+    assert run.ledger.settle(asked, periods)[1] == []

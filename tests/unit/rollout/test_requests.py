@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import InterventionConfig
-from nla_megatron.errors import VersionError
+from nla_megatron.errors import ColumnError, InjectionError, VersionError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.rollout.accounting import salt_of
@@ -158,3 +159,38 @@ def test_several_vectors_are_projected_one_by_one_and_a_single_one_is_the_own() 
         projected, own = each.vectors
         np.testing.assert_array_equal(projected, [w @ vectors[row, 0], w @ vectors[row, 1]])
         np.testing.assert_array_equal(own, vectors[row, 1])
+
+
+def of_one_to_three() -> tuple[np.ndarray, list[PromptRequest]]:
+    """Rows that bring one, two and three vectors, with a position for each."""
+    vectors = np.arange(1, 28, dtype=np.float32).reshape(3, 3, 3)
+    vectors[0, :2] = vectors[1, :1] = np.nan
+    places = [(), (2,), (2, 4)]
+    return vectors, [PromptRequest(row, row, (5, 6, 7, 8, 9), 0, 0, places[row]) for row in range(3)]
+
+
+def test_rows_bring_from_one_to_three_vectors_each_with_a_position() -> None:
+    interventions = (
+        Intervention(1, vectors=3, fewest=1), Intervention(2, "project", vectors=3, fewest=1), Intervention(0)
+    )  # fmt: skip
+    terms, (vectors, requests) = Terms(interventions, 3, 64), of_one_to_three()
+    terms.check(requests, 1, [4] * 3)
+    w = np.float32([[0, 1, 0], [2, 0, 0], [0, 0, 1]])
+    asked = terms.asked(requests, 1, lambda rows: vectors[list(rows)], lambda number, raw: raw @ w.T, 0)
+    for row, each in enumerate(asked.values()):
+        several, projected, own = each.vectors
+        assert several is not None and projected is not None and len(each.positions) == row + 1
+        np.testing.assert_array_equal(several[2 - row :], vectors[row, 2 - row :])
+        np.testing.assert_array_equal(projected[2 - row :], vectors[row, 2 - row :] @ w.T)
+        np.testing.assert_array_equal(own, vectors[row, 2])
+        assert np.isfinite(several).all() and np.isfinite(projected).all()
+
+
+def test_a_request_that_brings_more_or_fewer_vectors_than_positions_is_refused() -> None:
+    terms, (vectors, requests) = Terms((Intervention(1, vectors=3, fewest=1),), 3, 64), of_one_to_three()
+    fewer = replace(requests[2], more_positions=(2,))
+    with pytest.raises(InjectionError, match=r"2 positions of group 2 \(row 2\), which brings 3 activations"):
+        terms.asked([fewer], 1, lambda rows: vectors[list(rows)], None, 0)
+    more = replace(requests[1], more_positions=(2, 4))
+    with pytest.raises(ColumnError, match=r"1 of 3 vectors cannot be injected; the first, of request group 1"):
+        terms.asked([more], 1, lambda rows: vectors[list(rows)], None, 0)

@@ -266,3 +266,39 @@ def test_a_table_with_other_activations_than_its_sidecar_says_is_refused(
     with pytest.raises(SidecarError) as caught:
         build.check(replace(stacked, out=str(tmp_path / "out"), input=str(source)), 1)
     assert caught.value.found.startswith("3 activations in each row") and caught.value.expected.startswith(told)
+
+
+@pytest.fixture(scope="module")
+def varying(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> BuildConfig:
+    """Of a table whose rows keep one to three activations."""
+    directory = tmp_path_factory.mktemp("varying")
+    rows = tiny_rows(64, DOCUMENTS, ROWS_PER_DOCUMENT, positions=3, fewest=1)
+    source = tiny_table(directory / "explained.parquet", model_dir, "explained", rows)
+    return BuildConfig(out=str(directory / "out"), input=str(source), model=str(model_dir), held_out=0.2)
+
+
+def test_any_number_of_activations_is_carried_through_with_a_marker_for_each(varying: BuildConfig) -> None:
+    build.check(varying, 1)
+    build.run(varying)
+    source = Table.open(varying.input, "explained")
+    keys = list(zip(source.column(columns.DOC_ID), source.column(columns.N_RAW_TOKENS), strict=True))
+    for split, table in opened(varying).items():
+        here = zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), strict=True)
+        rows = [keys.index(key) for key in here]
+        assert table.varies and set(table.activations) == {1, 2, 3}
+        np.testing.assert_array_equal(table.inputs(range(table.n_rows)), source.inputs(rows))
+        path, stage = f"{varying.out}/{split}.parquet", build.STAGES[split]
+        assert read_dataset_sidecar(path).pool == PoolSpec("stack", 3, 1)
+        if stage != "ar_sft":
+            texts = [prompt[0]["content"] for prompt in table.column(columns.PROMPT)]
+            assert [text.count("<concept><INJECT></concept>") for text in texts] == table.activations.tolist()
+        assert NlaTask.open(path, stage, varying.model).interventions == (Intervention(1, vectors=3, fewest=1),)
+
+
+def test_a_template_of_several_markers_is_not_repeated(varying: BuildConfig, tmp_path: Path) -> None:
+    wrong = replace(varying, out=str(tmp_path / "out"), templates=TemplateConfig(positions=3))
+    with pytest.raises(ConfigError, match=r"set templates.positions=1"):
+        build.check(wrong, 1)
+    with pytest.raises(ConfigError, match=r"which cannot be repeated"):
+        build.check(replace(wrong, templates=TemplateConfig("the activation <INJECT> here")), 1)
+    assert not Path(wrong.out).exists()

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import ExtractConfig
-from nla_megatron.datagen.extract import Passage, _passages, layer_of, pooled_at, sample_positions
+from nla_megatron.datagen.extract import Passage, _passages, kept_at, kept_of, layer_of, pooled_at, sample_positions
+from nla_megatron.datagen.sentences import sentence_starts, sentences_of
 from nla_megatron.errors import ConfigError
 from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.tiny import SHAPE
@@ -134,9 +135,75 @@ def test_stacked_activations_are_those_of_the_positions_up_to_its_own_in_order()
         ({"pool": "mean", "pool_window": 7, "min_position": 5}, "pool_window=7 with min_position=5"),
         ({"pool": "stack", "pool_window": 7, "min_position": 5}, "pool_window=7 with min_position=5"),
         ({"pool": "stack"}, "pool_window=1 with pool=stack"),
+        ({"pool_least": 1}, "pool_least=1 with pool=last and pool_window=1"),
+        ({"pool": "mean", "pool_window": 3, "pool_least": 1}, "pool_least=1 with pool=mean and pool_window=3"),
+        ({"pool": "stack", "pool_window": 3, "pool_least": 0}, "pool_least=0 with pool=stack and pool_window=3"),
+        ({"pool": "stack", "pool_window": 3, "pool_least": 3}, "pool_least=3 with pool=stack and pool_window=3"),
+        ({"pool": "stack", "pool_window": 3, "pool_within": "sentence"}, "pool_within=sentence without pool_least"),
+        ({"pool_within": "line"}, "pool_within='line'"),
     ],
 )
 def test_a_window_that_is_not_full_or_not_known_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ExtractConfig(**options)
     assert caught.value.found == told
+
+
+ANY = replace(CONFIG, pool="stack", pool_window=4, pool_least=2, min_position=0)
+
+
+def test_a_row_keeps_what_its_document_or_sentence_has_up_to_the_window() -> None:
+    assert kept_at(ANY, [0] * 7) == [1, 2, 3, 4, 4, 4, 4]
+    assert kept_at(ANY, [-1, 0, 0, 0, 1, 1, 2]) == [1, 1, 2, 3, 1, 2, 1]
+    assert kept_at(CONFIG, [0] * 7) == []
+
+
+def test_positions_with_fewer_activations_than_the_least_are_not_sampled() -> None:
+    every = replace(ANY, positions_per_doc=99)
+    kept = kept_at(every, [0, 0, 0, 1, 1, 2])
+    assert sample_positions(every, "doc", 0, range(6), set(), kept) == (1, 2, 4)
+    assert sample_positions(every, "doc", 0, range(1), set(), kept_at(every, [0])) == ()
+
+
+def test_activations_of_as_many_positions_as_are_kept_end_with_the_position_s_own() -> None:
+    stream_TD = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = kept_of(stream_TD, Passage("doc", tuple(range(20)), (0, 9, 19), (1, 3, 2)), ANY)
+    by_hand = [stream_TD[0:1], stream_TD[7:10], stream_TD[18:20]]
+    for kept_KD, wanted_KD in zip(found, by_hand, strict=True):
+        assert kept_KD.dtype == "float32" and torch.equal(torch.from_numpy(kept_KD), wanted_KD.float())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("It is 3.5. Is it? Yes", ["It is 3.5. ", "Is it? ", "Yes"]),
+        ('He said "No!" and left.\n', ['He said "No!" ', "and left.\n"]),
+        ("A title\n\nwraps\nhere (so.) Then", ["A title\n\n", "wraps\nhere (so.) ", "Then"]),
+        ("一句。两句！三", ["一句。", "两句！", "三"]),
+        ("", [""]),
+    ],
+)
+def test_sentences_end_with_their_punctuation_and_the_space_behind_it(text: str, parts: list[str]) -> None:
+    starts = sentence_starts(text)
+    assert [text[first:stop] for first, stop in zip(starts, [*starts[1:], len(text)], strict=True)] == parts
+
+
+def test_a_token_is_in_the_sentence_of_its_last_character() -> None:
+    """The space before a word is often part of the word's token; a token that was added has no characters."""
+    assert sentences_of("Ab. Cd", [(0, 0), (0, 2), (2, 3), (3, 6)]) == [-1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "window"])
+def test_no_row_keeps_a_position_of_another_sentence(model_dir: Path, long_documents: str) -> None:
+    config = replace(ANY, model=str(model_dir), pool_window=12, pool_least=1, pool_within="sentence",
+                     long_documents=long_documents, positions_per_doc=30)  # fmt: skip
+    tokenizer, seen = load_tokenizer(str(model_dir)), set()
+    for passage in _passages(config, DOCUMENTS):
+        for at, kept in zip(passage.positions, passage.kept, strict=True):
+            text = tokenizer.decode(passage.ids[at + 1 - kept : at + 1])
+            assert len(sentence_starts(text.strip())) == 1, text
+            first, stop = (len(tokenizer.decode(passage.ids[:end])) for end in (at + 1 - kept, at + 2 - kept))
+            begins = any(first <= start < stop for start in sentence_starts(tokenizer.decode(passage.ids)))
+            assert begins or kept in (config.pool_window, at + 1), text
+            seen.add(kept)
+    assert len(seen) > 8

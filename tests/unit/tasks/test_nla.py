@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -337,3 +339,108 @@ def test_models_of_single_activations_are_not_used_for_several(
         directory, replace(model, prompt_templates=sidecar.prompt_templates, tokens=sidecar.tokens, pool=sidecar.pool)
     )
     assert stacked.check_model(str(directory), "av").pool == PoolSpec("stack", 3)
+
+
+@pytest.fixture(scope="module")
+def varying(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> NlaTask:
+    """Rows of one, two and three activations in turn."""
+    data = tmp_path_factory.mktemp("varying") / "rl.parquet"
+    return NlaTask.open(
+        str(tiny_table(data, model_dir, "rl", tiny_rows(64, positions=3, fewest=1))), "rl", str(model_dir)
+    )
+
+
+def test_each_row_has_a_marker_for_each_of_its_own_activations(varying: NlaTask) -> None:
+    rows = tiny_rows(64, positions=3, fewest=1)
+    assert varying.interventions == (Intervention(1, "norm_add", vectors=3, fewest=1),)
+    batch, targets = varying.response_batch([5, 3, 4], [[7, 8], [6], [9]]), varying.text_batch([5, 3], ["one", "two"])
+    assert batch.vectors is not None and batch.positions is not None and targets.vectors is not None
+    requests = varying.requests([5, 3, 4], 0, 0)
+    for index, (row, count) in enumerate({5: 3, 3: 1, 4: 2}.items()):
+        prompt = varying.prompt_of(row)
+        places = tuple(at for at, one in enumerate(prompt.ids) if one == varying.contract.marker_id)
+        assert len(places) == count == varying.table.activations[row]
+        assert batch.positions[index] == places == requests[index].positions
+        assert requests[index].prompt_ids == prompt.ids and batch.ids[index][: len(prompt.ids)] == [*prompt.ids]
+        [found] = batch.vectors([index])
+        own = [*rows[columns.PRECEDING][row].reshape(-1, 64), rows[columns.VECTOR][row]]
+        np.testing.assert_array_equal(found[3 - count :], own)
+        assert np.isnan(found[: 3 - count]).all()
+    assert batch.prompt_lengths == [len(varying.prompt(count).ids) for count in (3, 1, 2)]
+    # What is predicted begins behind each row's own prompt.
+    assert batch.fields["mask"].sum(1).tolist() == [2, 1, 1]
+    assert [int(row.argmax()) for row in batch.fields["mask"]] == [length - 1 for length in batch.prompt_lengths]
+    np.testing.assert_array_equal(targets.vectors([0, 1]), rows[columns.VECTOR][[5, 3]])
+
+
+def test_the_longest_prompt_is_that_of_the_most_activations(varying: NlaTask) -> None:
+    lengths = [len(varying.prompt_of(row).ids) for row in range(varying.table.n_rows)]
+    assert len(varying.prompt_ids) == max(lengths) > min(lengths)
+
+
+def test_a_table_whose_rows_all_keep_fewer_still_goes_with_the_models_of_the_build(
+    varying: NlaTask, model_dir: Path, tmp_path: Path
+) -> None:
+    """As a small held-out table may: the sampler's buffers are as wide as the contract says."""
+    rows = tiny_rows(64, rows_per_document=1, positions=3, fewest=1)
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl", rows)
+    write_dataset_sidecar(data, replace(read_dataset_sidecar(data), pool=PoolSpec("stack", 3, 1)))
+    task = NlaTask.open(str(data), "rl", str(model_dir))
+    assert task.table.positions == 1 and task.interventions == varying.interventions
+    assert task.inputs([0, 1]).shape == (2, 3, 64)
+
+
+def test_rows_outside_the_bounds_of_their_sidecar_are_refused(
+    varying: NlaTask, model_dir: Path, tmp_path: Path
+) -> None:
+    for pool, told in (
+        (PoolSpec("stack", 3, 2), "1 activations in row 0"),
+        (PoolSpec("stack", 2, 1), "3 activations in row 2"),
+    ):
+        data = tmp_path / "rl.parquet"
+        data.write_bytes(varying.table.path.read_bytes())
+        write_dataset_sidecar(data, replace(varying.sidecar, pool=pool))
+        message = refusal(SidecarError, data, "rl", model_dir)
+        assert told in message and f"{pool.least} to {pool.window}, as its sidecar says" in message
+
+
+def test_lists_of_activations_and_a_fixed_number_of_them_are_not_taken_for_each_other(
+    varying: NlaTask, stacked: NlaTask, tmp_path: Path, model_dir: Path
+) -> None:
+    told = ("any number of activations in each row", "3, as its sidecar says"), (
+        "3 activations in each row", "lists of 1 to 3, as its sidecar says"
+    )  # fmt: skip
+    for data, other, (found, expected) in ((varying, stacked, told[0]), (stacked, varying, told[1])):
+        (tmp_path / "rl.parquet").write_bytes(data.table.path.read_bytes())
+        write_dataset_sidecar(tmp_path / "rl.parquet", other.sidecar)
+        message = refusal(SidecarError, tmp_path / "rl.parquet", "rl", model_dir)
+        assert found in message and expected in message
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, "0 times <INJECT>"), (1, "1 times <INJECT>"), (3, "3 times <INJECT>")])
+def test_a_stored_prompt_with_other_markers_than_its_row_has_activations_is_named(
+    varying: NlaTask, model_dir: Path, tmp_path: Path, count: int, told: str
+) -> None:
+    data = pq.read_table(varying.table.path)
+    at, prompts = data.column_names.index(columns.PROMPT), data.column(columns.PROMPT).to_pylist()
+    prompts[4] = [{"role": "user", "content": "Explain " + "<concept><INJECT></concept>" * count}]
+    changed = data.set_column(at, data.schema.field(at), pa.array(prompts, data.schema.field(at).type))
+    pq.write_table(changed, tmp_path / "rl.parquet")
+    write_dataset_sidecar(tmp_path / "rl.parquet", varying.sidecar)
+    message = refusal(MarkerError, tmp_path / "rl.parquet", "rl", model_dir)
+    assert told in message and "row 4" in message and "keeps 2 activations" in message
+
+
+def test_models_of_a_fixed_number_are_not_used_for_any_number(
+    varying: NlaTask, stacked: NlaTask, model_dir: Path, tmp_path: Path
+) -> None:
+    directory = tiny_model_sidecar(tmp_path, model_dir, "av")
+    model = read_model_sidecar(directory)
+    for task, other in ((varying, stacked), (stacked, varying)):
+        mine = task.sidecar
+        write_model_sidecar(
+            directory, replace(model, prompt_templates=mine.prompt_templates, tokens=mine.tokens, pool=mine.pool)
+        )
+        assert task.check_model(str(directory), "av").pool == mine.pool
+        with pytest.raises(SidecarError, match="prompt contract"):
+            other.check_model(str(directory), "av")

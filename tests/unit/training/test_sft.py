@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from nla_megatron.cli import main
 from nla_megatron.config.compose import compose
+from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
     ProjectionSpec,
@@ -29,7 +30,7 @@ from nla_megatron.errors import ColumnError
 from nla_megatron.interventions.projection import Projection, projector
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.sft import check
-from tests.support.tiny import LAYER, tiny_model, tiny_tables
+from tests.support.tiny import LAYER, tiny_model, tiny_rows, tiny_table, tiny_tables
 
 STEPS = 4
 COMMON = (f"steps={STEPS}", "batch_size=6", "micro_batch_size=4", "optim.lr=1e-3", "ar_optim.lr=1e-3")
@@ -228,6 +229,24 @@ def test_a_row_that_is_too_long_is_named_before_anything_is_trained(
         sequences = task.gold_text_batch(range(task.table.n_rows)).ids
     longest = max(map(len, sequences))
     words = [word for word in sft(role, base, data, tmp_path / "run") if "=" in word]
+    check(compose("sft", [*words, f"max_length={longest}"]), 1)
+    with pytest.raises(ColumnError, match=f"a row of {longest} tokens"):
+        check(compose("sft", [*words, f"max_length={longest - 1}"]), 1)
+
+
+def test_the_longest_row_is_that_of_its_own_prompt_and_response(
+    base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """The rows with the longest responses have the shortest prompts."""
+    rows = tiny_rows(64, positions=3, fewest=1)
+    counts = [1 + len(each) // 64 for each in rows[columns.PRECEDING]]
+    rows[columns.EXPLANATION] = ["about: birds " + "and " * (3 - count) for count in counts]
+    table = tiny_table(tmp_path / "av_sft.parquet", base, "av_sft", rows)
+    task = NlaTask.open(str(table), "av_sft", str(base))
+    lengths = [len(task.prompt_of(row).ids) + len(task.gold_response_ids(row)) for row in range(task.table.n_rows)]
+    longest = max(lengths)
+    assert longest < len(task.prompt_ids) + max(len(task.gold_response_ids(row)) for row in range(task.table.n_rows))
+    words = [word for word in sft("av", base, {**data, "av_sft": table}, tmp_path / "run") if "=" in word]
     check(compose("sft", [*words, f"max_length={longest}"]), 1)
     with pytest.raises(ColumnError, match=f"a row of {longest} tokens"):
         check(compose("sft", [*words, f"max_length={longest - 1}"]), 1)

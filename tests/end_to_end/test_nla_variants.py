@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +23,25 @@ from nla_megatron.contract.sidecar import (
     read_dataset_sidecar,
     read_model_sidecar,
     write_dataset_sidecar,
+    write_model_sidecar,
 )
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import HEAD_FILE
 from nla_megatron.conversion.projections import PROJECTION_FILE
+from nla_megatron.evaluation.held_out import deranged
 from nla_megatron.interventions.projection import Projection
-from nla_megatron.tasks.nla import load_tokenizer
+from nla_megatron.tasks.nla import NlaTask, load_tokenizer
+from tests.support.hooked import Change, Hooked, norm_add
 from tests.support.ranks import command
-from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, tiny_model, tiny_rows, tiny_table
+from tests.support.tiny import (
+    AR_TEMPLATE,
+    AV_TEMPLATE,
+    tiny_contract,
+    tiny_model,
+    tiny_model_sidecar,
+    tiny_rows,
+    tiny_table,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +190,102 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+
+
+@pytest.fixture(scope="module")
+def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model as AV and AR, a table whose rows keep one to three activations, RL and an evaluation."""
+    out = tmp_path_factory.mktemp("varying")
+    base = tiny_model(out / "base")
+    data = tiny_table(out / "rl.parquet", base, "rl", tiny_rows(64, positions=3, fewest=1))
+    table = read_dataset_sidecar(data)
+    for role in ("av", "ar"):
+        shutil.copytree(base, out / role)
+        sidecar = read_model_sidecar(tiny_model_sidecar(out / role, base, role))
+        write_model_sidecar(out / role, replace(sidecar, tokens=table.tokens, pool=table.pool))
+    corpus = [json.dumps({"doc_id": name, "text": topics[name][:80]}) for name in sorted(topics)[:12]]
+    (out / "corpus.jsonl").write_text("\n".join(corpus))
+    for words in (
+        ("extract", f"model={base}", f"corpus={out / 'corpus.jsonl'}", "layer=2", "pool=stack", "pool_window=3",
+         "pool_least=1", "min_position=0", "max_length=7", "long_documents=window", "positions_per_doc=3",
+         "batch_size=5", "parallel=tp2", f"out={out / 'extract'}"),
+        ("rl", f"av={out / 'av'}", f"ar={out / 'ar'}", f"data={data}", f"out={out / 'rl'}", "steps=2", "batch_size=6",
+         "samples_per_prompt=2", "micro_batch_size=5", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-2",
+         "optim.warmup_steps=0", "rollout.record=true", f"held_out={data}", "eval_every=1", "eval_rows=4",
+         "parallel=pp2", "+reward.terms.planted.term=tests.support.planted:share_of_class", *ROLLOUT),
+        ("eval", f"av={out / 'rl' / 'av'}", f"ar={out / 'rl' / 'ar'}", f"data={data}", f"out={out / 'eval'}", "rows=9",
+         "examples=9", *ROLLOUT),
+    ):  # fmt: skip
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_extract_keeps_the_hidden_states_of_as_many_positions_as_there_are(varying: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(varying / "base"), load_tokenizer(str(varying / "base"))
+    table = Table.open(varying / "extract" / "base.parquet", "base")
+    assert read_dataset_sidecar(varying / "extract" / "base.parquet").pool == PoolSpec("stack", 3, 1)
+    assert set(table.activations) == {1, 2, 3}
+    ids = {name: tokenizer(topics[name][:80])["input_ids"] for name in sorted(topics)[:12]}
+    rows = zip(
+        table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), table.column(columns.TEXT), strict=True
+    )
+    for row, (doc_id, stop, text) in enumerate(rows):
+        # A document is cut into windows of 7 tokens, and the row's text says in which one it is.
+        windows = [ids[doc_id][start : start + 7] for start in range(0, len(ids[doc_id]), 7)]
+        window = next(each for each in windows if tokenizer.decode(each[:stop]) == text)
+        with torch.no_grad():
+            states_TD = model(torch.tensor([window]), output_hidden_states=True).hidden_states[3][0]
+        kept_KD = np.concatenate([*table.preceding([row]), *table.vectors([row])]).reshape(-1, 64)
+        np.testing.assert_allclose(kept_KD, states_TD[max(stop - 3, 0) : stop], atol=1e-4)
+
+
+def test_sampler_and_trainer_inject_as_many_activations_as_a_row_has(varying: Path) -> None:
+    steps = [json.loads(line) for line in (varying / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert [(step["injected"], step["expected_injections"]) for step in steps] == [(12, 12)] * 2
+    assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
+    pool = PoolSpec("stack", 3, 1)
+    assert [read_model_sidecar(varying / "rl" / role).pool for role in ("av", "ar")] == [pool] * 2
+
+
+def test_what_is_sampled_equals_a_model_with_each_activation_put_at_its_marker_by_hand(varying: Path) -> None:
+    rows = tiny_rows(64, positions=3, fewest=1)
+    model, marker = Hooked(varying / "base"), tiny_contract(varying / "base").marker_id
+    lines = (varying / "rl" / "rollouts" / "step_00000000.jsonl").read_text().splitlines()
+    seen = set()
+    for rollout in map(json.loads, lines):
+        before, own = rows[columns.PRECEDING][rollout["row"]], rows[columns.VECTOR][rollout["row"]]
+        vectors_KD = torch.from_numpy(np.concatenate([before, own])).reshape(-1, 64)
+        places = [at for at, token in enumerate(rollout["prompt_ids"]) if token == marker]
+        assert len(places) == len(vectors_KD)
+        given = torch.tensor(rollout["logprobs"])
+
+        def gap(order: list[int], rollout: Any = rollout, vectors_KD: torch.Tensor = vectors_KD,
+                places: list[int] = places, given: torch.Tensor = given) -> float:  # fmt: skip
+            changes = [
+                Change(1, norm_add, vectors_KD[index], lambda t, at=at: 1.0 if t == at else None)  # type: ignore[misc]
+                for at, index in zip(places, order, strict=True)
+            ]
+            return float((model.logprobs(rollout["prompt_ids"], rollout["response_ids"], changes) - given).abs().max())
+
+        order = list(range(len(places)))
+        assert gap(order) <= 1e-4
+        assert len(places) == 1 or gap(order[::-1]) > 1e-3
+        seen.add(len(places))
+    assert seen == {1, 2, 3}
+
+
+def test_texts_of_another_row_s_activations_have_that_row_s_number(varying: Path) -> None:
+    found = json.loads((varying / "eval" / "eval.json").read_text())
+    assert found["injected"] == found["expected_injections"] == 18
+    task = NlaTask.open(str(varying / "rl.parquet"), "rl", str(varying / "base"))
+    rows = json.loads((varying / "eval" / "rows.json").read_text())["rows"]
+    counts, others = (task.table.activations[order].tolist() for order in (rows, deranged(rows, 0)))
+    assert counts != others and sorted(counts) == sorted(others)
+    requests = task.requests(deranged(rows, 0), 0, 0)
+    assert [len(request.positions) for request in requests] == others
 
 
 @pytest.fixture(scope="module")

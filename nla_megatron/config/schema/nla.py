@@ -168,7 +168,7 @@ class TemplateConfig:
     positions: int = 1
     """How often the marker stands in the AV's prompt: the same vector at each, or of a table of `pool=stack` each one
     at its own, and then as many. A template of your own holds `<INJECT>` so many times, each between the same
-    neighbours."""
+    neighbours. With `pool_least` it stays 1: the word that holds `<INJECT>` is repeated for each of a row's."""
 
     def __post_init__(self) -> None:
         at_least("templates.positions", self.positions, 1)

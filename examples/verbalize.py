@@ -48,8 +48,9 @@ def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
     assert min(spec.blocks) >= 0, f"{directory} injects at the embedding, which this example does not"
     contract.check(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    prompt = contract.av_prompt_ids(tokenizer, activations=len(vectors_KD))
-    positions = contract.marker_positions(prompt, activations=len(vectors_KD))
+    count = len(torch.atleast_2d(vectors_KD))
+    prompt = contract.av_prompt_ids(tokenizer, activations=count)
+    positions = contract.marker_positions(prompt, activations=count)
     for number, block in enumerate(spec.blocks):
         vectors = projected(directory, spec, number, vectors_KD)
         hook = injecting_hook(spec, vectors, positions)

@@ -197,19 +197,22 @@ def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model as AV and AR, a table whose rows keep one to three activations, RL and an evaluation."""
     out = tmp_path_factory.mktemp("varying")
     base = tiny_model(out / "base")
-    data = tiny_table(out / "rl.parquet", base, "rl", tiny_rows(64, positions=3, fewest=1))
-    table = read_dataset_sidecar(data)
-    for role in ("av", "ar"):
-        shutil.copytree(base, out / role)
-        sidecar = read_model_sidecar(tiny_model_sidecar(out / role, base, role))
-        write_model_sidecar(out / role, replace(sidecar, tokens=table.tokens, pool=table.pool))
+    data, texts = (
+        tiny_table(out / f"{stage}.parquet", base, stage, tiny_rows(64, positions=3, fewest=1))
+        for stage in ("rl", "ar_sft")
+    )  # fmt: skip
+    shutil.copytree(base, out / "av")
+    sidecar, table = read_model_sidecar(tiny_model_sidecar(out / "av", base, "av")), read_dataset_sidecar(data)
+    write_model_sidecar(out / "av", replace(sidecar, tokens=table.tokens, pool=table.pool))
     corpus = [json.dumps({"doc_id": name, "text": topics[name][:80]}) for name in sorted(topics)[:12]]
     (out / "corpus.jsonl").write_text("\n".join(corpus))
     for words in (
         ("extract", f"model={base}", f"corpus={out / 'corpus.jsonl'}", "layer=2", "pool=stack", "pool_window=3",
          "pool_least=1", "min_position=0", "max_length=7", "long_documents=window", "positions_per_doc=3",
          "batch_size=5", "parallel=tp2", f"out={out / 'extract'}"),
-        ("rl", f"av={out / 'av'}", f"ar={out / 'ar'}", f"data={data}", f"out={out / 'rl'}", "steps=2", "batch_size=6",
+        ("sft", "role=ar", f"model={base}", f"data={texts}", f"out={out / 'sft'}", "steps=1", "batch_size=4"),
+        ("rl", f"av={out / 'av'}", f"ar={out / 'sft' / 'hf'}", f"data={data}", f"out={out / 'rl'}", "steps=2",
+         "batch_size=6",
          "samples_per_prompt=2", "micro_batch_size=5", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-2",
          "optim.warmup_steps=0", "rollout.record=true", f"held_out={data}", "eval_every=1", "eval_rows=4",
          "parallel=pp2", "+reward.terms.planted.term=tests.support.planted:share_of_class", *ROLLOUT),

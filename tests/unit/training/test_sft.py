@@ -18,6 +18,7 @@ from nla_megatron.config.compose import compose
 from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
+    PoolSpec,
     ProjectionSpec,
     ReconstructorSpec,
     read_dataset_sidecar,
@@ -26,7 +27,7 @@ from nla_megatron.contract.sidecar import (
 )
 from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape
 from nla_megatron.conversion.projections import PROJECTION_FILE, read_projections
-from nla_megatron.errors import ColumnError
+from nla_megatron.errors import ColumnError, MarkerError
 from nla_megatron.interventions.projection import Projection, projector
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.sft import check
@@ -232,6 +233,29 @@ def test_a_row_that_is_too_long_is_named_before_anything_is_trained(
     check(compose("sft", [*words, f"max_length={longest}"]), 1)
     with pytest.raises(ColumnError, match=f"a row of {longest} tokens"):
         check(compose("sft", [*words, f"max_length={longest - 1}"]), 1)
+
+
+def test_rows_of_any_number_of_activations_learn_alike_in_any_microbatch(base: Path, tmp_path: Path) -> None:
+    rows = tiny_rows(64, positions=3, fewest=1)
+    tables = {
+        stage: tiny_table(tmp_path / f"{stage}.parquet", base, stage, rows) for stage in ("av_sft", "ar_sft", "rl")
+    }  # fmt: skip
+    runs = {size: ran("both", base, tables, tmp_path / size, f"micro_batch_size={size}") for size in ("1", "4")}
+    for alone, together in zip(metrics(runs["1"]), metrics(runs["4"]), strict=True):
+        for name in ("av_loss", "ar_loss", "av_grad_norm"):
+            assert alone[name] == pytest.approx(together[name], rel=1e-4)
+    assert (
+        read_model_sidecar(runs["4"] / "av").pool
+        == read_model_sidecar(runs["4"] / "ar").pool
+        == PoolSpec("stack", 3, 1)
+    )
+    task = NlaTask.open(str(tables["rl"]), "rl", str(base))
+    task.check_model(str(runs["4"] / "av"), "av")
+    for row in range(3):
+        vectors_KD = torch.from_numpy(task.inputs([row])[0, 2 - row :])
+        assert isinstance(verbalise().write(runs["4"] / "av", vectors_KD, 4), str)
+    with pytest.raises(MarkerError, match="a prompt for 4 activations"):
+        verbalise().write(runs["4"] / "av", torch.ones(4, 64), 4)
 
 
 def test_the_longest_row_is_that_of_its_own_prompt_and_response(

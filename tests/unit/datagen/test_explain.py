@@ -18,7 +18,7 @@ import pytest
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import ExplainConfig, ProviderConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
+from nla_megatron.contract.sidecar import PoolSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import explain
 from nla_megatron.errors import ConfigError, MissingFile, ProviderError, SidecarError
@@ -87,6 +87,18 @@ def test_failed_rows_are_dropped_and_the_others_keep_their_vectors(keywords: Cal
     assert table.column(columns.DOC_ID) == [f"tiny:train:{row}" for row in (0, 2, 4)]
     np.testing.assert_array_equal(table.vectors([0, 1, 2]), source.vectors([0, 2, 4]))
     assert read_dataset_sidecar(table.path).row_count == 3
+
+
+def test_rows_with_any_number_of_activations_keep_all_of_them(tmp_path: Path, model_dir: Path) -> None:
+    rows = tiny_rows(64, documents=1, rows_per_document=4, positions=3, fewest=1)
+    texts = ["whales sing", "bread rises", "!", "rivers carry"]
+    source = tiny_table(tmp_path / "base.parquet", model_dir, "base", {**rows, columns.TEXT: texts})
+    config = ExplainConfig(out=str(tmp_path / "out"), input=str(source), max_failures=0.3)
+    run(config)
+    table, base = explained(config), Table.open(source, "base")
+    assert table.activations.tolist() == [1, 2, 1]
+    np.testing.assert_array_equal(table.inputs([0, 1, 2], 3), base.inputs([0, 1, 3]))
+    assert read_dataset_sidecar(table.path).pool == PoolSpec("stack", 3, 1)
 
 
 def test_too_many_failures_stop_the_stage_and_keep_what_was_finished(keywords: Callable[..., ExplainConfig]) -> None:

@@ -44,7 +44,7 @@ class ExtractConfig(StageConfig):
     position with fewer than `pool_least` is not sampled. None: every row keeps `pool_window`."""
     pool_within: str = "passage"
     """Where there are positions to keep, with `pool_least`. passage: in the document, or its window. sentence: in the
-    position's own sentence."""
+    position's own sentence alone, which ends where space follows . ! ? or …, or at an empty line."""
     documents_start: int = 0
     documents_length: int | None = None
     batch_size: int = 8

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from nla_megatron.conversion.rules import Rule, by_name
 from nla_megatron.errors import CheckpointError
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.critic import Critic, build_critic
+from nla_megatron.models.lora import adapted, merged_local
 from nla_megatron.models.lora_spec import LORA
 from nla_megatron.models.projections import PROJECTIONS
+from nla_megatron.models.quantized import NONE, QuantizedLinear, quantized_layers
 from nla_megatron.models.reconstructor import Reconstructor, build_reconstructor
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -39,6 +41,46 @@ def global_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
         for chunk in chunks_of(model)
         for name, parameter in chunk.named_parameters()
     }
+
+
+def quantized(model: Any) -> dict[str, QuantizedLinear]:
+    """This rank's quantised layers by the names that their weights have for the rules; no parameters have them."""
+    return {
+        _global_name(chunk, f"{name}.weight"): layer
+        for chunk in chunks_of(model)
+        for name, layer in quantized_layers(chunk).items()
+    }
+
+
+class Weights(Mapping[str, Tensor]):
+    """This rank's weights by the names that the rules have for them; adapters have no such name.
+
+    What is quantised is made when it is asked for, and with `merge` so is what is adapted, its adapters added. That
+    needs no other rank and changes no weight; what was made lives as long as its caller keeps it.
+    """
+
+    def __init__(self, model: Any, *, merge: bool):
+        packed = quantized(model)
+        self.parameters: dict[str, Tensor] = {
+            name: one for name, one in global_parameters(model).items() if f".{LORA}." not in name
+        }
+        self.parameters |= {name: layer.weight_like for name, layer in packed.items()}
+        self.made: dict[str, Any] = dict(packed)
+        if merge:
+            self.made |= {f"{name}.weight": linear for name, linear in adapted(model).items()}
+        self.merge = merge
+
+    def __getitem__(self, name: str) -> Tensor:
+        # A training step may put a parameter's data elsewhere, so nothing of it is kept.
+        if name not in self.made:
+            return self.parameters[name].detach()
+        return merged_local(self.made[name]) if self.merge else self.made[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
 
 
 def _global_name(chunk: Any, name: str) -> str:
@@ -73,17 +115,21 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     for name, parameter in global_parameters(model).items():
         if f".{LORA}." not in name and not name.startswith((VALUE_HEAD, f"{PROJECTIONS}.")):
             parameter.copy_(rules[name].read(reader.read, *place_of(rules[name], world)))
+    for name, layer in quantized(model).items():
+        layer.take(rules[name].read(reader.read, *place_of(rules[name], world)))
 
 
 def load_reconstructor(
-    directory: str, shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec | None = None, seed: int = 0
-) -> Reconstructor:
+    directory: str, shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec | None = None, seed: int = 0,
+    quantize: str = NONE,
+) -> Reconstructor:  # fmt: skip
     """An AR on this layout: its own head from an AR's directory, one that starts as the identity from a base model's.
 
     Args:
         shape: already truncated to the blocks that are kept; deeper ones in the directory are not read.
         spec: how it reads; None is what the directory's sidecar says.
         seed: of its dropout.
+        quantize: how the blocks' linear layers hold their weights.
 
     Raises:
         SidecarError: the directory's sidecar says another head than `spec`.
@@ -91,7 +137,7 @@ def load_reconstructor(
     """
     # What does not say where it is read is read behind its last block, which is all that `shape` keeps.
     known = resolved_spec(directory, spec, shape.num_layers - 1)
-    model = build_reconstructor(shape, world, dtype, known, seed)
+    model = build_reconstructor(shape, world, dtype, known, seed, quantize)
     load_from_hf(model, directory, shape, world, with_head=False)
     head = head_of(directory, shape, known)
     if head is not None and model.value_head is not None:
@@ -128,11 +174,14 @@ def _check_tensors(reader: SafetensorsReader, rules: list[Rule], strict: bool) -
 
 
 class Exporter:
-    """Full HF tensors from a live model: gathered over TP, handed to all ranks, one tensor at a time."""
+    """Full HF tensors from a live model: gathered over TP, handed to all ranks, one tensor at a time.
 
-    def __init__(self, model: Any, shape: ModelShape, world: World, *, with_head: bool):
+    Quantised weights are as the model computes with them; with `merge`, adapters are added. The model never changes.
+    """
+
+    def __init__(self, model: Any, shape: ModelShape, world: World, *, with_head: bool, merge: bool = False):
         self.world = world
-        self.parameters = global_parameters(model)
+        self.parameters: Mapping[str, Tensor] = Weights(model, merge=merge)
         self.rules = [rule for rule in rules_of(shape, with_head) if not rule.alias]
         self.experts_per_rank = shape.experts.count // world.ep if shape.experts is not None else 0
         self.stage_of = self._stages()

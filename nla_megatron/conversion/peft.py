@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nla_megatron.conversion.families import rules_of
-from nla_megatron.conversion.live import Exporter, global_parameters
+from nla_megatron.conversion.live import Exporter
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec
 from nla_megatron.conversion.work import room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
-from nla_megatron.models.lora import adapted, add_lora, merged_local
+from nla_megatron.models.lora import adapted, add_lora
 from nla_megatron.models.lora_spec import FEED_FORWARD, LORA, PROJECTIONS, FusedLinear, LoraSpec, Slot
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.world import World
@@ -245,25 +244,6 @@ def _write_weights(directory: Path, exporter: Exporter) -> None:
         file.close()
 
 
-class _Merged(Mapping[str, Tensor]):
-    """A model's parameters with the adapters added, each made when it is asked for."""
-
-    def __init__(self, model: Any):
-        self._parameters = {name: one for name, one in global_parameters(model).items() if f".{LORA}." not in name}
-        self._adapted = {f"{layer}.weight": linear for layer, linear in adapted(model).items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return merged_local(self._adapted[name]) if name in self._adapted else self._parameters[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-
 def merged_exporter(model: Any, shape: ModelShape, world: World, *, with_head: bool) -> Exporter:
-    """An `Exporter` of the model as if its adapters were part of its weights; the weights themselves never change."""
-    exporter = Exporter(model, shape, world, with_head=with_head)
-    exporter.parameters = _Merged(model)  # type: ignore[assignment]
-    return exporter
+    """An `Exporter` of the model as if its adapters were part of its weights."""
+    return Exporter(model, shape, world, with_head=with_head, merge=True)

@@ -12,6 +12,7 @@ from nla_megatron.interventions.spec import EMBEDDING
 from nla_megatron.models.builder import DTYPES, placed
 from nla_megatron.models.interventions import Changes, Sites
 from nla_megatron.models.layers import scale_output
+from nla_megatron.models.quantized import NONE
 from nla_megatron.models.spec import block_spec, decoder_config
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
@@ -24,14 +25,18 @@ class Decoder(GPTModel):
     Args:
         vp_stage: which of the stage's chunks this is; None where a stage is one chunk.
         with_head: without one no stage post-processes, so there is neither a final norm nor an output layer.
+        quantize: how the blocks' linear layers hold their weights; see `models.quantized`.
     """
 
     shape: ModelShape
     sites: Sites | None = None
     """Set by `models.interventions.intervene`."""
 
-    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None, *, with_head: bool):
-        config = decoder_config(shape, world, DTYPES[dtype])
+    def __init__(
+        self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None, *,
+        with_head: bool, quantize: str = NONE,
+    ):  # fmt: skip
+        config = decoder_config(shape, world, DTYPES[dtype], quantize)
         super().__init__(
             config,
             block_spec(shape, config, vp_stage),

@@ -168,10 +168,10 @@ def _adapt(linear: Any, layer: FusedLinear, spec: LoraSpec, seed: int) -> None:
         raise LayoutError("LoRA with sequence parallelism", "one of the two", "switch sequence parallelism off")
     if isinstance(linear, LoraLinear):
         raise UnsupportedModel(f"{layer.name} has an adapter already", "one adapter", "merge the first one")
-    pairs = {}
+    pairs, device = {}, linear.weight.device
     for slot in layer.slots:
         if slot.projection in spec.targets:
-            rank, device = spec.rank_of(slot.projection), linear.weight.device
+            rank = spec.rank_of(slot.projection)
             A = _drawn(slot, rank, layer.inputs_cut, seed).to(device)
             B = torch.zeros(math.prod(slot.view[:-1]), rank, device=device)
             pairs[slot.projection] = Pair(A, B, spec.scale_of(slot.projection), layer.inputs_cut)
@@ -192,8 +192,10 @@ def _drawn(slot: Slot, rank: int, inputs_cut: bool, seed: int) -> Tensor:
 
 @torch.no_grad()
 def merged_local(linear: LoraLinear) -> Tensor:
-    """A copy of this rank's weight with its pairs added in fp32: nothing is gathered, the weight stays as it is."""
+    """A copy of this rank's weight with its pairs, if any, added in fp32; nothing is gathered, the weight stays."""
     weight = linear.weight.detach()
+    if not isinstance(linear, LoraLinear):
+        return weight
     return (weight.float() + linear.lora.delta()).to(weight.dtype)
 
 

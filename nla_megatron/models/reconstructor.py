@@ -13,6 +13,7 @@ from torch import Tensor
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.models.decoder import Decoder, build_chunks, is_last_chunk
 from nla_megatron.models.heads import ReconstructionHead
+from nla_megatron.models.quantized import NONE
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Microbatch, ModelShape
 
@@ -22,8 +23,10 @@ PLAIN = ReconstructorSpec()
 class Backbone(Decoder):
     """Embedding and blocks; `shape` is already truncated to the blocks that are wanted."""
 
-    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
-        super().__init__(shape, world, dtype, vp_stage, with_head=False)
+    def __init__(
+        self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None, *, quantize: str = NONE
+    ):
+        super().__init__(shape, world, dtype, vp_stage, with_head=False, quantize=quantize)
         self.gathers = world.sequence_parallel and is_last_chunk(world, vp_stage)
 
     def forward(self, batch: Microbatch) -> Tensor:
@@ -47,8 +50,9 @@ class Reconstructor(Backbone):
         *,
         spec: ReconstructorSpec = PLAIN,
         seed: int = 0,
+        quantize: str = NONE,
     ):
-        super().__init__(shape, world, dtype, vp_stage)
+        super().__init__(shape, world, dtype, vp_stage, quantize=quantize)
         self.spec = spec
         self.value_head: ReconstructionHead | None = None
         if is_last_chunk(world, vp_stage):
@@ -67,13 +71,14 @@ def build_backbone(shape: ModelShape, world: World, dtype: str) -> Backbone:
 
 
 def build_reconstructor(
-    shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec = PLAIN, seed: int = 0
+    shape: ModelShape, world: World, dtype: str, spec: ReconstructorSpec = PLAIN, seed: int = 0, quantize: str = NONE
 ) -> Reconstructor:
     """The AR of a stage that is one chunk; `build_chunks(Reconstructor, …)` builds any.
 
     Args:
         spec: how it reads; its depth is that of `shape`.
         seed: of its dropout.
+        quantize: how the blocks' linear layers hold their weights.
     """
-    [model] = build_chunks(partial(Reconstructor, spec=spec, seed=seed), shape, world, dtype)
+    [model] = build_chunks(partial(Reconstructor, spec=spec, seed=seed, quantize=quantize), shape, world, dtype)
     return model

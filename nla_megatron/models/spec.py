@@ -25,6 +25,7 @@ from nla_megatron.models.attention import RotaryAttention, SdpaCoreAttention
 from nla_megatron.models.builder import Layout, blocks_per_chunk, check_layout
 from nla_megatron.models.interventions import Changes
 from nla_megatron.models.layers import NormedRowParallelLinear, RmsNorm, biased, gelu_tanh
+from nla_megatron.models.quantized import NF4, NONE, quantized
 from nla_megatron.models.rotary import RotaryTables
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -52,22 +53,29 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+_Holding = Callable[[type], type]
+_HOLDINGS: dict[str, _Holding] = {NONE: lambda linear: linear, NF4: quantized}
+"""From a class of linear layers to the class that holds its weight so."""
+
 # Each block keeps its input only, and runs again in the backward pass.
 _RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 @dataclass
 class DecoderConfig(TransformerConfig):
-    """Megatron's configuration, carrying the shape to the modules of ours that it is handed to."""
+    """Megatron's configuration, carrying what it does not know to the modules of ours that it is handed to."""
 
     shape: ModelShape | None = None
+    quantize: str = NONE
+    """How the blocks' linear layers hold their weights: as they are, or as NF4."""
 
 
-def decoder_config(shape: ModelShape, world: World, dtype: torch.dtype) -> DecoderConfig:
+def decoder_config(shape: ModelShape, world: World, dtype: torch.dtype, quantize: str = NONE) -> DecoderConfig:
     """The configuration of this shape on this layout. Raises LayoutError."""
     check_layout(shape, world, "convert")
     return DecoderConfig(
         shape=shape,
+        quantize=quantize,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -141,21 +149,22 @@ def _pipeline_layout(num_layers: int, layout: Layout) -> list[list[str]] | None:
 def block_spec(shape: ModelShape, config: DecoderConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """This stage's (or chunk's) layers and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RmsNorm)
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(shape, config.quantize)] * layers, layer_norm=RmsNorm)
 
 
-def _layer_spec(shape: ModelShape) -> ModuleSpec:
+def _layer_spec(shape: ModelShape, quantize: str) -> ModuleSpec:
     """Megatron's local layers with our norms and attention."""
     qk_norm = RmsNorm if shape.qk_norm else IdentityOp
     row = NormedRowParallelLinear if shape.sandwich_norms else RowParallelLinear
+    held = _HOLDINGS[quantize]
     rotary = (RotaryTables(shape), RotaryTables(shape, local=True))
     attention = ModuleSpec(
         module=RotaryAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=held(ColumnParallelLinear),
             core_attention=SdpaCoreAttention,
-            linear_proj=biased(row) if shape.output_bias else row,
+            linear_proj=held(biased(row) if shape.output_bias else row),
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
@@ -171,20 +180,20 @@ def _layer_spec(shape: ModelShape) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RmsNorm,
-            mlp=_feed_forward_spec(shape, row),
+            mlp=_feed_forward_spec(shape, row, held),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )
 
 
-def _feed_forward_spec(shape: ModelShape, row: type) -> ModuleSpec:
+def _feed_forward_spec(shape: ModelShape, row: type, held: _Holding) -> ModuleSpec:
     if shape.experts is not None:
         assert not shape.sandwich_norms and not shape.mlp_bias, "no family has a norm behind a mixture, or biases in it"
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        linears = MLPSubmodules(linear_fc1=held(ColumnParallelLinear), linear_fc2=held(RowParallelLinear))
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)
         return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     column = ColumnParallelLinear
     if shape.mlp_bias:
         column, row = biased(column), biased(row)
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=held(column), linear_fc2=held(row)))

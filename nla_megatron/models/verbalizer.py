@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from nla_megatron.models.decoder import Decoder, build_chunks
 from nla_megatron.models.layers import soft_capped
+from nla_megatron.models.quantized import NONE
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Microbatch, ModelShape
 
@@ -15,8 +18,8 @@ from nla_megatron.types import Microbatch, ModelShape
 class Verbalizer(Decoder):
     """A Megatron decoder with an output layer; `models.interventions.intervene` makes it read activations."""
 
-    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None):
-        super().__init__(shape, world, dtype, vp_stage, with_head=True)
+    def __init__(self, shape: ModelShape, world: World, dtype: str, vp_stage: int | None = None, quantize: str = NONE):
+        super().__init__(shape, world, dtype, vp_stage, with_head=True, quantize=quantize)
 
     def forward(self, batch: Microbatch) -> Tensor:
         """Logits of this TP rank's vocabulary rows, (B, T, V/tp), on the last stage; hidden states elsewhere."""
@@ -35,7 +38,7 @@ class Verbalizer(Decoder):
         return logits_BTV.masked_fill(padding, torch.finfo(logits_BTV.dtype).min)
 
 
-def build_verbalizer(shape: ModelShape, world: World, dtype: str) -> Verbalizer:
+def build_verbalizer(shape: ModelShape, world: World, dtype: str, quantize: str = NONE) -> Verbalizer:
     """The AV of a stage that is one chunk; `build_chunks(Verbalizer, …)` builds any."""
-    [model] = build_chunks(Verbalizer, shape, world, dtype)
+    [model] = build_chunks(partial(Verbalizer, quantize=quantize), shape, world, dtype)
     return model

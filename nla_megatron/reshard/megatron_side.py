@@ -16,10 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from nla_megatron.conversion.families import rules_of
-from nla_megatron.conversion.live import global_parameters
+from nla_megatron.conversion.live import Weights, global_parameters, quantized
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.models.builder import blocks_per_chunk, check_layout
-from nla_megatron.models.lora import adapted, merged_local
 from nla_megatron.models.lora_spec import LORA
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard.carriers import Claim, Group
@@ -161,34 +160,21 @@ def _merged(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-class Sources(Mapping[str, Tensor]):
-    """This rank's parameters under the names of the claims; adapted ones are merged when they are asked for.
-
-    Merging needs no other rank and leaves the weight as it is; a merged copy lives as long as its caller keeps it.
+class Sources(Weights):
+    """This rank's weights under the names of the claims; adapters are merged.
 
     Args:
         masters: by the names of their claims; see `masters`.
     """
 
     def __init__(self, model: Any, world: World, masters: Mapping[str, Tensor] | None = None):
-        everything: dict[str, Tensor] = dict(global_parameters(model))
-        adapters = {name: parameter for name, parameter in everything.items() if f".{LORA}." in name}
-        self.parameters = {name: one for name, one in everything.items() if name not in adapters}
-        self.checked: dict[str, Tensor] = {**everything, **(masters or {})}
+        super().__init__(model, merge=True)
+        self.checked: dict[str, Tensor] = {**global_parameters(model), **(masters or {})}
+        # A code is a number whatever it is: what may be none is a scale.
+        self.checked |= {f"the scales of {name}": layer.scales for name, layer in quantized(model).items()}
         if world.pp > 1 and _OUTPUT in self.parameters:
             self.parameters.setdefault(_EMBEDDING, self.parameters[_OUTPUT])
         self.parameters.update(masters or {})
-        self.made = {f"{name}.weight": linear for name, linear in adapted(model).items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        # A training step may put a parameter's data elsewhere, so nothing of it is kept.
-        return merged_local(self.made[name]) if name in self.made else self.parameters[name].detach()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parameters)
-
-    def __len__(self) -> int:
-        return len(self.parameters)
 
 
 class AdapterSources(Sources):
@@ -197,4 +183,4 @@ class AdapterSources(Sources):
     def __init__(self, model: Any):
         everything: dict[str, Tensor] = dict(global_parameters(model))
         self.parameters = self.checked = {name: one for name, one in everything.items() if f".{LORA}." in name}
-        self.made = {}
+        self.made, self.merge = {}, False

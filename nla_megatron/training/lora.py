@@ -8,6 +8,7 @@ from nla_megatron.config.schema import LoraConfig, ParallelConfig
 from nla_megatron.conversion.peft import attach, check_targets
 from nla_megatron.errors import LayoutError
 from nla_megatron.models.lora_spec import ALL_LINEAR, PROJECTIONS, LoraSpec, targets_of
+from nla_megatron.models.quantized import BLOCK, NONE, check_installed
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
 
@@ -26,7 +27,8 @@ def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig, 
     Raises:
         ConfigError: an unknown projection.
         UnsupportedModel: feed-forward targets of a mixture of experts.
-        LayoutError: sequence parallelism.
+        LayoutError: sequence parallelism, or blocks of 4-bit weights that a layer's inputs do not divide into.
+        VersionError: 4-bit weights without what quantises.
     """
     spec = lora_spec(config)
     if spec is None:
@@ -37,6 +39,28 @@ def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig, 
             f"{key}.rank={config.rank} with parallel.sequence_parallel", "one of the two",
             f"set parallel.sequence_parallel=false, or leave {key} out",
         )  # fmt: skip
+    if config.quantize != NONE:
+        check_installed()
+        _check_blocks(shape, parallel, f"{key}.quantize={config.quantize}")
+
+
+def _check_blocks(shape: ModelShape, parallel: ParallelConfig, setting: str) -> None:
+    """Whether the inputs of every linear layer are whole blocks on each rank: then no layout changes a number."""
+    width, ranks = shape.ffn_hidden_size, parallel.tp
+    if shape.experts is not None:
+        width, ranks = shape.experts.ffn_hidden_size, parallel.etp or parallel.tp
+    inputs = {
+        "hidden dimensions": (shape.hidden_size, 1),
+        "dimensions of all heads": (shape.num_heads * shape.head_dim, parallel.tp),
+        "feed-forward columns": (width, ranks),
+    }
+    for name, (size, parts) in inputs.items():
+        if size % (parts * BLOCK):
+            raise LayoutError(
+                f"{setting} for {size} {name} on {parts} rank{'s' if parts > 1 else ''}",
+                f"a multiple of {BLOCK} on each, the weights that share a scale",
+                "lower parallel.tp" if size % BLOCK == 0 else "leave quantize out: this model has no such width",
+            )  # fmt: skip
 
 
 def adapt(model: Any, config: LoraConfig, world: World, seed: int) -> None:

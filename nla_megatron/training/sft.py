@@ -21,6 +21,7 @@ from nla_megatron.conversion.projections import load_projections
 from nla_megatron.errors import ColumnError
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.interventions import intervene
+from nla_megatron.models.quantized import NONE
 from nla_megatron.models.reconstructor import Reconstructor
 from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.world import World, data_parallel_size
@@ -115,14 +116,17 @@ def model_shape(role: str, directory: str, task: NlaTask, wanted: ArConfig | Non
     return read_shape(directory) if role == "av" else reconstructor_shape(directory, _resolved(directory, task, wanted))
 
 
-def load_av(directory: str, task: NlaTask, world: World, dtype: str, seed: int = 0, dropout: float = 0.0) -> Verbalizer:
+def load_av(
+    directory: str, task: NlaTask, world: World, dtype: str, seed: int = 0, dropout: float = 0.0, quantize: str = NONE
+) -> Verbalizer:
     """The AV with its injection, from a base model's or an AV's directory.
 
     Args:
         seed, dropout: of projections that start afresh, and between the layers of any.
+        quantize: how the blocks' linear layers hold their weights.
     """
     shape = model_shape("av", directory, task)
-    model = build_verbalizer(shape, world, dtype)
+    model = build_verbalizer(shape, world, dtype, quantize)
     load_from_hf(model, directory, shape, world, with_head=True)
     intervene(model, task.interventions, seed, dropout)
     load_projections(model, directory)
@@ -130,11 +134,12 @@ def load_av(directory: str, task: NlaTask, world: World, dtype: str, seed: int =
 
 
 def load_ar(
-    directory: str, task: NlaTask, world: World, dtype: str, wanted: ArConfig | None = None, seed: int = 0
-) -> Reconstructor:
+    directory: str, task: NlaTask, world: World, dtype: str, wanted: ArConfig | None = None, seed: int = 0,
+    quantize: str = NONE,
+) -> Reconstructor:  # fmt: skip
     """The AR, from a base model's or an AR's directory; `wanted` as in `model_shape`, `seed` of its dropout."""
     spec = _resolved(directory, task, wanted)
-    return load_reconstructor(directory, reconstructor_shape(directory, spec), world, dtype, spec, seed)
+    return load_reconstructor(directory, reconstructor_shape(directory, spec), world, dtype, spec, seed, quantize)
 
 
 def run(config: SftConfig, world: World) -> None:
@@ -161,9 +166,10 @@ def run(config: SftConfig, world: World) -> None:
 
 def _module(part: Part, config: SftConfig, task: NlaTask, world: World) -> TrainModule:
     if part.role == "av":
-        model: Any = load_av(part.model, task, world, config.dtype, config.seed, task.projection_dropout)
+        dropout = task.projection_dropout
+        model: Any = load_av(part.model, task, world, config.dtype, config.seed, dropout, part.lora.quantize)
     else:
-        model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed)
+        model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed, part.lora.quantize)
     adapt(model, part.lora, world, config.seed)
     return TrainModule(model, world, part.optim, config.steps, config.micro_batch_size, config.dtype)
 

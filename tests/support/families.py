@@ -78,14 +78,14 @@ def family_shape(name: str) -> ModelShape:
     return family_of(config).shape_from_config(config)
 
 
-def family_model(name: str, directory: Path) -> Any:
-    """Make the model, save it in `directory`, and return it in fp32 with plain attention."""
+def family_model(name: str, directory: Path, **sizes: int) -> Any:
+    """Make the model (with `sizes` of its own), save it in `directory`, and return it in fp32 with plain attention."""
     import torch
     import transformers
 
     architecture, options = MODELS[name]
     kind = getattr(transformers, architecture)
-    config = kind.config_class(**{**COMMON, "tie_word_embeddings": False, **options})
+    config = kind.config_class(**{**COMMON, "tie_word_embeddings": False, **options, **sizes})
     config._attn_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(len(name))

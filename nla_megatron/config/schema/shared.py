@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -74,18 +75,26 @@ class LoraConfig:
     """Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or all-linear."""
     rslora: bool = False
     """It is scaled by alpha / sqrt(rank) in place of that (Kalajdzievski, 2023)."""
+    quantize: str = "none"
+    """nf4: the linear layers of the blocks, which do not learn, hold 4 bits a weight (QLoRA: Dettmers et al., 2023)."""
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 0)
+        one_of("quantize", self.quantize, ("none", "nf4"))
         if not self.alpha > 0 or not self.targets:
             raise ConfigError(
                 f"LoRA with alpha={self.alpha} and targets={list(self.targets)}", "a positive alpha, and targets",
                 "correct alpha or targets",
             )  # fmt: skip
-        if not self.rank and (self.alpha, list(self.targets), self.rslora) != (16.0, ["all-linear"], False):
+        unread = [
+            f"{key.name}={getattr(self, key.name)}"
+            for key in fields(self)
+            if getattr(self, key.name) != (key.default if key.default_factory is NO_DEFAULT else key.default_factory())
+        ]
+        if not self.rank and unread:
             raise ConfigError(
-                f"LoRA with alpha={self.alpha}, targets={list(self.targets)} and rslora={self.rslora}, of rank 0",
-                "a rank of at least 1, or none of these: all weights are trained", "set rank, or leave these out",
+                f"LoRA with {', '.join(unread)}, of rank 0",
+                "a rank of at least 1, or no such key: all weights are trained", "set rank, or leave these out",
             )  # fmt: skip
 
 
@@ -117,7 +126,8 @@ class RolloutConfig:
     sleep: bool = False
     """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
     lora: str = "merged"
-    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own."""
+    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own. With
+    4-bit weights it is merged: the sampler's base is the directory's, not the quantised one."""
     lora_rank: int = 16
     """With `lora: adapter`, the largest rank that one may have."""
     stop: list[str] = field(default_factory=list)

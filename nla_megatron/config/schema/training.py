@@ -142,6 +142,11 @@ class RlConfig(TrainingStageConfig):
                 "an adapter, of at most rollout.lora_rank",
                 "set lora.rank and rollout.lora_rank, or rollout.lora=merged",
             )  # fmt: skip
+        if self.rollout.lora == "adapter" and self.lora.quantize != "none":
+            raise ConfigError(
+                f"rollout.lora=adapter with lora.quantize={self.lora.quantize}", "rollout.lora=merged",
+                "leave rollout.lora out: beside an adapter the sampler would keep weights that are not quantised",
+            )  # fmt: skip
         at_least("samples_per_prompt", self.samples_per_prompt, 1)
         if self.algorithm.minibatches > self.batch_size:
             raise ConfigError(

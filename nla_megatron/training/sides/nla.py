@@ -51,8 +51,8 @@ class NlaSide:
         self.ar_loss = make_reconstruction_loss(config.ar_loss)
         self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.inputs
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
-        av = load_av(config.av, task, world, config.dtype)
-        ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed)
+        av = load_av(config.av, task, world, config.dtype, quantize=config.lora.quantize)
+        ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed, quantize=config.ar_lora.quantize)
         # Adapted before they are wrapped: what is frozen by then gets no gradient and no optimizer state.
         adapt(av, config.lora, world, config.seed)
         adapt(ar, config.ar_lora, world, config.seed)

@@ -58,7 +58,7 @@ class PlainSide:
         self.n_rows = self.task.rows
         self.vectors: Vectors = no_vectors
         self.shape = read_shape(config.model)
-        self.model: Any = build_verbalizer(self.shape, world, config.dtype)
+        self.model: Any = build_verbalizer(self.shape, world, config.dtype, config.lora.quantize)
         load_from_hf(self.model, config.model, self.shape, world, with_head=True)
         adapt(self.model, config.lora, world, config.seed)
         self.policy: Policy = TrainModule(

@@ -1,5 +1,7 @@
 """What adapters compute, learn and save on every layout that four ranks can have, against `peft`.
 
+One base is in 4-bit weights, and transformers' beside it is, too, as bitsandbytes makes them.
+
 Arguments: RESULT SCRATCH. Rank 0 writes, per layout and adapter, the largest differences found.
 """
 
@@ -27,6 +29,7 @@ from nla_megatron.models.decoder import build_chunks
 from nla_megatron.models.lora import adapter_state
 from nla_megatron.models.lora_spec import LoraSpec
 from nla_megatron.models.pipeline import forward_rows
+from nla_megatron.models.quantized import NF4, NONE
 from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.cpu import megatron_device
@@ -36,12 +39,13 @@ from nla_megatron.training.module import TrainModule
 from nla_megatron.types import Microbatch
 from tests.support.adapters import peft_adapter
 from tests.support.families import family_model
+from tests.support.quantized import dequantised, load_in_4bit
 from tests.support.tiny import tiny_model
 
 LAYOUTS = [(2, 1), (1, 1), (1, 2), (2, 2), (4, 1)]
 """The first one also saves the checkpoints that the others read."""
-FEWER = [(2, 1), (2, 2)]
-"""Layouts of the second adapter, for what only its options touch."""
+FEWER = {"some": [(2, 1), (2, 2)], "nf4": [(2, 1), (2, 2), (4, 1)]}
+"""Layouts of the other adapters, for what only their options, or their base's 4-bit weights, touch."""
 PROMPT, STEPS = 4, 2
 LENGTHS = (9, 14, 7, 11, 12)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant", clip_grad=0.5)
@@ -52,7 +56,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
         "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 32},
     },
+    "nf4": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
 }  # fmt: skip
+WIDE, FOUR_BITS = "wide", "four_bits"
+"""The base that is quantised, as it is and as it computes: on each of four ranks its inputs are whole blocks."""
 FAMILIES = {"gemma3": ALL, "llama-biased": ALL, "qwen3-moe": ALL[:4]}
 """Norms behind linear layers, biases, and a mixture, whose attention alone is adapted."""
 FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"tp2 pp2": {"tp": 2, "pp": 2}, "vpp2": {"pp": 2, "vpp": 2, "tp": 2}}
@@ -61,11 +68,27 @@ FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"tp2 pp2": {"tp": 2, "pp": 2}, "vpp
 def make_sources(scratch: Path) -> None:
     """Random base models, and adapters as `peft` makes them, with B away from zero."""
     tiny_model(scratch / "base", num_layers=3, num_heads=8, num_kv_heads=4)
+    tiny_model(scratch / WIDE, num_layers=3, num_heads=8, num_kv_heads=4, ffn_hidden_size=256)
+    dequantised(scratch / WIDE, scratch / FOUR_BITS)
     for name, options in ADAPTERS.items():
-        make_adapter(scratch, "base", name, options)
+        make_adapter(scratch, computing(name), name, options)
     for name, targets in FAMILIES.items():
         family_model(name, scratch / f"{name}_base")
         make_adapter(scratch, f"{name}_base", name, {"r": 4, "lora_alpha": 8, "target_modules": targets})
+
+
+def quantize_of(name: str) -> str:
+    return NF4 if name == NF4 else NONE
+
+
+def base_of(name: str) -> str:
+    """The directory that an adapter's model is loaded from."""
+    return WIDE if name == NF4 else "base"
+
+
+def computing(name: str) -> str:
+    """The directory with the weights that it then computes with."""
+    return FOUR_BITS if name == NF4 else "base"
 
 
 def make_adapter(scratch: Path, base: str, name: str, options: dict[str, Any]) -> None:
@@ -100,9 +123,10 @@ def weights(exporter: Exporter) -> dict[str, Tensor]:
 
 
 def loaded(scratch: Path, name: str, world: World) -> Any:
-    shape = read_shape(scratch / "base")
-    model = build_verbalizer(shape, world, "float32")
-    load_from_hf(model, str(scratch / "base"), shape, world, with_head=True)
+    base = scratch / base_of(name)
+    shape = read_shape(base)
+    model = build_verbalizer(shape, world, "float32", quantize_of(name))
+    load_from_hf(model, str(base), shape, world, with_head=True)
     load_adapter(model, scratch / name, shape, world)
     return model
 
@@ -111,7 +135,7 @@ def on_layout(scratch: Path, name: str, world: World, key: str) -> dict[str, Any
     """Numbers of one layout: logits, the adapter and both exports, before and after training."""
     from megatron.core import dist_checkpointing
 
-    shape = read_shape(scratch / "base")
+    shape = read_shape(scratch / base_of(name))
     batch = batch_of(shape.vocab_size)
     model = loaded(scratch, name, world)
     out: dict[str, Any] = {"logits": logits_of(model, batch, world, shape.vocab_size)}
@@ -190,7 +214,10 @@ def reference(scratch: Path, name: str) -> dict[str, Any]:
     from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(scratch / "base", dtype=torch.float32)
+    if quantize_of(name) == NF4:
+        base = load_in_4bit(scratch / base_of(name))
+    else:
+        base = AutoModelForCausalLM.from_pretrained(scratch / "base", dtype=torch.float32)
     batch = batch_of(base.config.vocab_size)
     model = PeftModel.from_pretrained(base, scratch / name, is_trainable=True)
 
@@ -249,7 +276,7 @@ def exports(found: dict[str, Any], expected: dict[str, Any], scratch: Path, base
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], scratch: Path, name: str) -> dict[str, Any]:
-    return exports(found, expected, scratch, "base", name) | {
+    return exports(found, expected, scratch, computing(name), name) | {
         "norms": [abs(a - b) / b for a, b in zip(found["norms"], expected["norms"], strict=True)],
         "trained": distance(found["trained"], expected["trained"], expected["saved"]),
         "stepped": distance(found["stepped"], expected["stepped"], expected["saved"]),
@@ -268,7 +295,7 @@ def main(result: str, scratch: str) -> None:
             make_sources(Path(scratch))
         barrier(world)
         key = f"tp{tp} pp{pp}"
-        for name in ADAPTERS if (tp, pp) in FEWER else ("all",):
+        for name in (name for name in ADAPTERS if (tp, pp) in FEWER.get(name, LAYOUTS)):
             found[f"{name} {key}"] = on_layout(Path(scratch), name, world, f"{name} {key}")
         starts[key] = fresh(Path(scratch), world, key)
         parallel_state.destroy_model_parallel()

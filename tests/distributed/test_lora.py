@@ -11,7 +11,9 @@ from tests.support.ranks import torchrun
 pytestmark = pytest.mark.slow
 
 LAYOUTS = ["tp1 pp1", "tp2 pp1", "tp4 pp1", "tp1 pp2", "tp2 pp2"]
-TRAINED = [*(f"all {layout}" for layout in LAYOUTS), "some tp2 pp1", "some tp2 pp2"]
+QUANTIZED = ["nf4 tp2 pp1", "nf4 tp2 pp2", "nf4 tp4 pp1"]
+"""On 4-bit weights: what is computed, learnt and written is as transformers, bitsandbytes and `peft` have it."""
+TRAINED = [*(f"all {layout}" for layout in LAYOUTS), "some tp2 pp1", "some tp2 pp2", *QUANTIZED]
 FAMILIES = [
     f"{family} {layout}" for family in ("gemma3", "llama-biased", "qwen3-moe") for layout in ("tp2 pp2", "vpp2")
 ]

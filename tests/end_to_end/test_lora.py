@@ -15,6 +15,7 @@ from torch import Tensor
 from nla_megatron.contract.sidecar import read_model_sidecar
 from nla_megatron.conversion.hf import VALUE_HEAD
 from nla_megatron.conversion.peft_format import CONFIG
+from tests.support.quantized import dequantised
 from tests.support.ranks import command
 from tests.support.recorded import record
 from tests.support.tiny import AR_TEMPLATE, tiny_model, tiny_rows, tiny_table
@@ -25,6 +26,7 @@ STEPS, PROMPTS, SAMPLES, SEED = 3, 3, 4, 5
 TEMPLATE = "Explain <concept><INJECT></concept>"
 LORA = ("lora.rank=4", "lora.alpha=8", "lora.rslora=true")
 AR_LORA = ("ar_lora.rank=2", "ar_lora.targets=[q_proj,down_proj]")
+FOUR_BITS = ("lora.quantize=nf4", "ar_lora.quantize=nf4")
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -41,19 +43,33 @@ def moved(after: dict[str, Tensor], before: dict[str, Tensor]) -> set[str]:
     return {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
 
 
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, Tensor]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    return dict(model.merge_and_unload().state_dict())
+
+
+def sft_words(started: Path, out: Path, *more: str) -> tuple[str, ...]:
+    build = started / "build"
+    return (
+        "sft", "role=both", f"model={started / 'base'}", f"data={build / 'av_sft.parquet'}",
+        f"ar_data={build / 'ar_sft.parquet'}", f"out={out}", "steps=3", "batch_size=4", "optim.lr=1e-2",
+        "ar_optim.lr=1e-2", "optim.warmup_steps=0", "parallel=tp2", *LORA, *AR_LORA, *more,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, tables, and a warm start of both models by adapters alone."""
     out = tmp_path_factory.mktemp("lora")
-    base = tiny_model(out / "base")
+    base = tiny_model(out / "base", ffn_hidden_size=128)
     source = tiny_table(out / "explained.parquet", base, "explained", tiny_rows(64, 40, 3))
-    tables = {name: out / "build" / f"{name}.parquet" for name in ("av_sft", "ar_sft")}
     for words in (
         ("build", f"input={source}", f"model={base}", f"out={out / 'build'}", "held_out=0.2",
          f"templates.av='{TEMPLATE}'", f"templates.ar='{AR_TEMPLATE}'"),
-        ("sft", "role=both", f"model={base}", f"data={tables['av_sft']}", f"ar_data={tables['ar_sft']}",
-         f"out={out / 'sft'}", "steps=3", "batch_size=4", "optim.lr=1e-2", "ar_optim.lr=1e-2", "optim.warmup_steps=0",
-         "parallel=tp2", *LORA, *AR_LORA),
+        sft_words(out, out / "sft"),
     ):  # fmt: skip
         done = command(*words)
         assert done.returncode == 0, done.stderr
@@ -62,9 +78,6 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_warm_start_moves_the_targets_alone_and_writes_what_peft_merges(started: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     base, sft = started / "base", started / "sft"
     assert moved(weights(sft / "av"), weights(base)) == set(ADAPTED)
     ar = weights(sft / "ar")
@@ -72,10 +85,7 @@ def test_a_warm_start_moves_the_targets_alone_and_writes_what_peft_merges(starte
     [head] = load_file(sft / "ar" / VALUE_HEAD).values()
     assert not torch.equal(head, torch.eye(len(head)))
 
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(sft / "adapters" / "av")
-    )
-    merged = model.merge_and_unload().state_dict()
+    merged = merged_by_peft(base, sft / "adapters" / "av")
     for name, tensor in weights(sft / "av").items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
     assert not (sft / "adapters" / "ar").exists()
@@ -93,9 +103,9 @@ def test_a_checkpoint_holds_what_learns_alone(started: Path) -> None:
         assert own and sum(".lora." not in key for key in own) == heads, own
 
 
-def rl_words(started: Path, out: Path, *more: str) -> tuple[str, ...]:
+def rl_words(started: Path, out: Path, *more: str, sft: str = "sft") -> tuple[str, ...]:
     return (
-        "rl", f"rollout.replay={started / 'recorded'}", f"av={started / 'sft' / 'av'}", f"ar={started / 'sft' / 'ar'}",
+        "rl", f"rollout.replay={started / 'recorded'}", f"av={started / sft / 'av'}", f"ar={started / sft / 'ar'}",
         f"data={started / 'build' / 'rl.parquet'}", f"out={out}", f"steps={STEPS}", f"batch_size={PROMPTS}",
         f"samples_per_prompt={SAMPLES}", f"seed={SEED}", "save_every=1", "keep_checkpoints=3",
         "optim.lr=1e-2", "optim.warmup_steps=0", "rollout.max_logprob_gap=1e-3",
@@ -137,16 +147,70 @@ def test_adapters_alone_are_handed_over_as_merged_weights_are(started: Path, rei
     check_alike(tmp_path / "rl", reinforced)
 
 
-def test_a_killed_run_resumes_on_another_layout(started: Path, reinforced: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(reinforced, tmp_path / "rl"))
-    for left in ("done", "av", "ar", "adapters", "checkpoints/step_00000002", "checkpoints/step_00000003"):
-        path = run / left
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done = command(*rl_words(started, run, "parallel=pp2"))
-    assert done.returncode == 0, done.stderr
-    check_alike(run, reinforced)
-    found, expected = weights(run / "av"), weights(reinforced / "av")
-    start = weights(started / "sft" / "av")
+def check_resumed(run: Path, expected: Path, start: Path) -> None:
+    """Of a run that lost its last two steps and took them again."""
+    check_alike(run, expected)
+    found, wanted, before = weights(run / "av"), weights(expected / "av"), weights(start)
     for name in found:
         # Adam divides by a gradient's own size, so where one is rounding alone, so is its direction.
-        assert (found[name] - expected[name]).norm() <= 0.02 * (expected[name] - start[name]).norm() + 1e-6
+        assert (found[name] - wanted[name]).norm() <= 0.02 * (wanted[name] - before[name]).norm() + 1e-6
+
+
+def killed(run: Path, out: Path) -> Path:
+    """A copy of a finished run as it was after its first step."""
+    shutil.copytree(run, out)
+    for left in ("done", "av", "ar", "adapters", "checkpoints/step_00000002", "checkpoints/step_00000003"):
+        path = out / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return out
+
+
+def test_a_killed_run_resumes_on_another_layout(started: Path, reinforced: Path, tmp_path: Path) -> None:
+    run = killed(reinforced, tmp_path / "rl")
+    done = command(*rl_words(started, run, "parallel=pp2"))
+    assert done.returncode == 0, done.stderr
+    check_resumed(run, reinforced, started / "sft" / "av")
+
+
+@pytest.fixture(scope="module")
+def packed(started: Path) -> Path:
+    """A warm start of both models on 4-bit weights."""
+    done = command(*sft_words(started, started / "packed", *FOUR_BITS))
+    assert done.returncode == 0, done.stderr
+    return started / "packed"
+
+
+def check_written(run: Path, av: Path, ar: Path, scratch: Path) -> None:
+    """What a run on 4-bit weights wrote: those of where it started, in four bits, and its adapters in them."""
+    merged = merged_by_peft(dequantised(av, scratch / "av"), run / "adapters" / "av")
+    for name, tensor in weights(run / "av").items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+    assert moved(weights(run / "av"), weights(scratch / "av")) == set(ADAPTED)
+    after, before = weights(run / "ar"), weights(dequantised(ar, scratch / "ar"))
+    assert moved(after, {name: before[name] for name in after}) == {"q_proj", "down_proj"}
+
+
+def test_a_warm_start_on_4_bit_weights_writes_them_with_the_adapters_in_them(
+    started: Path, packed: Path, tmp_path: Path
+) -> None:
+    check_written(packed, started / "base", started / "base", tmp_path)
+    training = read_model_sidecar(packed / "av").training
+    assert (training["lora"]["rank"], training["lora"]["quantize"]) == (4, "nf4")
+    # It is not the run on whole weights with another export.
+    assert metrics(packed)[0]["av_loss"] != metrics(started / "sft")[0]["av_loss"]
+
+
+def test_rl_on_4_bit_weights_samples_what_it_trains_and_resumes_on_another_layout(
+    started: Path, packed: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    done = command(*rl_words(started, whole, "parallel=tp2", *FOUR_BITS, sft="packed"))
+    assert done.returncode == 0, done.stderr
+    steps = metrics(whole)
+    assert all(step["logprob_gap_max"] <= 2e-4 and step["injected"] == PROMPTS * SAMPLES for step in steps)
+    assert steps[0]["kl"] == 0 and steps[1]["kl"] > 1e-6
+    check_written(whole, packed / "av", packed / "ar", tmp_path)
+    run = killed(whole, tmp_path / "again")
+    done = command(*rl_words(started, run, "parallel=pp2", *FOUR_BITS, sft="packed"))
+    assert done.returncode == 0, done.stderr
+    check_resumed(run, whole, packed / "av")

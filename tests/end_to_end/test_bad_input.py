@@ -102,6 +102,15 @@ def test_vectors_of_another_width(toy: Path, tmp_path: Path, refused: Any) -> No
     assert "32" in message and "64" in message
 
 
+@pytest.mark.parametrize("key", ["lora", "ar_lora"])
+def test_4_bit_weights_without_bitsandbytes(
+    toy: Path, tmp_path: Path, refused: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = refused("VersionError", *rl(toy, tmp_path / "run", f"{key}.rank=2", f"{key}.quantize=nf4"))
+    assert "no bitsandbytes" in message and "pip install" in message
+
+
 def test_sidecar_of_another_tokenizer(toy: Path, tmp_path: Path, refused: Any) -> None:
     data = copy_of_table(toy, "av_sft", tmp_path)
     sidecar = read_dataset_sidecar(data)

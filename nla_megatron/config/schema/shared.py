@@ -76,7 +76,8 @@ class LoraConfig:
     rslora: bool = False
     """It is scaled by alpha / sqrt(rank) in place of that (Kalajdzievski, 2023)."""
     quantize: str = "none"
-    """nf4: the linear layers of the blocks, which do not learn, hold 4 bits a weight (QLoRA: Dettmers et al., 2023)."""
+    """How the blocks' linear layers hold their weights, which do not learn: with nf4 in 4 bits each (QLoRA: Dettmers et
+    al., 2023)."""
 
     def __post_init__(self) -> None:
         at_least("rank", self.rank, 0)

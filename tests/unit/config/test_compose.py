@@ -155,6 +155,11 @@ def test_a_value_out_of_range_names_key_found_and_expected(override: str, found:
     assert (error.found, error.expected) == (found, expected)
 
 
+def test_an_adapter_beside_weights_that_the_trainer_does_not_have_is_refused() -> None:
+    error = refusal("rollout.lora=adapter", "lora.rank=2", "lora.quantize=nf4")
+    assert error.found == "rollout.lora=adapter with lora.quantize=nf4" and error.expected == "rollout.lora=merged"
+
+
 @pytest.mark.parametrize(
     ("root", "override", "found"),
     [

@@ -18,13 +18,14 @@ from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.live import global_parameters, load_from_hf, quantized
 from nla_megatron.conversion.rules import by_name
-from nla_megatron.errors import LayoutError, NlaError, VersionError
+from nla_megatron.errors import LayoutError, NlaError, NotFinite, VersionError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.lora import adapted, linears, merged_local
 from nla_megatron.models.pipeline import forward_rows
 from nla_megatron.models.quantized import BLOCK, NF4, QuantizedLinear
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
+from nla_megatron.reshard.execute import check_finite
 from nla_megatron.reshard.megatron_side import Sources
 from nla_megatron.training.export import export
 from nla_megatron.training.lora import adapt, check_lora
@@ -177,6 +178,24 @@ def test_equal_files_give_equal_codes_whatever_the_dtype_of_training(directory: 
     one, other = (quantized(loaded(directory, world, dtype)) for dtype in ("float32", "bfloat16"))
     for name in one:
         assert torch.equal(one[name].codes, other[name].codes) and torch.equal(one[name].scales, other[name].scales)
+
+
+def test_what_is_in_four_bits_already_stays_as_it_is(directory: Path, world: World) -> None:
+    for layer in quantized(loaded(directory, world)).values():
+        before = layer.weight
+        layer.take(before)
+        assert torch.equal(layer.weight, before)
+
+
+def test_a_weight_that_is_no_number_is_found_before_it_is_handed_over(directory: Path, world: World) -> None:
+    model = loaded(directory, world)
+    layer: Any = linears(model)["decoder.layers.1.mlp.linear_fc1"]
+    check_finite(Sources(model, world).checked, world)
+    broken = layer.weight
+    broken[3, 40] = float("nan")
+    layer.take(broken)
+    with pytest.raises(NotFinite, match="the scales of decoder.layers.1.mlp.linear_fc1.weight"):
+        check_finite(Sources(model, world).checked, world)
 
 
 def test_a_part_of_the_inputs_has_the_numbers_of_the_whole(model: Any) -> None:

@@ -114,7 +114,7 @@ def _left_as_it_is(weight: Tensor) -> None:
 
 
 @cache
-def quantized(linear: type) -> type:
+def in_nf4(linear: type) -> type:
     """The same class of linear layer with 4-bit weights."""
     return type(f"Quantized{linear.__name__}", (QuantizedLinear, linear), {})
 

@@ -25,7 +25,7 @@ from nla_megatron.models.attention import RotaryAttention, SdpaCoreAttention
 from nla_megatron.models.builder import Layout, blocks_per_chunk, check_layout
 from nla_megatron.models.interventions import Changes
 from nla_megatron.models.layers import NormedRowParallelLinear, RmsNorm, biased, gelu_tanh
-from nla_megatron.models.quantized import NF4, NONE, quantized
+from nla_megatron.models.quantized import NF4, NONE, in_nf4
 from nla_megatron.models.rotary import RotaryTables
 from nla_megatron.parallel.world import World
 from nla_megatron.types import ModelShape
@@ -54,7 +54,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 _Holding = Callable[[type], type]
-_HOLDINGS: dict[str, _Holding] = {NONE: lambda linear: linear, NF4: quantized}
+_HOLDINGS: dict[str, _Holding] = {NONE: lambda linear: linear, NF4: in_nf4}
 """From a class of linear layers to the class that holds its weight so."""
 
 # Each block keeps its input only, and runs again in the backward pass.

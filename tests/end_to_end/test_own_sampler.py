@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.credited import PROMPTS, SAMPLES, overrides, write_files
+from tests.support.tiny import tiny_model
 
 WITHOUT_VLLM = (
     "import sys; sys.modules['vllm'] = None; from nla_megatron.launch.commands import run; sys.exit(run(sys.argv[1:]))"
@@ -33,9 +34,14 @@ def without_vllm(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["nla", "lexical"])
 def test_rl_runs_where_there_is_no_vllm(folder: Path, task: str) -> None:
+    """With `lexical`, on 4-bit weights."""
     words = [word for word in overrides(folder, "single", "grpo", task) if not word.startswith("steps=")]
     out = next(Path(word.removeprefix("out=")) for word in words if word.startswith("out="))
     more = ("steps=2", "rollout.engine=policy", "rollout.max_new_tokens=5", "rollout.record=true")
+    if task == "lexical":
+        wide = tiny_model(folder / "wide", ffn_hidden_size=128)
+        words = [f"model={wide}" if word.startswith("model=") else word for word in words]
+        more += ("lora.rank=2", "lora.quantize=nf4")
     done = without_vllm("rl", *words, *more)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -59,7 +59,7 @@ def _check_blocks(shape: ModelShape, parallel: ParallelConfig, setting: str) -> 
             raise LayoutError(
                 f"{setting} for {size} {name} on {parts} rank{'s' if parts > 1 else ''}",
                 f"a multiple of {BLOCK} on each, the weights that share a scale",
-                "lower parallel.tp" if size % BLOCK == 0 else "leave quantize out: this model has no such width",
+                "lower parallel.tp" if size % BLOCK == 0 else "leave quantize out",
             )  # fmt: skip
 
 

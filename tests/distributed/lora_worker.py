@@ -1,6 +1,7 @@
 """What adapters compute, learn and save on every layout that four ranks can have, against `peft`.
 
-One base is in 4-bit weights, and transformers' beside it is, too, as bitsandbytes makes them.
+Two bases are in 4-bit weights: beside one is transformers' in those that bitsandbytes makes, beside the other, whose
+experts transformers leaves as they are, one with its weights as four bits have them.
 
 Arguments: RESULT SCRATCH. Rank 0 writes, per layout and adapter, the largest differences found.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,37 +60,47 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "nf4": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
 }  # fmt: skip
-WIDE, FOUR_BITS = "wide", "four_bits"
-"""The base that is quantised, as it is and as it computes: on each of four ranks its inputs are whole blocks."""
-FAMILIES = {"gemma3": ALL, "llama-biased": ALL, "qwen3-moe": ALL[:4]}
-"""Norms behind linear layers, biases, and a mixture, whose attention alone is adapted."""
-FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {"tp2 pp2": {"tp": 2, "pp": 2}, "vpp2": {"pp": 2, "vpp": 2, "tp": 2}}
+FAMILIES = {"gemma3": ALL, "llama-biased": ALL, "qwen3-moe": ALL[:4], "nf4-moe": ALL[:4]}
+"""Norms behind linear layers, biases, and mixtures, whose attention alone is adapted."""
+FAMILY_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2 pp2": {"tp": 2, "pp": 2}, "vpp2": {"pp": 2, "vpp": 2, "tp": 2}, "ep2 pp2": {"ep": 2, "pp": 2},
+}  # fmt: skip
+QUANTIZED = ("nf4", "nf4-moe")
+"""Their bases are in 4-bit weights, and so wide that the inputs of each layer are whole blocks on every rank."""
+WIDE_MIXTURE = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 128}
 
 
 def make_sources(scratch: Path) -> None:
     """Random base models, and adapters as `peft` makes them, with B away from zero."""
     tiny_model(scratch / "base", num_layers=3, num_heads=8, num_kv_heads=4)
-    tiny_model(scratch / WIDE, num_layers=3, num_heads=8, num_kv_heads=4, ffn_hidden_size=256)
-    dequantised(scratch / WIDE, scratch / FOUR_BITS)
-    for name, options in ADAPTERS.items():
+    tiny_model(scratch / base_of("nf4"), num_layers=3, num_heads=8, num_kv_heads=4, ffn_hidden_size=256)
+    for name in FAMILIES:
+        wide = name in QUANTIZED
+        family_model("qwen3-moe" if wide else name, scratch / base_of(name), **(WIDE_MIXTURE if wide else {}))
+    for name in QUANTIZED:
+        dequantised(scratch / base_of(name), scratch / computing(name))
+    adapters = {name: {"r": 4, "lora_alpha": 8, "target_modules": targets} for name, targets in FAMILIES.items()}
+    for name, options in (ADAPTERS | adapters).items():
         make_adapter(scratch, computing(name), name, options)
-    for name, targets in FAMILIES.items():
-        family_model(name, scratch / f"{name}_base")
-        make_adapter(scratch, f"{name}_base", name, {"r": 4, "lora_alpha": 8, "target_modules": targets})
+
+
+def layouts_of(name: str) -> list[str]:
+    """Of a family; dense ones have no experts to share out."""
+    return [layout for layout, sizes in FAMILY_LAYOUTS.items() if "ep" not in sizes or name.endswith("moe")]
 
 
 def quantize_of(name: str) -> str:
-    return NF4 if name == NF4 else NONE
+    return NF4 if name in QUANTIZED else NONE
 
 
 def base_of(name: str) -> str:
     """The directory that an adapter's model is loaded from."""
-    return WIDE if name == NF4 else "base"
+    return f"{name}_base" if name in QUANTIZED or name in FAMILIES else "base"
 
 
 def computing(name: str) -> str:
     """The directory with the weights that it then computes with."""
-    return FOUR_BITS if name == NF4 else "base"
+    return f"{name}_four_bits" if name in QUANTIZED else base_of(name)
 
 
 def make_adapter(scratch: Path, base: str, name: str, options: dict[str, Any]) -> None:
@@ -183,9 +195,9 @@ def fresh(scratch: Path, world: World, key: str) -> dict[str, Any]:
 
 def in_family(scratch: Path, name: str, world: World, key: str) -> dict[str, Any]:
     """The same without training, on a list of chunks."""
-    base = scratch / f"{name}_base"
+    base = scratch / base_of(name)
     shape = read_shape(base)
-    chunks = build_chunks(Verbalizer, shape, world, "float32")
+    chunks = build_chunks(partial(Verbalizer, quantize=quantize_of(name)), shape, world, "float32")
     load_from_hf(chunks, str(base), shape, world, with_head=True)
     load_adapter(chunks, scratch / name, shape, world)
     out: dict[str, Any] = {"saved": adapter_tensors(chunks, scratch / "out" / f"{key} saved", shape, world)}
@@ -201,7 +213,7 @@ def family_reference(scratch: Path, name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(
-        scratch / f"{name}_base", dtype=torch.float32, attn_implementation="eager"
+        scratch / computing(name), dtype=torch.float32, attn_implementation="eager"
     )
     model = PeftModel.from_pretrained(base, scratch / name)
     with torch.no_grad():
@@ -302,7 +314,7 @@ def main(result: str, scratch: str) -> None:
     families: dict[str, Any] = {}
     for layout, sizes in FAMILY_LAYOUTS.items():
         world = initialise(ParallelConfig(**sizes))
-        for name in FAMILIES:
+        for name in (name for name in FAMILIES if layout in layouts_of(name)):
             families[f"{name} {layout}"] = in_family(Path(scratch), name, world, f"{name} {layout}")
         parallel_state.destroy_model_parallel()
     if world.is_main:
@@ -313,9 +325,9 @@ def main(result: str, scratch: str) -> None:
         }
         for name in FAMILIES:
             wanted = family_reference(Path(scratch), name)
-            for layout in FAMILY_LAYOUTS:
+            for layout in layouts_of(name):
                 key = f"{name} {layout}"
-                out[key] = exports(families[key], wanted, Path(scratch), f"{name}_base", name)
+                out[key] = exports(families[key], wanted, Path(scratch), computing(name), name)
         first = next(iter(starts.values()))["tensors"]
         for key, start in starts.items():
             out[f"fresh {key}"] = {"unchanged": start["unchanged"], "differs": largest(start["tensors"], first)}

@@ -15,7 +15,8 @@ QUANTIZED = ["nf4 tp2 pp1", "nf4 tp2 pp2", "nf4 tp4 pp1"]
 """On 4-bit weights: what is computed, learnt and written is as transformers, bitsandbytes and `peft` have it."""
 TRAINED = [*(f"all {layout}" for layout in LAYOUTS), "some tp2 pp1", "some tp2 pp2", *QUANTIZED]
 FAMILIES = [
-    f"{family} {layout}" for family in ("gemma3", "llama-biased", "qwen3-moe") for layout in ("tp2 pp2", "vpp2")
+    *(f"{family} {layout}" for family in ("gemma3", "llama-biased") for layout in ("tp2 pp2", "vpp2")),
+    *(f"{family} {layout}" for family in ("qwen3-moe", "nf4-moe") for layout in ("tp2 pp2", "vpp2", "ep2 pp2")),
 ]
 
 

@@ -19,11 +19,12 @@ from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.live import global_parameters, load_from_hf, quantized
 from nla_megatron.conversion.rules import by_name
 from nla_megatron.errors import LayoutError, NlaError, NotFinite, VersionError
-from nla_megatron.models.batching import Batch
+from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.lora import adapted, linears, merged_local
 from nla_megatron.models.pipeline import forward_rows
 from nla_megatron.models.quantized import BLOCK, NF4, QuantizedLinear
 from nla_megatron.models.verbalizer import build_verbalizer
+from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World
 from nla_megatron.reshard.execute import check_finite
 from nla_megatron.reshard.megatron_side import Sources
@@ -156,7 +157,7 @@ def test_logits_are_those_of_transformers_in_four_bits(directory: Path, world: W
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_is_the_model_that_computes(family: str, world: World, tmp_path: Path) -> None:
-    """Each projection as bitsandbytes has it, everything else to the bit, and transformers' logits of the whole."""
+    """Each projection as bitsandbytes has it, the rest to the bit; transformers' logits of it all, and a gradient."""
     from transformers import AutoModelForCausalLM
 
     family_model(family, tmp_path / "base", **FAMILIES[family])
@@ -169,9 +170,21 @@ def test_an_export_is_the_model_that_computes(family: str, world: World, tmp_pat
         expected = in_four_bits(before.whole(name)) if packed else before.whole(name)
         assert torch.equal(after.whole(name), expected), name
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        expected_BTV = reference(torch.tensor(IDS)).logits
-    torch.testing.assert_close(logits_of(model, world), expected_BTV, rtol=1e-4, atol=1e-4)
+    expected_BTV = reference(torch.tensor(IDS)).logits
+    [part] = microbatches(Batch(ids=IDS), world, 2)
+    with megatron_device():
+        found_BTV = model(part)[..., : model.shape.vocab_size]
+    torch.testing.assert_close(found_BTV, expected_BTV, rtol=1e-4, atol=1e-4)
+    direction_BTV = torch.randn(expected_BTV.shape)
+    # Through every block, down to the residual stream that enters the first one.
+    embedding, norm = model.embedding.word_embeddings.weight, model.decoder.layers[0].input_layernorm.weight
+    wanted = reference.model.embed_tokens.weight, reference.model.layers[0].input_layernorm.weight
+    for one, other in zip(
+        torch.autograd.grad(found_BTV, (embedding, norm), direction_BTV),
+        torch.autograd.grad(expected_BTV, wanted, direction_BTV),
+        strict=True,
+    ):
+        assert float((one[: len(other)] - other).norm() / other.norm()) <= 1e-4
 
 
 def test_equal_files_give_equal_codes_whatever_the_dtype_of_training(directory: Path, world: World) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
+
+import yaml
 
 from nla_megatron.config.recipes import chosen_recipe, let_groups_win, without_recipe
 from nla_megatron.errors import ConfigError, MissingFile
@@ -59,6 +61,34 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         return OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise named_refusal(command, schema, error) from None
+
+
+def completed(command: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that the schema has gained since, at their defaults.
+
+    Options that a task or a provider has gained stand as the file of its group says.
+
+    Raises:
+        ConfigError: a key that the schema does not have, or not any more.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nla_megatron.config.schema import SCHEMAS
+
+    parts: list[Any] = [_writable(SCHEMAS[command])]
+    for group, value in record.items():
+        name = value.get("name") if isinstance(value, dict) and "options" in value else None
+        path = conf_dir() / group / f"{name}.yaml"
+        if name is not None and path.is_file():
+            parts.append({group: {"options": yaml.safe_load(path.read_text(encoding="utf-8")).get("options", {})}})
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(*parts, dict(record))))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key or str(error).splitlines()[0]}", f"keys and types of `{command}` as they are now",
+            "use the version of nla_megatron that wrote it",
+        ) from None  # fmt: skip
 
 
 def _composed(command: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from nla_megatron.config.compose import as_yaml
-from nla_megatron.errors import RunDirectoryError
+from nla_megatron.config.compose import as_yaml, completed
+from nla_megatron.errors import ConfigError, RunDirectoryError
 from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
@@ -38,17 +38,31 @@ def check_run_directory(command: str, config: Any) -> None:
             )
         return
     found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
-    both = flat(found), flat(expected)
-    for key in sorted(set().union(*both)):
-        if is_free(key):
-            continue
-        # An empty group is none: so it is written in a record that is older than the group.
-        before, now = (None if values.get(key) == {} else values.get(key) for values in both)
-        if before != now:
-            raise RunDirectoryError(
-                f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
-                "choose another out=, or repeat the run's own command to resume it",
-            )  # fmt: skip
+    for key, before, now in _differences(out, found, expected):
+        raise RunDirectoryError(
+            f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
+            "choose another out=, or repeat the run's own command to resume it",
+        )  # fmt: skip
+
+
+def _differences(out: Path, found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ and that say what a run computes, each with both values."""
+    if found["command"] != expected["command"]:
+        yield "command", found["command"], expected["command"]
+    recorded, wanted, usual = flat(found), flat(expected), flat(_completed(out, found))
+    for key in sorted({*recorded, *wanted}):
+        # What a record does not have was at its default: the run is older than the key.
+        before, now = recorded.get(key, usual.get(key)), wanted.get(key)
+        if not is_free(key) and not same(before, now):
+            yield key, before, now
+
+
+def _completed(out: Path, found: dict[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in found.items() if key not in ("command", "inputs")}
+    try:
+        return completed(found["command"], values)
+    except ConfigError as error:
+        raise RunDirectoryError(f"{out} holds a run with {error.found}", error.expected, error.remedy) from None
 
 
 def claim_run_directory(command: str, config: Any) -> None:
@@ -90,6 +104,11 @@ def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
     sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
     return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two recorded values say the same. An empty group is none: so it is written in older records."""
+    return (None if one == {} else one) == (None if other == {} else other)
 
 
 def is_free(key: str) -> bool:

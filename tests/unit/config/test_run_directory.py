@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,70 @@ def test_a_record_that_is_older_than_a_group_of_keys_is_that_of_a_run_without_th
     check_run_directory("rl", rl(claimed, "steps=5"))
     with pytest.raises(RunDirectoryError, match="algorithm.options.x"):
         check_run_directory("rl", rl(claimed, "steps=5", "+algorithm.options.x=1"))
+
+
+def without(record: Path, key: str) -> None:
+    """Make a record one of a version that did not have the key, a dotted one."""
+    values = yaml.safe_load((record / RECORD).read_text())
+    *groups, last = key.split(".")
+    reduce(lambda group, name: group[name], groups, values).pop(last)
+    (record / RECORD).write_text(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize(
+    ("key", "changed"),
+    [
+        ("eval_rows", "eval_rows=3"),
+        ("rollout.engine", "rollout.engine=policy"),
+        ("rollout.stop", "rollout.stop=[Q]"),
+        ("algorithm.value_clip", "algorithm.value_clip=null"),
+        ("lora", "lora.rank=4"),
+        ("curriculum.layers", "curriculum={layers:[0],steps:2}"),
+        ("task", "task=lexical"),
+    ],
+)
+def test_a_key_that_a_record_does_not_have_was_at_its_default(claimed: Path, key: str, changed: str) -> None:
+    without(claimed, key)
+    check_run_directory("rl", rl(claimed, "steps=5"))
+    with pytest.raises(RunDirectoryError, match=rf"holds a run with {key}[^$]*as in this command"):
+        check_run_directory("rl", rl(claimed, "steps=5", changed))
+
+
+def test_a_default_is_that_of_the_group_in_its_command(tmp_path: Path) -> None:
+    """Only `eval` samples greedily unasked."""
+    told = ["av=av", "ar=ar", "data=rl.parquet", f"out={tmp_path}"]
+    claim_run_directory("eval", compose("eval", told))
+    without(tmp_path, "rollout")
+    check_run_directory("eval", compose("eval", told))
+    with pytest.raises(RunDirectoryError, match=r"rollout.temperature=0.0[^$]*rollout.temperature=1.0"):
+        check_run_directory("eval", compose("eval", [*told, "rollout.temperature=1"]))
+
+
+def test_an_option_that_a_task_has_gained_was_as_its_file_says(tmp_path: Path) -> None:
+    out, task = tmp_path / "run", ("task=sae", "model=m")
+    claim_run_directory("rl", rl(out, *task))
+    without(out, "task.options.predictor.layers")
+    without(out, "task.options.reference")
+    check_run_directory("rl", rl(out, *task))
+    with pytest.raises(RunDirectoryError, match=r"task.options.predictor.layers=2[^$]*task.options.predictor.layers=3"):
+        check_run_directory("rl", rl(out, *task, "task.options.predictor.layers=3"))
+    with pytest.raises(RunDirectoryError, match=r"task.options.other=None[^$]*task.options.other=1"):
+        check_run_directory("rl", rl(out, *task, "+task.options.other=1"))
+
+
+def test_an_option_that_was_taken_away_stays_away(tmp_path: Path) -> None:
+    out, task = tmp_path / "run", ("task=sae", "model=m", "~task.options.reference")
+    claim_run_directory("rl", rl(out, *task))
+    check_run_directory("rl", rl(out, *task))
+
+
+@pytest.mark.parametrize("key", ["rollout.beams", "beams"])
+def test_a_key_that_the_schema_no_longer_has_is_named(claimed: Path, key: str) -> None:
+    record = yaml.safe_load((claimed / RECORD).read_text())
+    (record["rollout"] if "." in key else record)["beams"] = None
+    (claimed / RECORD).write_text(yaml.safe_dump(record))
+    with pytest.raises(RunDirectoryError, match=rf"holds a run with {key}\n.*keys and types of `rl` as they are now"):
+        check_run_directory("rl", rl(claimed, "steps=5"))
 
 
 def test_a_run_may_be_moved(claimed: Path) -> None:

@@ -53,7 +53,7 @@ def _differences(out: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
     for key in sorted({*recorded, *wanted}):
         # What a record does not have was at its default: the run is older than the key.
         before, now = recorded.get(key, usual.get(key)), wanted.get(key)
-        if not is_free(key) and not same(before, now):
+        if not is_free(key) and not same_value(before, now):
             yield key, before, now
 
 
@@ -106,9 +106,26 @@ def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two recorded values say the same. An empty group is none: so it is written in older records."""
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two recorded values say the same: equal ones, and two spellings of the path of one file or directory.
+
+    An empty group is none: so it is written in older records.
+    """
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or is_same_file(one, other)
     return (None if one == {} else one) == (None if other == {} else other)
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two paths, relative ones from here, lead to one file or directory that is there."""
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):  # not there; too long or with a null, and so no path but a text
+        return False
 
 
 def is_free(key: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free
+from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, same_value
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.evaluation.report_files import Row, read_table
 
@@ -116,7 +116,7 @@ def check_alike(runs: Sequence[Run], same: Mapping[str, str] = SAME) -> None:
     for key, what in same.items():
         first, *others = ((run, run.values.get(f"inputs.{key}", run.values.get(key))) for run in runs)
         for run, value in others:
-            if value != first[1]:
+            if not same_value(value, first[1]):
                 raise ConfigError(
                     f"runs of different {what}: {key}={_told(first[0], key)} in {first[0].name}, {_told(run, key)} in "
                     f"{run.name}",
@@ -136,7 +136,7 @@ def varying(runs: Sequence[Run]) -> list[str]:
         key
         for key in keys
         if key != SEED and not key.startswith("inputs.") and not is_free(key)
-        and any(run.values.get(key) != runs[0].values.get(key) for run in runs)
+        and not all(same_value(run.values.get(key), runs[0].values.get(key)) for run in runs)
     ]  # fmt: skip
 
 

@@ -5,13 +5,13 @@ Legend: N prompts, S strengths of all interventions side by side.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nla_megatron.config.run_directory import same_value
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
@@ -110,16 +110,11 @@ def _check_trained_for(described: Description, path: str, model: str, named: Seq
         ),
     ]
     for key, trained, wanted in told:
-        if not _same(key, trained, wanted):
+        if not same_value(trained, wanted):
             raise ConfigError(
                 f"{key}={wanted} for the predictor {path}", f"{trained}, with which it was trained",
                 f"use that; what only moved to another place is corrected in {path}/{DESCRIPTION}",
             )  # fmt: skip
-
-
-def _same(key: str, one: Any, other: Any) -> bool:
-    paths = key == "model" or key.endswith(".sae")
-    return bool(os.path.realpath(one) == os.path.realpath(other) if paths else one == other)
 
 
 def _last_step(training: Mapping[str, Any], interventions: Sequence[Intervention]) -> int:

@@ -116,6 +116,29 @@ def test_a_key_that_the_schema_no_longer_has_is_named(claimed: Path, key: str) -
         check_run_directory("rl", rl(claimed, "steps=5"))
 
 
+@pytest.mark.parametrize("spelled", ["table/", "./table", "{here}/table", "other/../table", "link"])
+def test_a_path_may_be_spelled_in_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("table", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("table")
+    steered = "{{layer: 0, sae: {}}}"
+    told = ("task=sae", "model={}", "task.options.interventions=[" + steered + "]")
+    claim_run_directory("rl", rl(Path("run"), *(word.format("table") for word in told)))
+    path = spelled.format(here=tmp_path)
+    check_run_directory("rl", rl(Path("run"), *(word.format(path) for word in told)))
+    for number, key in ((1, "model"), (2, "task.options.interventions")):
+        words = [word.format("other" if place == number else path) for place, word in enumerate(told)]
+        with pytest.raises(RunDirectoryError, match=rf"holds a run with {key}="):
+            check_run_directory("rl", rl(Path("run"), *words))
+
+
+def test_texts_that_would_be_spellings_of_one_path_differ_where_there_is_none(tmp_path: Path) -> None:
+    claim_run_directory("rl", rl(tmp_path / "run", "rollout.stop=[a/b]"))
+    with pytest.raises(RunDirectoryError, match="rollout.stop"):
+        check_run_directory("rl", rl(tmp_path / "run", "rollout.stop=[a//b]"))
+
+
 def test_a_run_may_be_moved(claimed: Path) -> None:
     check_run_directory("rl", rl(claimed.rename(claimed.with_name("moved")), "steps=5"))
 

@@ -255,6 +255,15 @@ def test_a_run_may_be_more_patient_when_it_goes_on(evaluation: Path) -> None:
             judges.check(configured(evaluation, "texts=[gold]", "+endpoint.model=another"), 1)
 
 
+def test_a_slash_behind_the_evaluation_makes_no_other_run(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(evaluation.parent)
+    with MessagesServer(reader(lambda *_: 5)) as server:
+        judged(evaluation, server)
+        for spelled in (f"{evaluation}/", evaluation.name, f"./{evaluation.name}/."):
+            judges.check(configured(evaluation, f"+endpoint.base_url={server.base_url}", "+endpoint.backoff=0.01",
+                                    f"evaluation={spelled}"), 1)  # fmt: skip
+
+
 def test_a_missing_key_is_named(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     with pytest.raises(ConfigError, match="no ANTHROPIC_API_KEY"):

@@ -27,8 +27,9 @@ from nla_megatron.evaluation.answers import (
     held_out_task,
 )
 from nla_megatron.evaluation.steered_report import write_steered_report
-from nla_megatron.evaluation.strengths import steering_of, strengths_of
+from nla_megatron.evaluation.strengths import Steering, steering_of, strengths_of
 from nla_megatron.models.builder import check_layout
+from nla_megatron.models.strength_files import STEPS_PER_EPOCH
 from nla_megatron.parallel.collectives import barrier, by_rank_0
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
@@ -55,12 +56,26 @@ def check(config: EvalConfig, world_size: int) -> None:
         )
     check_layout(shape, config.parallel, "forward")
     check_sampling(config, world_size)
-    steering_of(options, config.model, shape)
+    steering = steering_of(options, config.model, shape)
     task = held_out_task(config, options.text_task)
     check_rows(config, task)
+    _check_epochs(config, steering)
     if config.reward.terms:
-        make_reward(config.reward, rows=task.rows).check_needs(task.measures, options.text_task.name)
+        reward = make_reward(config.reward, steering.steps_per_epoch, task.rows)
+        reward.check_needs(task.measures, options.text_task.name)
     check_run_directory("eval", config)
+
+
+def _check_epochs(config: EvalConfig, steering: Steering) -> None:
+    """Raises ConfigError where a weight changes by epochs of a run of which nobody knows how long they were."""
+    for label, term in config.reward.parts.items():
+        if term.changes and term.change_by == "epoch" and steering.steps_per_epoch is None:
+            key = f"reward.terms.{label}"
+            raise ConfigError(
+                f"{key}.change_by=epoch, and no {STEPS_PER_EPOCH} in {steering.predictor or 'fixed strengths'}",
+                "the predictor of a run that says how long its epochs are",
+                f"count in steps: {key}.change_by=step {key}.change_at=N",
+            )  # fmt: skip
 
 
 def run(config: EvalConfig, world: World) -> None:
@@ -79,8 +94,8 @@ def run(config: EvalConfig, world: World) -> None:
     asked = steered(requests, strengths_NS, steering.interventions)
     with progress("eval", active=world.is_main, total=2 * len(asked), bar=config.logger.progress) as bar:
         comparison = compared(
-            task, engine, steering.interventions, asked, steering.step, _reward(config, task, world), config.samples,
-            bar.advance,
+            task, engine, steering.interventions, asked, steering.step, reward_of(config, task, steering, world),
+            config.samples, bar.advance,
         )  # fmt: skip
     if world.is_main:
         by_row = dict(zip(rows, strengths_NS.tolist(), strict=True))
@@ -89,10 +104,12 @@ def run(config: EvalConfig, world: World) -> None:
     engine.close()
 
 
-def _reward(config: EvalConfig, task: TextTask, world: World) -> RewardOf | None:
+def reward_of(config: EvalConfig, task: TextTask, steering: Steering, world: World) -> RewardOf | None:
+    """Rewards (N,) of what was measured, at a step of the run that trained; None where no reward is asked for."""
     if not config.reward.terms:
         return None
-    reward = partial(make_reward, config.reward, rows=task.rows, once=partial(by_rank_0, world=world))
+    once = partial(by_rank_0, world=world)
+    reward = partial(make_reward, config.reward, steering.steps_per_epoch, task.rows, once)
 
     def rewards(measured: Measured, step: int) -> Tensor:
         # Each side has one of its own: a moving average that one side moves is no part of the other.

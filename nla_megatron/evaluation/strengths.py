@@ -20,6 +20,7 @@ from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.prompt_features import Ids, PromptFeatures, predicted
 from nla_megatron.models.strength_files import (
     DESCRIPTION,
+    STEPS_PER_EPOCH,
     Description,
     read_description,
     read_predictor,
@@ -40,12 +41,14 @@ class Steering:
 
     `step`: the training step that schedules over training, and rewards that change, stand at: the last one. `fixed`:
     the S strengths of every prompt, or None where `predictor`, an exported one's directory, says them.
+    `steps_per_epoch`: of the run that trained, where it tells.
     """
 
     interventions: tuple[Intervention, ...]
     step: int
     fixed: tuple[float, ...] | None = None
     predictor: str = ""
+    steps_per_epoch: float | None = None
 
 
 def steering_of(options: SaeOptions, model: str, shape: ModelShape) -> Steering:
@@ -94,7 +97,10 @@ def _predicted(options: SaeOptions, path: str, model: str, shape: ModelShape) ->
     read_weights(path)
     _check_trained_for(described, path, model, named)
     check_places(named, shape)
-    return Steering(named, _last_step(described.training, named), predictor=path)
+    return Steering(
+        named, _last_step(described.training, named), predictor=path,
+        steps_per_epoch=described.training.get(STEPS_PER_EPOCH),
+    )  # fmt: skip
 
 
 def _check_trained_for(described: Description, path: str, model: str, named: Sequence[Intervention]) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, DESCRIPTION = "predictor.safetensors", "predictor.json"
+STEPS_PER_EPOCH = "steps_per_epoch"
+"""Of `Description.training`: steps in which a run passes over its rows once."""
 _FORMAT = 1
 _AGAIN = "export the predictor again"
 
@@ -25,7 +27,7 @@ _AGAIN = "export the predictor again"
 class Description:
     """A predictor's form: `strengths` of features `width` wide, for `interventions` on `base_model`.
 
-    `training`: what its run tells of itself, among it `steps`.
+    `training`: what its run tells of itself, among it `steps`, and `steps_per_epoch` where it was rewarded.
     """
 
     width: int

@@ -51,7 +51,9 @@ def train(base: Path, out: Path, *overrides: str) -> None:
         "rl", "task=sae", f"out={out}", f"model={base / 'model'}", f"data={base / 'prompts.jsonl'}",
         f"task.options.interventions={places}", "task.options.predictor.hidden=32",
         "task.options.predictor.initial_strength=1", f"held_out={base / 'held_out.jsonl'}",
-        "~reward.terms.reconstruction", REWARD,
+        # From the first epoch on it counts threefold, whose length an evaluation has to know.
+        "~reward.terms.reconstruction", REWARD, "+reward.terms.planted.later_weight=3",
+        "+reward.terms.planted.change_at=0", "+reward.terms.planted.change_by=epoch",
         "steps=3", "batch_size=4", "samples_per_prompt=4", "micro_batch_size=4", "rollout.max_new_tokens=10",
         "optim.lr=3e-3", "optim.warmup_steps=0", "algorithm.kl_coef=0.05", "algorithm.minibatches=2",
         "rollout.max_logprob_gap=1e-3", "eval_every=3", "eval_rows=4", "save_every=3", *overrides,

@@ -18,7 +18,7 @@ from nla_megatron.errors import ColumnError, ConfigError
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import check_layout
-from nla_megatron.models.strength_files import write_predictor
+from nla_megatron.models.strength_files import STEPS_PER_EPOCH, write_predictor
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.sae import OPTIONS, SaeOptions, check_model, check_steering, sae_options, without_steering
@@ -184,7 +184,10 @@ class SaeSide:
     def export(self) -> None:
         """`predictor/`: weights, form and interventions. The model is as it was, and stays where it is."""
         if self.world.is_main:
-            training = {"steps": self.config.steps, "lr": self.config.optim.lr, "objective": self.options.objective}
+            training = {
+                "steps": self.config.steps, "lr": self.config.optim.lr, "objective": self.options.objective,
+                STEPS_PER_EPOCH: self.n_rows / self.config.batch_size,
+            }  # fmt: skip
             write_predictor(
                 Path(self.config.out) / "predictor", self.policy.predictor, self.interventions, self.directory, training
             )

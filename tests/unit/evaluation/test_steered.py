@@ -23,17 +23,19 @@ from nla_megatron.errors import (
     NlaError,
     WidthError,
 )
+from nla_megatron.evaluation.answers import held_out_task
 from nla_megatron.evaluation.command import check
-from nla_megatron.evaluation.steered import results_of, rows_of, write
+from nla_megatron.evaluation.steered import results_of, reward_of, rows_of, write
 from nla_megatron.evaluation.strengths import Steering, steering_of, strengths_of
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.strength import PredictorConfig, StrengthPredictor
-from nla_megatron.models.strength_files import write_predictor
+from nla_megatron.models.strength_files import STEPS_PER_EPOCH, write_predictor
 from nla_megatron.parallel.world import World
 from nla_megatron.tasks.sae import SaeOptions, sae_options
 from nla_megatron.tasks.steering_report import Comparison, Side
 from tests.support.hooked import Hooked, write_sae
+from tests.support.measured import measured
 from tests.support.tiny import SHAPE, tiny_model
 
 FEATURES = (3, 7)
@@ -61,6 +63,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     predictor = StrengthPredictor(SHAPE.hidden_size, 2, PredictorConfig(hidden=8))
     write_predictor(folder / "elsewhere", predictor, [trained(folder)], str(folder / "another"), {"steps": 40})
     write_predictor(folder / "torn", predictor, [trained(folder)], model, {"steps": 40})
+    write_predictor(folder / "told", predictor, [trained(folder)], model, {"steps": 40, STEPS_PER_EPOCH: 3.0})
     (folder / "torn" / "predictor.safetensors").unlink()
     (folder / "damaged").mkdir()
     (folder / "damaged" / "predictor.json").write_text("{")
@@ -137,6 +140,36 @@ def test_mistakes_are_named_before_anything_is_sampled(
         check(config_of(files, exported, **given), 3 if "parallel" in given else 1)
     assert type(caught.value) is error and said in caught.value.found
     assert not (files / "eval").exists()
+
+
+def changing(epoch: int, by: str = "epoch") -> RewardConfig:
+    term = {"weight": 1.0, "later_weight": 5.0, "change_at": epoch, "change_by": by}
+    return RewardConfig(terms={"lexical_richness": term})
+
+
+@pytest.mark.parametrize(("epoch", "weight"), [(13, 5.0), (14, 1.0)])
+def test_a_reward_that_changes_by_epoch_stands_at_the_last_epoch_of_the_predictors_run(
+    files: Path, world: World, epoch: int, weight: float
+) -> None:
+    """Step 39 of a run of three steps per epoch is of epoch 13."""
+    config = config_of(files, "told", reward=changing(epoch))
+    check(config, 1)
+    options = sae_options(config.task)
+    task, steering = held_out_task(config, options.text_task), steering_of(options, config.model, SHAPE)
+    rewards = reward_of(config, task, steering, world)
+    assert rewards is not None
+    # Of 80 words, one of them, there is no penalty.
+    assert rewards(measured(["word " * 80]), steering.step).tolist() == pytest.approx([weight / 80])
+
+
+@pytest.mark.parametrize("exported", ["fits", None])
+def test_without_the_length_of_an_epoch_the_remedy_is_named(files: Path, exported: str | None) -> None:
+    given = {} if exported else {"fixed_strengths": [1.0], "interventions": [place(files)]}
+    with pytest.raises(ConfigError, match="change_by=epoch, and no steps_per_epoch in") as caught:
+        check(config_of(files, exported, reward=changing(13), **given), 1)
+    key = "reward.terms.lexical_richness"
+    assert caught.value.remedy == f"count in steps: {key}.change_by=step {key}.change_at=N"
+    check(config_of(files, exported, reward=changing(39, "step"), **given), 1)
 
 
 @pytest.mark.parametrize("task", ["nla", "math", "lexical"])

@@ -12,7 +12,7 @@ import torch
 
 from nla_megatron.config.schema import AlgorithmConfig, OptimConfig, RlConfig, TaskConfig
 from nla_megatron.models.logprobs import response_logprobs
-from nla_megatron.models.strength_files import read_predictor
+from nla_megatron.models.strength_files import read_description, read_predictor
 from nla_megatron.parallel.world import World
 from nla_megatron.tasks.steering import steered_tokens
 from nla_megatron.training.losses import cross_entropy
@@ -139,6 +139,13 @@ def test_what_is_logged_of_strengths_and_steered_tokens(files: Path, world: Worl
     prompts = sum(len(side.task.prompt_ids(row)) for row in range(3))
     assert scalars["steered_tokens"] == steered_tokens(side.interventions, batch.rollouts) == 3 + 3 + prompts
     assert scalars["steering_failed"] == 0
+
+
+def test_the_exported_predictor_tells_how_long_an_epoch_was(files: Path, world: World, tmp_path: Path) -> None:
+    side = SaeSide(replace(config_of(files), out=str(tmp_path)), world)
+    side.export()
+    # A tenth of the 12 prompts is held out.
+    assert read_description(tmp_path / "predictor").training["steps_per_epoch"] == 11 / 4
 
 
 def test_mse_fits_target_strengths_without_sampling(files: Path, world: World) -> None:

@@ -21,8 +21,17 @@ from nla_megatron.training.rl import RlTrainer, check
 from nla_megatron.types import Rollout, RolloutBatch
 from tests.support import hooked
 from tests.support.credited import PROMPTS, SAMPLES, overrides, write_files
+from tests.support.tiny import tiny_mixture, tiny_model
 
-LAYOUTS = ("tp2", "pp2", "dp2")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "tp2": ("parallel=tp2",),
+    "pp2": ("parallel=pp2",),
+    "dp2": ("parallel=dp2",),
+    "tp2 sequence parallel": ("parallel=tp2", "parallel.sequence_parallel=true"),
+    "ep2": ("parallel=ep2",),
+}
+MIXTURE = ("ep2",)
+"""Layouts of a mixture of experts."""
 # The policy writes no explanation, so all rewards are alike: an entropy bonus is what it learns from.
 OWN = (
     "rollout.engine=policy", "rollout.max_new_tokens=9", "rollout.temperature=0.8", "steps=2", "micro_batch_size=2",
@@ -31,18 +40,25 @@ OWN = (
 
 
 def configured(folder: Path, layout: str, case: str, task: str, *more: str) -> Any:
-    words = [word for word in overrides(folder, layout, case, task) if not word.startswith(("steps=", "micro_batch"))]
-    return compose("rl", [*words, *OWN, *more])
+    replaced = ("steps=", "micro_batch", "parallel=")
+    words = [word for word in overrides(folder, layout, case, task) if not word.startswith(replaced)]
+    return compose("rl", [*words, *LAYOUTS[layout], *OWN, *more])
 
 
 def rows_of(batch: RolloutBatch) -> list[dict[str, Any]]:
     return [asdict(rollout) for rollout in batch.rollouts]
 
 
-def on_layout(folder: Path, layout: str) -> dict[str, Any]:
-    world = initialise(compose("rl", [f"parallel={layout}", "out=none"]).parallel)
-    if world.is_main and not (folder / "prompts.jsonl").exists():
-        write_files(folder)
+def first_like(layout: str) -> str:
+    """The first layout of the same model."""
+    return next(each for each in LAYOUTS if (each in MIXTURE) == (layout in MIXTURE))
+
+
+def on_layout(scratch: Path, layout: str) -> dict[str, Any]:
+    world = initialise(compose("rl", [*LAYOUTS[layout], "out=none"]).parallel)
+    folder = scratch / first_like(layout)
+    if world.is_main and not folder.exists():
+        write_files(folder, tiny_mixture if layout in MIXTURE else tiny_model)
     barrier(world)
     config = configured(folder, layout, "grpo", "nla")
     check(config, world.size)
@@ -59,12 +75,14 @@ def on_layout(folder: Path, layout: str) -> dict[str, Any]:
         "steps": [trainer.step(number) for number in range(2)],
         "afterwards": rows_of(sampler.generate(requests, side.vectors, SAMPLES)),
     }  # fmt: skip
-    adapted = RlTrainer(configured(folder, layout, "ppo projected", "nla", "lora.rank=2"), world)
+    # Adapters and sequence parallelism exclude each other, and experts have no adapters.
+    lora = () if world.sequence_parallel else ("lora.rank=2", "lora.targets=[q_proj,o_proj]")
+    adapted = RlTrainer(configured(folder, layout, "ppo projected", "nla", *lora), world)
     out["adapted"] = [adapted.step(number) for number in range(2)]
     plain = RlTrainer(configured(folder, layout, "grpo", "lexical", "rollout.top_k=1"), world)
     out |= stopped(plain.side, plain.engine)
     parallel_state.destroy_model_parallel()
-    if world.is_main and layout == LAYOUTS[0]:
+    if world.is_main and layout == first_like(layout):
         out["expected"] = [by_hand(folder, side, rollout, 0.8) for rollout in drawn.rollouts]
         out["expected_greedy"] = [by_hand(folder, side, rollout, 1.0) for rollout in greedy.rollouts]
     return out

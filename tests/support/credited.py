@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,11 @@ PROJECT = InjectionSpec("project", 1, 1.0, None, ProjectionSpec("norm_add", 2))
 _WORDS = "a token of the class is not an object but any other name that its value may have in this block".split()
 
 
-def write_files(folder: Path) -> None:
+def write_files(folder: Path, write_model: Callable[[Path], Path] = tiny_model) -> None:
     """A model that is the policy, the AV and the AR, prompts for `lexical`, and the tables of `nla`."""
-    model = tiny_model(folder / "model")
+    model = write_model(folder / "model")
     for name, role, injection in (("av", "av", INJECTION), ("projecting", "av", PROJECT), ("ar", "ar", None)):
-        tiny_model(folder / name)
+        write_model(folder / name)
         tiny_model_sidecar(folder / name, model, role, injection)
     write_projections(folder / "projecting", {0: Projection(SHAPE.hidden_size, SHAPE.hidden_size, 2, seed=1)})
     head = torch.randn(SHAPE.hidden_size, SHAPE.hidden_size, generator=torch.Generator().manual_seed(1))

@@ -78,6 +78,24 @@ def tiny_model(directory: Path, **shape: Any) -> Path:
     return directory
 
 
+def tiny_mixture(directory: Path) -> Path:
+    """The same with four experts in each block, of which each token takes two."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tiny_tokenizer(directory)
+    values = config_from_shape(SHAPE)
+    for key in ("architectures", "model_type"):
+        values.pop(key)
+    config = Qwen3MoeConfig(
+        **values, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, norm_topk_prob=True
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 def tiny_contract(model: Path, positions: int = 1, fewest: int | None = None) -> PromptContract:
     """The prompts of the tiny tables with the tokenizer of `model`, and so many markers, or `fewest` to so many."""
     from transformers import PreTrainedTokenizerFast

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from nla_megatron.config.options import is_import_path, resolve
 from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import AlgorithmConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.errors import ConfigError
 from nla_megatron.types import Credit, Needs, PolicyTokens, Sampled
 
@@ -24,6 +25,8 @@ class Algorithm(Protocol):
     needs: Needs
     least_samples: int
     """Samples of a prompt below which there is nothing to compare; see `check_algorithm`."""
+    own_keys: tuple[str, ...]
+    """Keys of `AlgorithmConfig` that it reads and not every algorithm does; see `unread`."""
 
     def credit(self, sampled: Sampled) -> Credit:
         """Advantages per token from a step's rewards."""
@@ -94,3 +97,19 @@ def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:
             f"algorithm.dynamic_sampling={config.dynamic_sampling} with samples_per_prompt={samples_per_prompt}",
             "samples_per_prompt of at least 2", "drop dynamic sampling: a group of one always has equal rewards",
         )  # fmt: skip
+
+
+def unread(config: AlgorithmConfig) -> Iterator[Unread]:
+    """What the algorithm, as it is configured, does not read. Of one from elsewhere that is not known."""
+    if is_import_path(config.name):
+        return
+    own = make_algorithm(config).own_keys
+    others = dict.fromkeys(key for each in _ALGORITHMS.values() for key in getattr(each, "own_keys", ()))
+    idle: list[tuple[bool, str, Iterable[str]]] = [
+        (True, f"with algorithm.name={config.name}", [key for key in others if key not in own]),
+        (config.loss_mean != "constant", f"with algorithm.loss_mean={config.loss_mean}", ["loss_length"]),
+        (config.reference != "ema", f"with algorithm.reference={config.reference}", ["reference_decay"]),
+        (config.correction == "none", "with algorithm.correction=none", ["correction_low", "correction_high"]),
+        (config.kl_coef == 0, "with algorithm.kl_coef=0", ["kl", "kl_in", "kl_weighted", "kl_clamp"]),
+    ]
+    yield from ((f"algorithm.{key}", when) for holds, when, keys in idle if holds for key in keys)

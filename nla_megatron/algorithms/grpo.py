@@ -24,6 +24,7 @@ class Grpo(PolicyGradient):
     """Group-relative advantages, clipped ratio per token."""
 
     baselines = ("group", "leave_one_out")
+    own_keys = ("normalise_std",)
     least_samples = 2
 
     def credit(self, sampled: Sampled) -> Credit:

@@ -26,6 +26,8 @@ from nla_megatron.types import Credit, Needs, Sampled
 class Ppo(PolicyGradient):
     """Generalised advantages over a critic's values, clipped policy and value losses."""
 
+    own_keys = ("gamma", "gae_lambda", "value_clip", "whiten")
+
     def wanted(self) -> Needs:
         return replace(super().wanted(), values=True)
 

@@ -36,6 +36,7 @@ class Reinforce(PolicyGradient):
     """A baseline of the whole step, of the steps before, or of each prompt's greedy response."""
 
     baselines = ("mean", "none", "ema", "scst")
+    own_keys = ("ema_decay",)
     average: float | None = None
     """Of the steps so far, for `ema`."""
 

@@ -25,6 +25,7 @@ class ReinforcePlusPlus(PolicyGradient):
     """Advantages on the scale of the whole step, clipped ratio per token."""
 
     baselines = ("none", "group")
+    own_keys = ("gamma",)
 
     def __init__(self, config: AlgorithmConfig):
         super().__init__(config)

@@ -7,11 +7,13 @@ this command are workers that share files out among them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core import parallel_state
 
 from nla_megatron.config.schema import ConvertConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.conversion.description import described, located
 from nla_megatron.conversion.exporting import Export
 from nla_megatron.conversion.importing import Import
@@ -49,6 +51,12 @@ def check(config: ConvertConfig, world_size: int) -> None:
         located(Path(config.checkpoint), Path(config.hf) if config.hf else None)
     else:
         _check_verify(config, world_size)
+
+
+def unread(config: ConvertConfig) -> Iterator[Unread]:
+    """What this conversion does not read."""
+    keys = ("shard_size", "processes") if config.direction == "verify" else ("text", "logits")
+    yield from ((key, f"in convert {config.direction}") for key in (*keys, "disk_rate"))
 
 
 def _check_verify(config: ConvertConfig, world_size: int) -> None:

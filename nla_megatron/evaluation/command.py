@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 from nla_megatron.config.schema import EvalConfig, RewardConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.errors import ConfigError
 from nla_megatron.evaluation import answers, held_out, steered
 from nla_megatron.parallel.world import World
@@ -27,6 +29,17 @@ def check(config: EvalConfig, world_size: int) -> None:
         )  # fmt: skip
     check_installed()
     EVALUATIONS[config.task.name].check(config, world_size)
+
+
+def unread(config: EvalConfig) -> Iterator[Unread]:
+    """What this evaluation does not read."""
+    name = config.task.name
+    keys: tuple[str, ...] = ("model",) if name == "nla" else ("av", "ar")
+    if name == "sae":
+        keys += tuple(f"task.options.{key}" for key in ("objective", "reference", "prompt_column"))
+    elif name != "nla":
+        keys += ("dtype",)
+    yield from ((key, f"in eval task={name}") for key in keys)
 
 
 def run(config: EvalConfig, world: World) -> None:

@@ -15,6 +15,7 @@ from nla_megatron import geometry
 from nla_megatron.config.options import bind
 from nla_megatron.config.run_directory import DONE, check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import JudgeConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.contract.files import read_json_lines, write_json, write_json_lines
 from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.held_out import EXAMPLES
@@ -64,6 +65,12 @@ def check(config: JudgeConfig, world_size: int) -> None:
         )  # fmt: skip
     questions(config, examples)
     check_run_directory("judge", config)
+
+
+def unread(config: JudgeConfig) -> Iterator[Unread]:
+    """What this judgement does not read."""
+    if not config.rubrics:
+        yield from ((key, "without rubrics") for key in ("low", "high"))
 
 
 def run(config: JudgeConfig) -> None:

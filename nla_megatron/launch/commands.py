@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
+from nla_megatron.config.unread import Unread, check_unread
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
@@ -25,7 +27,8 @@ class Command:
 
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
     word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some
-    of its words are another command's, and `module` offers `configured(arguments)` to tell them apart.
+    of its words are another command's, and `module` offers `configured(arguments)` to tell them apart. `lays_out`: it
+    reads `parallel` though no ranks run it. A module may offer `unread(config)`, see `config.unread`.
     """
 
     module: str
@@ -35,6 +38,7 @@ class Command:
     verb: str | None = None
     estimate: str | None = None
     passes_on: bool = False
+    lays_out: bool = False
 
 
 COMMANDS: dict[str, Command] = {
@@ -60,7 +64,9 @@ COMMANDS: dict[str, Command] = {
         verb="direction",
         estimate="nla_megatron.conversion.estimate",
     ),
-    "plan": Command("nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what"),
+    "plan": Command(
+        "nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what", lays_out=True
+    ),
     "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
     "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
     "sweep": Command(
@@ -98,8 +104,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         importlib.import_module(command.estimate).run(config)
         return 0
     if not command.on_ranks:
-        module = importlib.import_module(command.module)
-        module.check(config, 1)
+        module = checked(name, config, overrides, 1)
         if not _finished(config):
             module.run(config)
         elif hasattr(module, "finished"):
@@ -111,7 +116,24 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         from nla_megatron.launch.local import launch
 
         return launch(run, [name, *overrides], size, preloads(command))
-    return _run_rank(command, config, size)
+    return _run_rank(checked(name, config, overrides, size), config)
+
+
+def checked(name: str, config: Any, overrides: Sequence[str], world_size: int) -> ModuleType:
+    """The module of a command, which has nothing against the configuration. Raises named errors."""
+    module: ModuleType = importlib.import_module(COMMANDS[name].module)
+    module.check(config, world_size)
+    if not COMMANDS[name].passes_on:
+        check_unread(name, config, as_overrides(COMMANDS[name], overrides), unread(name, config))
+    return module
+
+
+def unread(name: str, config: Any) -> list[Unread]:
+    """What a command, as it is configured, does not read."""
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    idle = [] if command.on_ranks or command.lays_out else [("parallel", f"in {name}")]
+    return [*idle, *(module.unread(config) if hasattr(module, "unread") else ())]
 
 
 def configured(name: str, arguments: Sequence[str]) -> Any:
@@ -146,11 +168,9 @@ def silence_libraries() -> None:
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
 
 
-def _run_rank(command: Command, config: Any, size: int) -> int:
+def _run_rank(module: ModuleType, config: Any) -> int:
     from nla_megatron.parallel.world import initialise, shut_down
 
-    module = importlib.import_module(command.module)
-    module.check(config, size)
     if not _finished(config):
         world = initialise(config.layout)
         try:

@@ -10,7 +10,6 @@ with more values it adds jobs, and those that are there keep their directories.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from nla_megatron.config.run_directory import RECORD, is_done
 from nla_megatron.config.schema import SweepConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
-from nla_megatron.launch.commands import COMMANDS, as_overrides
+from nla_megatron.launch.commands import COMMANDS, as_overrides, checked
 from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
 from nla_megatron.parallel import started
 
@@ -72,11 +71,10 @@ def check(config: SweepConfig, world_size: int) -> None:
     jobs = planned(config)
     _check_distinct(jobs)
     _check_directory(config)
-    module = importlib.import_module(COMMANDS[config.command].module)
     for one in jobs:
         if not is_done(one.config) and not getattr(one.config, "dry_run", False):
             try:
-                module.check(one.config, one.job.ranks)
+                checked(config.command, one.config, one.job.argv[1:], one.job.ranks)
             except NlaError as error:
                 raise type(error)(f"{error.found} (job {one.job.name})", error.expected, error.remedy) from None
     check_launcher([one.job for one in jobs], config.jobs, config.launcher)

@@ -5,13 +5,17 @@ With the task `nla` the policy is the AV, and the judge is the AR, which learns 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 
 import torch
 
 from nla_megatron.algorithms import check_algorithm, make_algorithm
+from nla_megatron.algorithms import unread as algorithm_unread
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
 from nla_megatron.conversion.projections import load_projections
@@ -34,6 +38,12 @@ from nla_megatron.training.sampling import Sampling, Scored
 from nla_megatron.training.sides import make_side, side_of
 from nla_megatron.training.sides.base import Prompts
 from nla_megatron.types import Credit
+
+_READ_BY_POLICY = (
+    "engine", "max_new_tokens", "max_model_len", "temperature", "stop", "top_p", "top_k", "record", "replay",
+    "max_logprob_gap",
+)  # fmt: skip
+"""Of `rollout`, with engine=policy."""
 
 
 def check(config: RlConfig, world_size: int) -> None:
@@ -77,6 +87,24 @@ def _check_credit(config: RlConfig, prompts: Prompts) -> None:
     check_algorithm(config.algorithm, config.samples_per_prompt)
     reward = make_reward(config.reward, prompts.rows / config.batch_size, prompts.rows)
     reward.check_needs(prompts.values, config.task.name)
+
+
+def unread(config: RlConfig) -> Iterator[Unread]:
+    """What this run does not read."""
+    if side_of(config).alone(config) is not None:
+        idle = ("rollout", "algorithm", "reward", "samples_per_prompt", "critic_optim", "eval_rows")
+        yield from ((key, "where nothing is sampled") for key in idle)
+        return
+    yield from algorithm_unread(config.algorithm)
+    if not make_algorithm(config.algorithm).needs.values:
+        yield "critic_optim", f"with algorithm.name={config.algorithm.name}, which has no critic"
+    if not config.eval_every:
+        yield "eval_rows", "with eval_every=0"
+    if config.rollout.engine == "policy":
+        keys = (item.name for item in fields(config.rollout) if item.name not in _READ_BY_POLICY)
+        yield from ((f"rollout.{key}", "with rollout.engine=policy") for key in keys)
+    elif config.rollout.lora != "adapter":
+        yield "rollout.lora_rank", f"with rollout.lora={config.rollout.lora}"
 
 
 def run(config: RlConfig, world: World) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import ArConfig, LoraConfig, OptimConfig, SftConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.sidecar import ModelSidecar
 from nla_megatron.conversion.heads import is_reconstructor, reconstructor_shape, resolved_spec
@@ -75,6 +76,12 @@ def check(config: SftConfig, world_size: int) -> None:
         )
         _check_length(_longest(part, task), config, task)
     check_run_directory("sft", config)
+
+
+def unread(config: SftConfig) -> Iterator[Unread]:
+    """What this run does not read."""
+    if config.role != "both":
+        yield "ar_optim", f"with role={config.role}"
 
 
 def _longest(part: Part, task: NlaTask) -> int:

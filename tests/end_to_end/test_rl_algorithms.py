@@ -21,13 +21,13 @@ STEPS, PROMPTS, SAMPLES, ROUNDS = 4, 3, 3, 2
 COMMON = (
     f"batch_size={PROMPTS}", f"samples_per_prompt={SAMPLES}", "micro_batch_size=4", "rollout.max_new_tokens=8",
     "rollout.cpu_kv_cache_gib=0.05", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "optim.warmup_steps=0",
-    "critic_optim.lr=1e-3", "critic_optim.warmup_steps=0", "task=lexical",
+    "task=lexical",
 )  # fmt: skip
 ALONE = ("reward=lexical", "~reward.terms.lexical_richness")
 REMEMBERED = (*ALONE, "+reward.terms.mine.term='tests.support.remembered:Remembered'")
 PPO = (
     *REMEMBERED, "algorithm=ppo", "algorithm.reference=ema", "algorithm.reference_decay=0.9", "algorithm.kl_coef=0.1",
-    f"algorithm.dynamic_sampling={ROUNDS}",
+    f"algorithm.dynamic_sampling={ROUNDS}", "critic_optim.lr=1e-3", "critic_optim.warmup_steps=0",
 )  # fmt: skip
 EMA = ("reward=lexical", "algorithm=reinforce_ema")
 SCST = ("reward=lexical", "algorithm=scst")

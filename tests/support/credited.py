@@ -73,7 +73,11 @@ def overrides(folder: Path, layout: str, case: str, task: str) -> list[str]:
     }  # fmt: skip
     rates = [
         f"{name}.{key}"
-        for name in ("optim", "critic_optim", *(("ar_optim",) if task == "nla" else ()))
+        for name in (
+            "optim",
+            *(("critic_optim",) if _has_critic(case) else ()),
+            *(("ar_optim",) if task == "nla" else ()),
+        )
         for key in ("lr=1e-3", "warmup_steps=0", "schedule=constant")
     ]
     return [
@@ -83,6 +87,10 @@ def overrides(folder: Path, layout: str, case: str, task: str) -> list[str]:
         # It divides neither a step nor a minibatch: rows that only fill the last microbatch are there.
         "micro_batch_size=5", "rollout.max_new_tokens=64", *rates,
     ]  # fmt: skip
+
+
+def _has_critic(case: str) -> bool:
+    return case.split()[0] in ("ppo", "actor_critic")
 
 
 def out_of(folder: Path, layout: str, case: str, task: str) -> Path:

@@ -105,7 +105,8 @@ class RolloutConfig:
 
     engine: str = "vllm"
     """With "policy" the model that `rl` trains writes its responses itself, a forward pass for each token: slow, for
-    machines without vLLM. It reads max_new_tokens, max_model_len, temperature, stop, top_p and top_k here."""
+    machines without vLLM. It reads max_new_tokens, max_model_len, temperature, stop, top_p and top_k here, and the
+    loop record, replay and max_logprob_gap."""
     tp: int = 1
     expert_parallel: bool = False
     """On a GPU, share the experts of a mixture out whole over the ranks of a replica in place of cutting each."""

@@ -11,26 +11,14 @@ from nla_megatron.config.schema import OptimConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_critic
 from nla_megatron.errors import CheckpointError
-from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.critic import response_values
 from nla_megatron.parallel.world import World
 from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.module import TrainModule
+from tests.support.responses import responses
 from tests.support.sampled import made, sampled
-from tests.support.tiny import tiny_model
 
-IDS, PROMPT = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("policy"))
-
-
-def batch() -> Batch:
-    lengths = [len(row) for row in IDS]
-    return Batch(ids=IDS, fields={"mask": response_mask([PROMPT] * 2, lengths, max(lengths))})
 
 
 def module_of(directory: Path, world: World) -> TrainModule:
@@ -40,14 +28,14 @@ def module_of(directory: Path, world: World) -> TrainModule:
 
 
 def values(module: TrainModule) -> torch.Tensor:
-    return module.rows(batch(), response_values, 5)
+    return module.rows(responses(), response_values, 5)
 
 
 def test_a_critic_starts_at_zero_and_learns_values_where_a_response_is_predicted(world: World, directory: Path) -> None:
     module = module_of(directory, world)
     assert float(values(module).abs().max()) == 0
     for step in range(30):
-        module.update(batch(), lambda v, part: (((v - 2) ** 2 * part.fields["mask"]).sum(), {}), (), step)
+        module.update(responses(), lambda v, part: (((v - 2) ** 2 * part.fields["mask"]).sum(), {}), (), step)
     found = values(module)
     assert (found != 0).tolist() == [[False, False, True, True, False], [False, False, True, False, False]]
     assert float((found[found != 0] - 2).abs().max()) < 0.2
@@ -56,7 +44,7 @@ def test_a_critic_starts_at_zero_and_learns_values_where_a_response_is_predicted
 def test_a_critic_comes_back_from_a_checkpoint(world: World, directory: Path, tmp_path: Path) -> None:
     module, checkpoints = module_of(directory, world), Checkpoints(tmp_path, "rl", world, 1)
     for step in range(2):
-        module.update(batch(), lambda v, part: (((v - 2) ** 2 * part.fields["mask"]).sum(), {}), (), step)
+        module.update(responses(), lambda v, part: (((v - 2) ** 2 * part.fields["mask"]).sum(), {}), (), step)
     checkpoints.save(2, {"critic": module}, {}, {})
     fresh = module_of(directory, world)
     assert checkpoints.resume({"critic": fresh}, {}, {}) == 2

@@ -14,7 +14,7 @@ from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, OptimConfig
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.interventions.spec import Intervention
-from nla_megatron.models.batching import Batch, response_mask
+from nla_megatron.models.batching import Batch
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.projections import projections_of
@@ -25,24 +25,17 @@ from nla_megatron.training.lora import adapt
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import FrozenCopy, copied
-from tests.support.tiny import tiny_model
+from tests.support.responses import responses
 
 VECTORS = np.random.default_rng(0).standard_normal((2, 64), dtype=np.float32)
-IDS, PROMPT, DECAY = [[5, 6, 7, 8, 9], [5, 6, 7, 10]], 3, 0.75
+DECAY = 0.75
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
 POLICIES = pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 2)])
 """A rank is that of adapters, which learn in place of the weights."""
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("policy"))
-
-
 def batch() -> Batch:
-    lengths = [len(row) for row in IDS]
-    mask = response_mask([PROMPT] * 2, lengths, max(lengths))
-    return Batch(ids=IDS, fields={"mask": mask}, positions=[1, 2], vectors=lambda rows: VECTORS[list(rows)])
+    return responses(positions=[1, 2], vectors=lambda rows: VECTORS[list(rows)])
 
 
 class Learner:

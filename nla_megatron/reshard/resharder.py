@@ -130,7 +130,12 @@ class Resharder:
         self.transfer = Transfer(sources, claims, samplers_of(traces, ranks), world, staging)
 
     def load(self) -> None:
-        """Collective: hand the model's present weights to the sampler. Raises NotFinite, PeerLost, ReshardMismatch."""
+        """Collective: hand the model's present weights to the sampler. Raises NotFinite, PeerLost, ReshardMismatch.
+
+        On a rank with an engine it is called inside `Engine.replacing_weights`, which empties the prefix cache and lets
+        a half-loaded engine generate nothing; `vllm_load.update` alone does neither. A rank that only trains has no
+        engine, and NotFinite is raised before anything is written.
+        """
         if self.worker is None:
             self._load()
         else:

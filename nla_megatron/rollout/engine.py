@@ -112,6 +112,7 @@ class Engine:
         """
         if self.config.lora != "adapter":
             raise ConfigError(f"an adapter with rollout.lora={self.config.lora}", "adapter", "set rollout.lora=adapter")
+        # vLLM takes a whole adapter or none, so that no half of one is left, as `replacing_weights` assumes of a load.
         install(self.runner, Adapter.of(tensors, config, self.config.lora_rank))
         self.policy = policy_request()
         self.forget()

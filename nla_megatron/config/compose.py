@@ -72,6 +72,19 @@ def completed(command: str, record: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: a key that the schema does not have, or not any more.
     """
     from omegaconf import OmegaConf
+
+    return cast(dict[str, Any], OmegaConf.to_container(_on_schema(command, record)))
+
+
+def restored(command: str, record: Mapping[str, Any]) -> Any:
+    """The frozen configuration of a record, `completed`. Raises ConfigError as that, and for values out of range."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(_on_schema(command, record))
+
+
+def _on_schema(command: str, record: Mapping[str, Any]) -> Any:
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from nla_megatron.config.schema import SCHEMAS
@@ -83,7 +96,7 @@ def completed(command: str, record: Mapping[str, Any]) -> dict[str, Any]:
         if name is not None and path.is_file():
             parts.append({group: {"options": yaml.safe_load(path.read_text(encoding="utf-8")).get("options", {})}})
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(*parts, dict(record))))
+        return OmegaConf.merge(*parts, dict(record))
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{error.full_key or str(error).splitlines()[0]}", f"keys and types of `{command}` as they are now",

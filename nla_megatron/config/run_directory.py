@@ -57,10 +57,14 @@ def _differences(out: Path, found: dict[str, Any], expected: dict[str, Any]) -> 
             yield key, before, now
 
 
+def configuration_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of the configuration: all but the command and the identity of its tables."""
+    return {key: value for key, value in record.items() if key not in ("command", "inputs")}
+
+
 def _completed(out: Path, found: dict[str, Any]) -> dict[str, Any]:
-    values = {key: value for key, value in found.items() if key not in ("command", "inputs")}
     try:
-        return completed(found["command"], values)
+        return completed(found["command"], configuration_of(found))
     except ConfigError as error:
         raise RunDirectoryError(f"{out} holds a run with {error.found}", error.expected, error.remedy) from None
 
@@ -123,7 +127,7 @@ def same_value(one: Any, other: Any) -> bool:
 def is_same_file(one: str, other: str) -> bool:
     """Whether two paths, relative ones from here, lead to one file or directory that is there."""
     try:
-        return Path(one).samefile(other)
+        return bool(one and other) and Path(one).samefile(other)
     except (OSError, ValueError):  # not there; too long or with a null, and so no path but a text
         return False
 

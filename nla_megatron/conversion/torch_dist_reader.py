@@ -108,7 +108,7 @@ class TorchDistReader:
         if not keys and any(f".{LORA}." in key for key in self._tensors):
             raise UnsupportedModel(
                 f"adapters alone in {self.directory}", "a checkpoint of a whole model",
-                "use what the run writes at its end: the same command takes it there",
+                "use nla-megatron export, which builds what the run began with",
             )  # fmt: skip
         if not keys:
             raise CheckpointError(f"no {_EMBEDDING} in {self.directory}", "a language model's checkpoint", _DAMAGED)

@@ -40,6 +40,8 @@ def unread(config: EvalConfig) -> Iterator[Unread]:
     elif name != "nla":
         keys += ("dtype",)
     yield from ((key, f"in eval task={name}") for key in keys)
+    if name == "sae" and config.task.options.get("fixed_strengths"):
+        yield "dtype", "with task.options.fixed_strengths"
 
 
 def run(config: EvalConfig, world: World) -> None:

@@ -16,19 +16,18 @@ class TrainedModel:
     """A model that a run trains: the key that names it in `rl` and in `eval`, where a run exports it, and its name in
     checkpoints.
 
-    `sidecar`: it is told apart by an NLA sidecar. `converts`: `convert` makes of a checkpoint what the run exports.
+    `sidecar`: it is told apart by an NLA sidecar.
     """
 
     key: str
     exported: str
     module: str
     sidecar: bool
-    converts: bool = True
 
 
 _NLA = (TrainedModel("av", "av", "av", True), TrainedModel("ar", "ar", "ar", True))
 _PLAIN = (TrainedModel("model", "hf", "policy", False),)
-_STEERED = (TrainedModel("task.options.predictor.path", "predictor", "predictor", False, converts=False),)
+_STEERED = (TrainedModel("task.options.predictor.path", "predictor", "predictor", False),)
 _LENGTHS = ("response_tokens_", "truncated")
 _MATH = (
     "accuracy", "accuracy_strict", "accuracy_ci95_", "accuracy_by_level.", "accuracy_by_source.", "format_rate",

@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "nla_megatron.evaluation.command", True, "held-out figures of a task: FVE and its controls, accuracy, ...", True
     ),
+    "export": Command(
+        "nla_megatron.training.checkpoint_export",
+        True,
+        "a checkpoint of an rl run as the models that it ends with",
+    ),
     "judge": Command("nla_megatron.evaluation.judges", False, "another model's judgement of an evaluation's texts"),
     "convert": Command(
         "nla_megatron.conversion.command",

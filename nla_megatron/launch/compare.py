@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import quoted, with_paths_quoted
+from nla_megatron.config.multirun import literal, quoted, with_paths_quoted
 from nla_megatron.config.run_directory import is_done, permanent_steps, run_record
 from nla_megatron.config.schema import CompareConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError, UnsupportedModel
+from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError
 from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_metric, direction, write_tables
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
@@ -42,7 +42,7 @@ from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launche
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
-_FOR_EVAL = "eval."
+_FOR_EVAL, _OBJECTIVE = "eval.", "task.options.objective"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check(config: CompareConfig, world_size: int) -> None:
     _check_directory(config)
     runs, _ = find_runs(Path(config.root), config.command, Path(config.out))
     check_alike(runs)
-    places = _places(config, runs)
+    places = places_of(config, runs)
     if not _evaluates(config, runs):
         if config.data is not None:
             raise ConfigError(f"data={config.data} with nothing to evaluate", "runs that `eval` takes", "drop data=")
@@ -111,12 +111,11 @@ def check(config: CompareConfig, world_size: int) -> None:
         check_alike(runs, dict.fromkeys(_rows_keys(runs), "held-out rows"))
     if config.metric is not None and not will_have(runs[0].task, config.metric, places[0].evaluation.names):
         chosen_metric([_entry(config, place, {}) for place in places], config.metric, config.last)
-    kept = [place for place in places if not place.exported and not all(one.converts for one in place.parts)]
-    if kept:
+    fitted = [place for place in places if not place.exported and place.run.values.get(_OBJECTIVE) == "mse"]
+    if fitted:
         raise ConfigError(
-            f"checkpoints={config.checkpoints} with the steered run {kept[0].run.name}",
-            "what it exported at its end: a predictor in a checkpoint cannot be converted",
-            "use checkpoints=final, or evaluate=false",
+            f"checkpoints={config.checkpoints} with {fitted[0].run.name}, which sampled nothing",
+            "checkpoints of runs with the objective rl", "use checkpoints=final, or evaluate=false",
         )  # fmt: skip
     import nla_megatron.evaluation.command as evaluation
 
@@ -134,7 +133,7 @@ def run(config: CompareConfig) -> None:
     out = Path(config.out)
     runs, unfinished = find_runs(Path(config.root), config.command, out)
     write_json(out / RECORD, {"root": str(Path(config.root).resolve())})
-    places = _places(config, runs)
+    places = places_of(config, runs)
     failed = _evaluate(config, places) if _evaluates(config, runs) else {}
     if failed is None:
         print("The evaluations are in the queue; the same command writes the page once they are done.", flush=True)
@@ -183,12 +182,11 @@ def _evaluates(config: CompareConfig, runs: Sequence[Run]) -> bool:
     return mine and any(can_be_evaluated(run, config.data) for run in runs)
 
 
-def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
+def places_of(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
+    """Each run at each checkpoint that is compared. Raises MissingFile where there is none."""
     places = []
     for run in runs:
         kept = permanent_steps(run.directory) if config.checkpoints != "final" else {}
-        if kept and config.evaluate:
-            _check_convertible(run)
         for step, path in kept.items():
             if step == run.steps and config.checkpoints == "all":
                 continue  # what the run exported at its end
@@ -204,18 +202,11 @@ def _places(config: CompareConfig, runs: Sequence[Run]) -> list[Place]:
     return places
 
 
-def _check_convertible(run: Run) -> None:
-    """Raises UnsupportedModel where a run's checkpoints are no models of Hugging Face's."""
-    if any(run.values.get(f"{key}.rank") for key in ("lora", "ar_lora")):
-        held = "adapters alone"
-    elif _projects(str(run.values.get("av") or "")):
-        held = "a projection beside the weights"
-    else:
-        return
-    raise UnsupportedModel(
-        f"checkpoints of {run.name}, which hold {held}", "whole models, or the one that a run ends with",
-        "use checkpoints=final, or evaluate=false",
-    )  # fmt: skip
+def _holds_models(run: Run) -> bool:
+    """Whether a run's checkpoints are whole models of Hugging Face's, which `convert` exports one tensor at a time."""
+    adapted = any(run.values.get(f"{key}.rank") for key in ("lora", "ar_lora"))
+    steered = any(one.module == "predictor" for one in models_of(run))
+    return not (adapted or steered or _projects(str(run.values.get("av") or "")))
 
 
 def _projects(av: str) -> bool:
@@ -242,7 +233,14 @@ def _eval_job(config: CompareConfig, place: Place) -> Job:
     return Job(place.name, ("eval", *place.words), place.evaluation.ranks, log)
 
 
-def _export_jobs(config: CompareConfig, place: Place) -> list[Job]:
+def export_jobs(config: CompareConfig, place: Place) -> list[Job]:
+    """What makes directories for `eval` of a checkpoint."""
+    if not _holds_models(place.run):
+        # On the layout on which they fitted.
+        layout = [f"parallel.{key}={literal(value)}" for key, value in place.run.record["parallel"].items()]
+        words = ("export", f"checkpoint={quoted(str(place.source))}", f"out={quoted(str(place.models))}", *layout)
+        log = Path(config.out) / LOGS / f"export_{place.name.replace('/', '__')}.log"
+        return [Job(f"{place.name} models", words, compose("export", words[1:]).ranks, log)]
     jobs = []
     for one in place.parts:
         base = place.run.values[one.key]
@@ -261,7 +259,7 @@ def _evaluate(config: CompareConfig, places: Sequence[Place]) -> dict[str, str] 
     """
     todo = [place for place in places if not is_done(place.evaluation)]
     print(f"{len(places)} evaluations, {len(places) - len(todo)} done already", file=sys.stderr, flush=True)
-    exports = _run(config, [job for place in todo if not place.exported for job in _export_jobs(config, place)])
+    exports = _run(config, [job for place in todo if not place.exported for job in export_jobs(config, place)])
     lost = {outcome.name.rpartition(" ")[0]: outcome.told for outcome in exports if outcome.state == FAILED}
     if any(outcome.state == QUEUED for outcome in exports):
         return None

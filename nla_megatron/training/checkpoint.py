@@ -99,8 +99,6 @@ class Checkpoints:
         Raises:
             CheckpointError: it is of another stage, of other modules or memories, or of another `expected` entry.
         """
-        from megatron.core import dist_checkpointing
-
         newest = max(self.steps().items(), default=None) if self.world.is_main else None
         newest = broadcast_object(newest, self.world)
         if newest is None:
@@ -116,10 +114,17 @@ class Checkpoints:
                     f"{key}={value!r}",
                     "resume with the run's own command, or use another out=",
                 )
-        for name, module in modules.items():
-            with megatron_device():
-                module.load_state(dist_checkpointing.load(module.state(loading=True), str(directory / name)))
+        load_modules(directory, modules)
         for name, kept in memory.items():
             kept.load_state(state["memory"][name])
         torch.set_rng_state(torch.load(directory / "rng.pt", weights_only=True))
         return step
+
+
+def load_modules(directory: Path, modules: Mapping[str, Stateful]) -> None:
+    """What a step's directory holds of these modules; collective."""
+    from megatron.core import dist_checkpointing
+
+    for name, module in modules.items():
+        with megatron_device():
+            module.load_state(dist_checkpointing.load(module.state(loading=True), str(directory / name)))

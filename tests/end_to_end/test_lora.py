@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def rl_words(started: Path, out: Path, *more: str, sft: str = "sft") -> tuple[st
         "rl", f"rollout.replay={started / 'recorded'}", f"av={started / sft / 'av'}", f"ar={started / sft / 'ar'}",
         f"data={started / 'build' / 'rl.parquet'}", f"out={out}", f"steps={STEPS}", f"batch_size={PROMPTS}",
         f"samples_per_prompt={SAMPLES}", f"seed={SEED}", "save_every=1", "keep_checkpoints=3",
+        f"held_out={started / 'build' / 'held_out.parquet'}", f"keep_every={STEPS}",
         "optim.lr=1e-2", "optim.warmup_steps=0", "rollout.max_logprob_gap=1e-3",
         "algorithm.kl=k3", "algorithm.kl_coef=0.1", "algorithm.reference=ema", "algorithm.reference_decay=0.5",
         "rollout.max_new_tokens=96", "rollout.max_model_len=256", "rollout.max_num_seqs=16",
@@ -147,6 +149,24 @@ def test_adapters_alone_are_handed_over_as_merged_weights_are(started: Path, rei
     check_alike(tmp_path / "rl", reinforced)
 
 
+def test_a_kept_checkpoint_is_evaluated_as_what_the_run_exported(reinforced: Path, tmp_path: Path) -> None:
+    """Of the last step it is the same model; what it began with is found by the run's record."""
+    words = ("checkpoints=permanent", "eval.rows=6", "eval.bootstrap=20", "eval.rollout.max_new_tokens=4")
+    done = command("compare", f"root={reinforced}", f"out={tmp_path / 'out'}", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert (row["step"], row["injected"]) == (STEPS, row["expected_injections"])
+    [models] = (tmp_path / "out" / "models").glob("*/*")
+    for role in ("av", "ar"):
+        found, expected = weights(models / role), weights(reinforced / role)
+        assert found.keys() == expected.keys()
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+        told, own = read_model_sidecar(models / role), read_model_sidecar(reinforced / role)
+        assert replace(told, created_at="") == replace(own, created_at="")
+    assert (models / "adapters" / "av" / CONFIG).is_file()
+
+
 def check_resumed(run: Path, expected: Path, start: Path) -> None:
     """Of a run that lost its last two steps and took them again."""
     check_alike(run, expected)
@@ -159,7 +179,7 @@ def check_resumed(run: Path, expected: Path, start: Path) -> None:
 def killed(run: Path, out: Path) -> Path:
     """A copy of a finished run as it was after its first step."""
     shutil.copytree(run, out)
-    for left in ("done", "av", "ar", "adapters", "checkpoints/step_00000002", "checkpoints/step_00000003"):
+    for left in ("done", "av", "ar", "adapters", "checkpoints/step_00000002", "checkpoints/permanent"):
         path = out / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return out

@@ -88,6 +88,16 @@ def test_a_run_leaves_predictor_comparison_and_checkpoint_and_no_model(runs: dic
     assert (run / "checkpoints" / "step_00000003" / "predictor").is_dir() and not (run / "hf").exists()
 
 
+def test_a_predictor_is_exported_from_a_checkpoint(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs["single"]
+    done = command("export", f"checkpoint={run / 'checkpoints' / 'step_00000003'}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    (found, told), (expected, own) = (read_predictor(folder / "predictor") for folder in (tmp_path / "out", run))
+    assert told == own
+    for name, tensor in expected.state_dict().items():
+        assert tensor.equal(found.state_dict()[name]), name
+
+
 def test_without_vllm_the_model_steers_what_it_writes_itself(runs: dict[str, Path], tmp_path: Path) -> None:
     train(runs["single"].parent, tmp_path / "own", "rollout.engine=policy", "parallel=tp2")
     for step in metrics(tmp_path / "own"):

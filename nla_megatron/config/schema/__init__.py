@@ -31,6 +31,7 @@ from nla_megatron.config.schema.shared import (
 from nla_megatron.config.schema.training import (
     ArchitectureConfig,
     EvalConfig,
+    ExportConfig,
     JudgeConfig,
     PretrainConfig,
     RlConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "DemoConfig",
     "EvalConfig",
     "ExplainConfig",
+    "ExportConfig",
     "ExtractConfig",
     "InterventionConfig",
     "JudgeConfig",
@@ -84,6 +86,7 @@ SCHEMAS: dict[str, type] = {
     "sft": SftConfig,
     "rl": RlConfig,
     "eval": EvalConfig,
+    "export": ExportConfig,
     "judge": JudgeConfig,
     "convert": ConvertConfig,
     "plan": PlanConfig,

@@ -156,6 +156,15 @@ class RlConfig(TrainingStageConfig):
 
 
 @dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    """One checkpoint of an `rl` run as the models that the run exports at its end: adapters merged, projections beside
+    the weights, sidecars. What they begin with has to be where the run found it."""
+
+    checkpoint: str = MISSING
+    """The directory of a step in a run's `checkpoints` or `checkpoints/permanent`."""
+
+
+@dataclass(frozen=True)
 class EvalConfig(StageConfig):
     """How well a model does its task on rows that nobody trained on: for `nla`, FVE with its controls."""
 

@@ -133,6 +133,12 @@ def test_a_path_may_be_spelled_in_another_way(tmp_path: Path, monkeypatch: pytes
             check_run_directory("rl", rl(Path("run"), *words))
 
 
+def test_no_path_is_not_this_directory(tmp_path: Path) -> None:
+    claim_run_directory("rl", rl(tmp_path / "run", "task=lexical", "data=''"))
+    with pytest.raises(RunDirectoryError, match="data=''"):
+        check_run_directory("rl", rl(tmp_path / "run", "task=lexical", "data=."))
+
+
 def test_texts_that_would_be_spellings_of_one_path_differ_where_there_is_none(tmp_path: Path) -> None:
     claim_run_directory("rl", rl(tmp_path / "run", "rollout.stop=[a/b]"))
     with pytest.raises(RunDirectoryError, match="rollout.stop"):

@@ -94,7 +94,7 @@ def test_of_a_steered_run_its_predictor_is_evaluated_by_its_own_reward(tmp_path:
     assert composed.task.options["interventions"] == []
     assert composed.task.options["prompts"] == {"name": "lexical", "options": {"prompt_words": 3}}
     assert composed.reward == compose("rl", ["out=x", *reward]).reward
-    assert (part.exported, part.converts) == ("predictor", False)
+    assert (part.exported, part.module) == ("predictor", "predictor")
 
 
 def test_nothing_was_rewarded_where_target_strengths_were_fitted(tmp_path: Path) -> None:

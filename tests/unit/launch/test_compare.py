@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nla_megatron.config.compose import compose
 from nla_megatron.contract.sidecar import InjectionSpec, ProjectionSpec
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError
+from nla_megatron.evaluation.runs import find_runs
 from nla_megatron.launch import compare
 from tests.support.runs import learning, left_run
 from tests.support.tiny import tiny_model, tiny_model_sidecar
@@ -215,26 +217,41 @@ def test_permanent_checkpoints_where_no_run_kept_any(root: Path, tmp_path: Path)
     assert "no permanent checkpoint" in error.found and "keep_every" in error.expected
 
 
-@pytest.mark.parametrize("held", ["adapters", "projection"])
-def test_permanent_checkpoints_that_are_no_whole_models(tmp_path: Path, held: str) -> None:
-    run, base = tmp_path / "in" / "one", tiny_model(tmp_path / "base")
+def kept(run: Path) -> Path:
+    step = run / "checkpoints" / "permanent" / "step_00000010"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text("{}")
+    return step
+
+
+@pytest.mark.parametrize("held", ["weights", "adapters", "projection", "predictor"])
+def test_what_is_no_whole_model_in_a_checkpoint_is_exported_as_the_run_would(tmp_path: Path, held: str) -> None:
+    base, rows = tiny_model(tmp_path / "base"), "held_out=held.parquet"
     spec = InjectionSpec("project", 1, 1.0, None, ProjectionSpec())
     tiny_model_sidecar(tmp_path / "av", base, "av", *([spec] if held == "projection" else []))
-    more = ["lora.rank=4"] if held == "adapters" else []
-    left_run(run, *STEPS, *more, f"av={tmp_path / 'av'}", metrics=learning(1e-3, 0))
-    kept = run / "checkpoints" / "permanent" / "step_00000010"
-    kept.mkdir(parents=True)
-    (kept / "state.json").write_text("{}")
-    error = refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent", "metric=reward")
-    assert held in error.found and "one" in error.found and error.remedy.startswith("use checkpoints=final")
+    more = {"adapters": ["lora.rank=4"], "predictor": ["task=sae", "model=base"]}.get(held, [])
+    run = left_run(tmp_path / "in" / "one", *STEPS, *more, rows, f"av={tmp_path / 'av'}", "parallel=tp2")
+    step = kept(run)
+    config = compare.configured([f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "checkpoints=permanent"])
+    compare.check(config, 1)
+    runs, _ = find_runs(tmp_path / "in", "rl", tmp_path / "out")
+    [place] = compare.places_of(config, runs)
+    jobs = compare.export_jobs(config, place)
+    if held == "weights":
+        assert [(job.argv[0], job.argv[2], job.ranks) for job in jobs] == [
+            ("convert", f"checkpoint='{step / role}'", 1) for role in ("av", "ar")
+        ]
+    else:
+        [job] = jobs
+        assert job.argv[:3] == ("export", f"checkpoint='{step}'", f"out='{place.models}'")
+        assert (job.ranks, compose("export", job.argv[1:]).parallel.tp) == (2, 2)
 
 
-def test_a_predictor_in_a_checkpoint_cannot_be_evaluated(tmp_path: Path) -> None:
-    run = left_run(tmp_path / "in" / "a", *STEPS, "task=sae", "held_out=held.jsonl", "model=base")
-    (run / "checkpoints" / "permanent" / "step_00000010").mkdir(parents=True)
-    (run / "checkpoints" / "permanent" / "step_00000010" / "state.json").write_text("{}")
+def test_checkpoints_of_a_run_that_sampled_nothing_are_refused(tmp_path: Path) -> None:
+    told = ("task=sae", "held_out=held.jsonl", "model=base", "task.options.objective=mse")
+    kept(left_run(tmp_path / "in" / "a", *STEPS, *told))
     error = refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent")
-    assert "checkpoints=permanent with the steered run a" in error.found and "checkpoints=final" in error.remedy
+    assert "checkpoints=permanent with a, which sampled nothing" in error.found and "checkpoints=final" in error.remedy
 
 
 def test_a_directory_of_something_else(root: Path, tmp_path: Path) -> None:

@@ -98,8 +98,6 @@ def unread(config: RlConfig) -> Iterator[Unread]:
     yield from algorithm_unread(config.algorithm)
     if not make_algorithm(config.algorithm).needs.values:
         yield "critic_optim", f"with algorithm.name={config.algorithm.name}, which has no critic"
-    if not config.eval_every:
-        yield "eval_rows", "with eval_every=0"
     if config.rollout.engine == "policy":
         keys = (item.name for item in fields(config.rollout) if item.name not in _READ_BY_POLICY)
         yield from ((f"rollout.{key}", "with rollout.engine=policy") for key in keys)

@@ -44,7 +44,6 @@ def check(command: str, *words: str, out: str = "out") -> None:
         ("rl", ["algorithm.reference_decay=0.5"], "algorithm.reference_decay=0.5 with algorithm.reference=initial"),
         ("rl", ["algorithm.correction_low=0.1"], "algorithm.correction_low=0.1 with algorithm.correction=none"),
         ("rl", ["algorithm.kl_coef=0", "algorithm.kl=k2"], "algorithm.kl='k2' with algorithm.kl_coef=0"),
-        ("rl", ["eval_rows=4"], "eval_rows=4 with eval_every=0"),
         ("rl", ["rollout.lora_rank=8"], "rollout.lora_rank=8 with rollout.lora=merged"),
         *(
             ("rl", ["rollout.engine=policy", f"rollout.{word}"], f"rollout.{word} with rollout.engine=policy")

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nla_megatron.algorithms import make_algorithm
-from nla_megatron.config.compose import compose, conf_dir
+from nla_megatron.config.compose import conf_dir
 from nla_megatron.launch.commands import run
 
 LAST = 10
@@ -39,19 +38,9 @@ CONTROLS = {
 """By task, runs of grpo that show what is no learning, or not the policy's."""
 COMMON = [
     "batch_size=8", "micro_batch_size=64", "save_every=1000", "export=false", "optim.schedule=constant",
+    "critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0",
     "rollout.max_num_batched_tokens=4096", "logger.progress=false",
 ]  # fmt: skip
-
-CRITIC = ["critic_optim.lr=1e-3", "critic_optim.schedule=constant", "critic_optim.warmup_steps=0"]
-
-
-def has_critic(algorithm: str) -> bool:
-    return make_algorithm(compose("rl", [f"algorithm={algorithm}", "out=none"]).algorithm).needs.values
-
-
-def sweep_of(task: str, algorithm: str) -> str:
-    """The name of the sweep that an algorithm is in: what a critic is told is refused where there is none."""
-    return f"{task}_critic" if has_critic(algorithm) else task
 
 
 def arguments(task: str, demo: Path, samples: int | None) -> list[str]:
@@ -143,15 +132,13 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
         sweeps = {name: (["grpo"], extra, options.out / f"{task}_{name}") for name, extra in CONTROLS[task].items()}
-        for name in options.algorithms:
-            place = sweep_of(task, name)
-            sweeps.setdefault(place, ([], CRITIC if has_critic(name) else [], options.out / place))[0].append(name)
+        sweeps[task] = (options.algorithms, [], options.out / task)
         for algorithms, extra, out in sweeps.values():
             if code := swept(out, task, algorithms, options, extra):
                 return code
         controls = {name: last_rewards(sweeps[name][2], "grpo", options.seeds) for name in CONTROLS[task]}
         results[task] = {
-            name: measured(last_rewards(options.out / sweep_of(task, name), name, options.seeds), controls)
+            name: measured(last_rewards(options.out / task, name, options.seeds), controls)
             for name in options.algorithms
         }
     print(*table(results), sep="\n")

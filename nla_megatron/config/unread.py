@@ -2,7 +2,7 @@
 something.
 
 Which keys these are is said by each command's module, in `unread`. What a recipe or a group's file sets besides may be
-idle, and a run that has begun goes on as it was told.
+idle, a run that has begun goes on as it was told, and of a sweep's jobs one has to read it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Unread = tuple[str, str]
 """The dotted key of a value or of a group, and in words when it is not read."""
 
 
-def check_unread(command: str, config: Any, overrides: Sequence[str], unread: Sequence[Unread]) -> None:
-    """Raises ConfigError where a key of `unread` was typed with another value than its default."""
+def idle(command: str, config: Any, overrides: Sequence[str], unread: Sequence[Unread]) -> dict[str, ConfigError]:
+    """The keys of `unread` that were typed with another value than their default, each with its refusal."""
     typed = {key: [one for word in overrides if (one := _typed(word, key)) is not None] for key, _ in unread}
     if not any(typed.values()) or (Path(config.out) / RECORD).is_file():
-        return
+        return {}
     found = run_record(command, config)
     task = {"task": {**found["task"], "options": {}}} if "task" in found else {}
     values, usual = flat(found), flat(completed(command, task))
+    refusals: dict[str, ConfigError] = {}
     for key, when in unread:
         for name in (name for name in values if _in(name, key) and any(_in(name, one) for one in typed[key])):
             before = usual.get(name)
             if not same_value(values[name], before):
-                raise ConfigError(
-                    f"{name}={values[name]!r} {when}, which does not read it", f"{name}={before!r}, its default",
-                    f"leave {name} out",
-                )  # fmt: skip
+                found_idle = f"{name}={values[name]!r} {when}, which does not read it"
+                refusals[name] = ConfigError(found_idle, f"{name}={before!r}, its default", f"leave {name} out")
+    return refusals
 
 
 def _typed(word: str, key: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
-from nla_megatron.config.unread import Unread, check_unread
+from nla_megatron.config.unread import Unread, idle
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
@@ -40,6 +40,9 @@ class Command:
     passes_on: bool = False
     lays_out: bool = False
 
+
+AS_JOB = "NLA_MEGATRON_JOB"
+"""In the environment of one of many jobs that are told the same words: who starts them names what none reads."""
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("nla_megatron.launch.demo", False, "the whole loop on text that every Python has"),
@@ -109,7 +112,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         importlib.import_module(command.estimate).run(config)
         return 0
     if not command.on_ranks:
-        module = checked(name, config, overrides, 1)
+        module = _checked(name, config, overrides, 1)
         if not _finished(config):
             module.run(config)
         elif hasattr(module, "finished"):
@@ -121,16 +124,24 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         from nla_megatron.launch.local import launch
 
         return launch(run, [name, *overrides], size, preloads(command))
-    return _run_rank(checked(name, config, overrides, size), config)
+    return _run_rank(_checked(name, config, overrides, size), config)
 
 
-def checked(name: str, config: Any, overrides: Sequence[str], world_size: int) -> ModuleType:
+def _checked(name: str, config: Any, overrides: Sequence[str], world_size: int) -> ModuleType:
     """The module of a command, which has nothing against the configuration. Raises named errors."""
     module: ModuleType = importlib.import_module(COMMANDS[name].module)
     module.check(config, world_size)
-    if not COMMANDS[name].passes_on:
-        check_unread(name, config, as_overrides(COMMANDS[name], overrides), unread(name, config))
+    if AS_JOB not in os.environ:
+        for refusal in idle_words(name, config, overrides).values():
+            raise refusal
     return module
+
+
+def idle_words(name: str, config: Any, overrides: Sequence[str]) -> dict[str, ConfigError]:
+    """What was typed for a command and is not read as it is configured, by key; see `config.unread.idle`."""
+    if COMMANDS[name].passes_on:
+        return {}
+    return idle(name, config, as_overrides(COMMANDS[name], overrides), unread(name, config))
 
 
 def unread(name: str, config: Any) -> list[Unread]:

@@ -19,6 +19,7 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.launch import commands
 from nla_megatron.launch.local import PRELOAD, PRELOAD_TRAINING, command_process, interrupted_by_sigterm, launch
 
+AS_JOB = {commands.AS_JOB: "1"}
 DONE, FAILED, QUEUED = "done", "failed", "queued"
 _TOLD_LENGTH = 150
 _STOP_SECONDS = 15.0
@@ -171,7 +172,7 @@ class Logged:
 
     def __call__(self, argv: Sequence[str]) -> int:
         redirect_output(self.log)
-        os.environ.update(self.environment)
+        os.environ.update(self.environment, **AS_JOB)
         return run_alone(argv)
 
 

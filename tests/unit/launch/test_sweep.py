@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from nla_megatron.config.run_directory import mark_done
+from nla_megatron.config.schema import LauncherConfig
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
 from nla_megatron.launch import sweep
 from nla_megatron.launch.commands import execute
-from nla_megatron.launch.jobs import Job, last_words, run_alone
-from tests.support.tiny import tiny_config
+from nla_megatron.launch.jobs import Job, Outcome, last_words, run_alone, run_jobs
+from tests.support.tiny import tiny_config, tiny_model
 
 
 def plan(out: Path, model: Path, *words: str) -> Any:
@@ -107,6 +108,28 @@ def test_two_jobs_with_the_same_directory(tmp_path: Path) -> None:
 def test_two_jobs_that_are_the_same_run(tmp_path: Path) -> None:
     error = refused(rl(tmp_path / "out", "optim.lr=1e-4,0.0001"))
     assert "two jobs that are the same run" in error.found
+
+
+def test_a_word_that_some_job_reads_is_the_others_too(tmp_path: Path) -> None:
+    words = ("algorithm=grpo,ppo", "critic_optim.lr=1e-3", "algorithm.normalise_std=false")
+    sweep._check_read("rl", sweep.planned(rl(tmp_path / "out", *words)))
+    sweep._check_read("rl", sweep.planned(rl(tmp_path / "out", "algorithm.kl=k2,k3", "algorithm.kl_coef=0,0.1")))
+
+
+def test_a_word_that_no_job_reads_is_named(tmp_path: Path) -> None:
+    jobs = sweep.planned(rl(tmp_path / "out", "algorithm=grpo,rloo", "critic_optim.lr=1e-3"))
+    with pytest.raises(ConfigError, match=r"critic_optim\.lr=0\.001 with algorithm\.name=grpo"):
+        sweep._check_read("rl", jobs)
+
+
+def test_a_job_and_its_rank_take_a_word_that_is_another_jobs(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    words = ("convert", "import", f"hf={model}", f"out={tmp_path / 'imported'}", "text=words to verify by")
+    with pytest.raises(ConfigError, match="text='words to verify by' in convert import"):
+        execute("convert", [*words[1:], "parallel.dp=1"])
+    outcomes: list[Outcome] = []
+    run_jobs([Job("one", words, 1, tmp_path / "log")], 1, LauncherConfig(), outcomes.append, tmp_path)
+    assert [outcome.state for outcome in outcomes] == ["done"], (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("typed", ["seed=range(0)", "seed=range(5,2)"])

@@ -10,7 +10,7 @@ import yaml
 from nla_megatron.config.compose import compose, conf_dir
 from nla_megatron.config.recipes import command_of
 from nla_megatron.config.run_directory import claim_run_directory
-from nla_megatron.config.unread import check_unread
+from nla_megatron.config.unread import idle
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.commands import unread
 
@@ -28,7 +28,8 @@ STEERED = ("task=sae", "model=m")
 def check(command: str, *words: str, out: str = "out") -> None:
     typed = [*NEEDED.get(command, ()), f"out={out}", *words]
     config = compose(command, typed)
-    check_unread(command, config, typed, unread(command, config))
+    for refusal in idle(command, config, typed, unread(command, config)).values():
+        raise refusal
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ class Algorithm(Protocol):
     needs: Needs
     least_samples: int
     """Samples of a prompt below which there is nothing to compare; see `check_algorithm`."""
-    own_keys: tuple[str, ...]
-    """Keys of `AlgorithmConfig` that it reads and not every algorithm does; see `unread`."""
+    own_keys: tuple[str, ...] | None
+    """Keys of `AlgorithmConfig` that it reads and not every algorithm does; None is not said. See `unread`."""
 
     def credit(self, sampled: Sampled) -> Credit:
         """Advantages per token from a step's rewards."""
@@ -103,10 +103,10 @@ def unread(config: AlgorithmConfig) -> Iterator[Unread]:
     """What the algorithm, as it is configured, does not read. Of one from elsewhere that is not known."""
     if is_import_path(config.name):
         return
-    own = make_algorithm(config).own_keys
-    others = dict.fromkeys(key for each in _ALGORITHMS.values() for key in getattr(each, "own_keys", ()))
+    own = getattr(make_algorithm(config), "own_keys", None)
+    others = dict.fromkeys(key for each in _ALGORITHMS.values() for key in getattr(each, "own_keys", None) or ())
     idle: list[tuple[bool, str, Iterable[str]]] = [
-        (True, f"with algorithm.name={config.name}", [key for key in others if key not in own]),
+        (own is not None, f"with algorithm.name={config.name}", [key for key in others if key not in (own or ())]),
         (config.loss_mean != "constant", f"with algorithm.loss_mean={config.loss_mean}", ["loss_length"]),
         (config.reference != "ema", f"with algorithm.reference={config.reference}", ["reference_decay"]),
         (config.correction == "none", "with algorithm.correction=none", ["correction_low", "correction_high"]),

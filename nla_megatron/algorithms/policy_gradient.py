@@ -30,8 +30,8 @@ class PolicyGradient:
     """Samples of a prompt below which the algorithm has nothing to compare."""
     options: tuple[str, ...] = ()
     """Keys of `algorithm.options` that it reads."""
-    own_keys: tuple[str, ...] = ()
-    """Keys of `AlgorithmConfig` that it reads and not every algorithm does."""
+    own_keys: tuple[str, ...] | None = None
+    """Keys of `AlgorithmConfig` that it reads and not every algorithm does; None is not said, and none is refused."""
 
     def __init__(self, config: AlgorithmConfig):
         if config.baseline is not None and config.baseline not in self.baselines:

@@ -26,6 +26,7 @@ class Rloo(PolicyGradient):
 
     baselines = ("leave_one_out",)
     least_samples = 2
+    own_keys = ()
 
     def credit(self, sampled: Sampled) -> Credit:
         check_finite(sampled.rewards)

@@ -107,7 +107,14 @@ def run_record(command: str, config: Any) -> dict[str, Any]:
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
     sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
-    return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if path.is_file()}
+    return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if _is_file(path)}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long or with a null, and so no path but a text
+        return False
 
 
 def same_value(one: Any, other: Any) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nla_megatron.config.compose import completed
 from nla_megatron.config.run_directory import RECORD, flat, run_record, same_value
 from nla_megatron.errors import ConfigError
@@ -23,7 +25,7 @@ Unread = tuple[str, str]
 
 def idle(command: str, config: Any, overrides: Sequence[str], unread: Sequence[Unread]) -> dict[str, ConfigError]:
     """The keys of `unread` that were typed with another value than their default, each with its refusal."""
-    typed = {key: [one for word in overrides if (one := _typed(word, key)) is not None] for key, _ in unread}
+    typed = {key: [name for word in overrides for name in _typed(word) if _in(name, key)] for key, _ in unread}
     if not any(typed.values()) or (Path(config.out) / RECORD).is_file():
         return {}
     found = run_record(command, config)
@@ -39,13 +41,17 @@ def idle(command: str, config: Any, overrides: Sequence[str], unread: Sequence[U
     return refusals
 
 
-def _typed(word: str, key: str) -> str | None:
-    """What a word of the command line sets of a key: all of it, or a part. None for nothing."""
+def _typed(word: str) -> list[str]:
+    """The keys that a word of the command line sets; of `rollout=tp2` that is `rollout`, the rest is its file's."""
     match = _WORD.match(word)
     assert match is not None
     name, value = match.groups()
-    # `rollout={tp: 2}` types rollout.tp; what `rollout=tp2` sets is its file's.
-    return name if _in(name, key) or (_in(key, name) and value.startswith("{")) else None
+    if not value.startswith("{"):
+        return [name]
+    try:
+        return [f"{name}.{key}" for key in flat(yaml.safe_load(value))]  # `rollout={tp: 2}` is rollout.tp=2
+    except yaml.YAMLError:
+        return []
 
 
 def _in(name: str, group: str) -> bool:

@@ -108,7 +108,7 @@ class TorchDistReader:
         if not keys and any(f".{LORA}." in key for key in self._tensors):
             raise UnsupportedModel(
                 f"adapters alone in {self.directory}", "a checkpoint of a whole model",
-                "use nla-megatron export, which builds what the run began with",
+                "of rl: nla-megatron export, which builds what the run began with; of sft: what it exported at its end",
             )  # fmt: skip
         if not keys:
             raise CheckpointError(f"no {_EMBEDDING} in {self.directory}", "a language model's checkpoint", _DAMAGED)

@@ -257,7 +257,7 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
         raise ConfigError(
             f"no position of {config.corpus} qualifies",
             f"documents longer than min_position={config.min_position} tokens",
-            "lower min_position",
+            "lower min_position" + (", or pool_least" if config.pool_least else ""),
         )
     extraction = DatasetExtraction(
         base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,

@@ -38,7 +38,7 @@ from nla_megatron.evaluation.evaluable import (
     will_have,
 )
 from nla_megatron.evaluation.runs import FIGURES, Run, check_alike, find_runs, numbers
-from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
+from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
@@ -117,6 +117,7 @@ def check(config: CompareConfig, world_size: int) -> None:
             f"checkpoints={config.checkpoints} with {fitted[0].run.name}, which sampled nothing",
             "checkpoints of runs with the objective rl", "use checkpoints=final, or evaluate=false",
         )  # fmt: skip
+    check_read("eval", [(place.evaluation, config.overrides) for place in places])
     import nla_megatron.evaluation.command as evaluation
 
     for place in places:
@@ -125,7 +126,11 @@ def check(config: CompareConfig, world_size: int) -> None:
                 evaluation.check(place.evaluation, place.evaluation.ranks)
             except NlaError as error:
                 raise type(error)(f"{error.found} (evaluation of {place.name})", error.expected, error.remedy) from None
-    check_launcher([_eval_job(config, place) for place in places], config.jobs, config.launcher)
+    jobs = [_eval_job(config, place) for place in places]
+    for place in places:
+        if not place.exported and not is_done(place.evaluation):
+            jobs += export_jobs(config, place)
+    check_launcher(jobs, config.jobs, config.launcher)
 
 
 def run(config: CompareConfig) -> None:

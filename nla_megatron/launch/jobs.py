@@ -65,6 +65,21 @@ def check_launcher(jobs: Sequence[Job], at_once: int, launcher: LauncherConfig) 
         )  # fmt: skip
 
 
+def check_read(command: str, jobs: Sequence[tuple[Any, Sequence[str]]]) -> None:
+    """Whether what was typed for jobs of a command is read by at least one of them.
+
+    Args:
+        jobs: of each its configuration, and the words that were typed for it.
+
+    Raises:
+        ConfigError: one that none of them reads.
+    """
+    idle = [commands.idle_words(command, config, words) for config, words in jobs]
+    for name, refusal in (idle[0] if idle else {}).items():
+        if all(name in others for others in idle):
+            raise refusal
+
+
 def run_jobs(jobs: Sequence[Job], at_once: int, launcher: LauncherConfig, report: Report, folder: Path) -> None:
     """Run every job to its end, `at_once` at a time; `report` hears of each that ends, whichever way.
 

@@ -25,8 +25,8 @@ from nla_megatron.config.run_directory import RECORD, is_done
 from nla_megatron.config.schema import SweepConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
-from nla_megatron.launch.commands import COMMANDS, as_overrides, idle_words
-from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, run_jobs
+from nla_megatron.launch.commands import COMMANDS, as_overrides
+from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
 from nla_megatron.parallel import started
 
 MANIFEST, LOGS, LAUNCHER_FILES = "sweep.json", "logs", "launcher"
@@ -79,16 +79,8 @@ def check(config: SweepConfig, world_size: int) -> None:
                 module.check(one.config, one.job.ranks)
             except NlaError as error:
                 raise type(error)(f"{error.found} (job {one.job.name})", error.expected, error.remedy) from None
-    _check_read(config.command, jobs)
+    check_read(config.command, [(one.config, one.job.argv[1:]) for one in jobs])
     check_launcher([one.job for one in jobs], config.jobs, config.launcher)
-
-
-def _check_read(command: str, jobs: Sequence[SweepJob]) -> None:
-    """Raises ConfigError for a key that was typed and that no job reads; it is enough that one of them does."""
-    idle = [idle_words(command, one.config, one.job.argv[1:]) for one in jobs]
-    for name, refusal in idle[0].items():
-        if all(name in others for others in idle):
-            raise refusal
 
 
 def run(config: SweepConfig) -> None:

@@ -21,7 +21,9 @@ from nla_megatron.config.run_directory import (
     check_run_directory,
     claim_run_directory,
     configuration_of,
+    is_done,
     mark_done,
+    run_record,
 )
 from nla_megatron.config.schema import CurriculumConfig, ExportConfig, RlConfig
 from nla_megatron.config.unread import Unread
@@ -38,6 +40,10 @@ from nla_megatron.training.sides import make_side, side_of
 def check(config: ExportConfig, world_size: int) -> None:
     """Everything that can be known before a model is built; raises a named error."""
     data_parallel_size(config.parallel, world_size)
+    if is_done(config):
+        # What it was made of may be gone by now.
+        check_run_directory("export", config)
+        return
     run = run_of(config)
     side = side_of(run)
     if side.alone(run) is not None:
@@ -89,9 +95,14 @@ def run_of(config: ExportConfig) -> RlConfig:
     if values["command"] != "rl":
         raise CheckpointError(
             f"{checkpoint}, of a run of {values['command']}", "a checkpoint of rl",
-            "use convert export, or what the run exported at its end",
+            "take what the run exported at its end; of a whole model, convert export",
         )  # fmt: skip
     recorded: RlConfig = restored("rl", {**configuration_of(values), "out": config.out})
+    for key, identity in run_record("rl", recorded)["inputs"].items():
+        if identity != (read := values.get("inputs", {}).get(key, identity)):
+            raise CheckpointError(
+                f"the table {identity} at {key}", f"{read}, which the run of {checkpoint} read", "put that one back"
+            )
     # The way to the last step does not matter. Held-out rows do: without them a task would train on other rows.
     return replace(
         recorded, parallel=config.parallel, steps=int(json.loads(state.read_text())["step"]),

@@ -46,20 +46,21 @@ def check_lora(config: LoraConfig, shape: ModelShape, parallel: ParallelConfig, 
 
 def _check_blocks(shape: ModelShape, parallel: ParallelConfig, setting: str) -> None:
     """Whether the inputs of every linear layer are whole blocks on each rank: then no layout changes a number."""
-    width, ranks = shape.ffn_hidden_size, parallel.tp
+    width, ranks, cut_by = shape.ffn_hidden_size, parallel.tp, "tp"
     if shape.experts is not None:
-        width, ranks = shape.experts.ffn_hidden_size, parallel.etp or parallel.tp
+        width = shape.experts.ffn_hidden_size
+        ranks, cut_by = (parallel.etp, "etp") if parallel.etp else (parallel.tp, "tp")
     inputs = {
-        "hidden dimensions": (shape.hidden_size, 1),
-        "dimensions of all heads": (shape.num_heads * shape.head_dim, parallel.tp),
-        "feed-forward columns": (width, ranks),
+        "hidden dimensions": (shape.hidden_size, 1, "tp"),
+        "dimensions of all heads": (shape.num_heads * shape.head_dim, parallel.tp, "tp"),
+        "feed-forward columns": (width, ranks, cut_by),
     }
-    for name, (size, parts) in inputs.items():
+    for name, (size, parts, key) in inputs.items():
         if size % (parts * BLOCK):
             raise LayoutError(
                 f"{setting} for {size} {name} on {parts} rank{'s' if parts > 1 else ''}",
                 f"a multiple of {BLOCK} on each, the weights that share a scale",
-                "lower parallel.tp" if size % BLOCK == 0 else "leave quantize out",
+                f"lower parallel.{key}" if size % BLOCK == 0 else "leave quantize out",
             )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from nla_megatron.config.run_directory import (
     claim_run_directory,
     is_done,
     mark_done,
+    run_record,
 )
 from nla_megatron.errors import RunDirectoryError
 
@@ -197,6 +198,11 @@ def test_another_table_at_the_same_path_is_refused(tmp_path: Path) -> None:
     sidecar.write_text("dataset_id: tuesday")
     with pytest.raises(RunDirectoryError, match=r"inputs.data='monday'[^$]*inputs.data='tuesday'"):
         check_run_directory("rl", config)
+
+
+def test_a_text_that_is_too_long_for_a_path_names_no_table() -> None:
+    told = ("input=i", "model=m", "out=o", f"templates.av='{'word ' * 100}<INJECT>'")
+    assert run_record("build", compose("build", told))["inputs"] == {}
 
 
 def test_an_empty_or_absent_directory_is_anybodys(tmp_path: Path) -> None:

@@ -247,6 +247,21 @@ def test_what_is_no_whole_model_in_a_checkpoint_is_exported_as_the_run_would(tmp
         assert (job.ranks, compose("export", job.argv[1:]).parallel.tp) == (2, 2)
 
 
+def test_exports_that_do_not_fit_are_refused_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model(tmp_path / "base")
+    tiny_model_sidecar(tmp_path / "av", base, "av")
+    told = (*STEPS, "lora.rank=4", "held_out=held.parquet", f"av={tmp_path / 'av'}", "parallel=tp2")
+    kept(left_run(tmp_path / "in" / "one", *told))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "of 2 ranks on 1 GPUs" in refused(tmp_path / "in", tmp_path / "out", "checkpoints=permanent").found
+
+
+def test_what_no_evaluation_reads_is_named(tmp_path: Path) -> None:
+    left_run(tmp_path / "in" / "one", *STEPS, "task=lexical", "model=base", "held_out=held.jsonl")
+    error = refused(tmp_path / "in", tmp_path / "out", "eval.dtype=bfloat16")
+    assert "dtype='bfloat16' in eval task=lexical" in error.found
+
+
 def test_checkpoints_of_a_run_that_sampled_nothing_are_refused(tmp_path: Path) -> None:
     told = ("task=sae", "held_out=held.jsonl", "model=base", "task.options.objective=mse")
     kept(left_run(tmp_path / "in" / "a", *STEPS, *told))

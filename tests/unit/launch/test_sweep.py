@@ -13,7 +13,7 @@ from nla_megatron.config.schema import LauncherConfig
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
 from nla_megatron.launch import sweep
 from nla_megatron.launch.commands import execute
-from nla_megatron.launch.jobs import Job, Outcome, last_words, run_alone, run_jobs
+from nla_megatron.launch.jobs import Job, Outcome, check_read, last_words, run_alone, run_jobs
 from tests.support.tiny import tiny_config, tiny_model
 
 
@@ -112,14 +112,14 @@ def test_two_jobs_that_are_the_same_run(tmp_path: Path) -> None:
 
 def test_a_word_that_some_job_reads_is_the_others_too(tmp_path: Path) -> None:
     words = ("algorithm=grpo,ppo", "critic_optim.lr=1e-3", "algorithm.normalise_std=false")
-    sweep._check_read("rl", sweep.planned(rl(tmp_path / "out", *words)))
-    sweep._check_read("rl", sweep.planned(rl(tmp_path / "out", "algorithm.kl=k2,k3", "algorithm.kl_coef=0,0.1")))
+    for typed in (words, ("algorithm.kl=k2,k3", "algorithm.kl_coef=0,0.1")):
+        check_read("rl", [(one.config, one.job.argv[1:]) for one in sweep.planned(rl(tmp_path / "out", *typed))])
 
 
 def test_a_word_that_no_job_reads_is_named(tmp_path: Path) -> None:
     jobs = sweep.planned(rl(tmp_path / "out", "algorithm=grpo,rloo", "critic_optim.lr=1e-3"))
     with pytest.raises(ConfigError, match=r"critic_optim\.lr=0\.001 with algorithm\.name=grpo"):
-        sweep._check_read("rl", jobs)
+        check_read("rl", [(one.config, one.job.argv[1:]) for one in jobs])
 
 
 def test_a_job_and_its_rank_take_a_word_that_is_another_jobs(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nla_megatron.algorithms import register
+from nla_megatron.algorithms import unread as algorithm_unread
+from nla_megatron.algorithms.policy_gradient import PolicyGradient
 from nla_megatron.config.compose import compose, conf_dir
 from nla_megatron.config.recipes import command_of
 from nla_megatron.config.run_directory import claim_run_directory
+from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.config.unread import idle
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.commands import unread
@@ -82,6 +86,8 @@ def test_a_typed_key_that_is_not_read_is_named(command: str, words: list[str], f
     [
         ("rl", ["algorithm=ppo", "critic_optim.lr=1e-3", "algorithm.value_clip=null"]),
         ("rl", ["critic_optim.lr=2e-5", "rollout.engine=policy", "rollout.dtype=float32"]),
+        ("rl", ["recipe=easynla", "model=m", "av=", "ar=", "rollout={engine: policy}"]),
+        ("rl", ["algorithm=dr_grpo", "algorithm={loss_mean: token}"]),
         ("rl", ["algorithm=ppo", "algorithm.kl_coef=0"]),
         ("rl", ["recipe=nano_rl_actor_critic", "algorithm=grpo", "av=", "ar=", "model=m"]),
         ("rl", ["recipe=verl_sae", "rollout.engine=policy", "av=", "ar=", "model=m"]),
@@ -103,6 +109,12 @@ def test_a_typed_key_that_is_not_read_is_named(command: str, words: list[str], f
 )
 def test_what_is_read_is_a_default_or_came_from_a_file_passes(command: str, words: list[str]) -> None:
     check(command, *words)
+
+
+def test_an_algorithm_that_does_not_say_what_it_reads_is_told_anything() -> None:
+    register("silent")(type("Silent", (PolicyGradient,), {}))
+    idle_keys = [key for key, _ in algorithm_unread(AlgorithmConfig(name="silent"))]
+    assert "algorithm.gamma" not in idle_keys and "algorithm.reference_decay" in idle_keys
 
 
 class Critical:

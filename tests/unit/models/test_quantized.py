@@ -245,6 +245,14 @@ def test_widths_that_blocks_do_not_divide_are_refused(
     check_lora(LoraConfig(rank=4, targets=["q_proj"]), shape, ParallelConfig(**layout))
 
 
+@pytest.mark.parametrize(("layout", "key"), [({"etp": 4}, "parallel.etp"), ({"tp": 2}, "parallel.tp")])
+def test_the_remedy_names_what_cuts_the_experts(layout: dict[str, int], key: str) -> None:
+    shape = ModelShape(**{**vars(SHAPE), "experts": Experts(8, 2, BLOCK)})
+    with pytest.raises(LayoutError) as refusal:
+        check_lora(LoraConfig(rank=4, targets=["q_proj"], quantize=NF4), shape, ParallelConfig(**layout))
+    assert refusal.value.remedy == f"lower {key}"
+
+
 def test_without_bitsandbytes_the_check_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = ModelShape(**{**vars(SHAPE), "ffn_hidden_size": 128})
     check_lora(CONFIG, shape, ParallelConfig())

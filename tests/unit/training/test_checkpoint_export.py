@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import RECORD, claim_run_directory
 from nla_megatron.config.schema import ParallelConfig
-from nla_megatron.contract.sidecar import read_model_sidecar
+from nla_megatron.contract.sidecar import read_dataset_sidecar, read_model_sidecar
 from nla_megatron.conversion.projections import PROJECTION_FILE
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, NlaError
 from nla_megatron.parallel.world import World
@@ -100,6 +101,13 @@ def test_models_are_those_of_the_checkpoint_with_adapters_and_projections(world:
         assert any(not torch.equal(tensor, other[key]) for key, tensor in load_file(begun / name).items())
     assert read_model_sidecar(found).training["steps"] == 2
     assert read_model_sidecar(found).injection == read_model_sidecar(expected).injection
+
+    record = Path(config.out) / RECORD
+    record.write_text(record.read_text().replace(read_dataset_sidecar(config.data).dataset_id, "another"))
+    with pytest.raises(CheckpointError, match="at data"):
+        check(compose("export", [f"checkpoint={kept}", f"out={tmp_path / 'again'}"]), 1)
+    shutil.rmtree(kept)
+    check(told, 1)  # finished: what it was made of is not asked for
 
 
 @torch.no_grad()

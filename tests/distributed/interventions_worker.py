@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nla_megatron.config.schema import OptimConfig, ParallelConfig
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.conversion.live import Exporter, load_from_hf
+from nla_megatron.conversion.live import Exporter, global_parameters, load_from_hf
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
@@ -188,7 +188,7 @@ def gradients(module: TrainModule, batch: Batch, world: World) -> dict[str, Tens
         chunk.zero_grad_buffer()
     forward_backward(module.wrapped, batch, world, 1, cross_entropy(float(batch.fields["mask"].sum())))
     exporter = Exporter(module.chunks, module.chunks[0].shape, world, with_head=True)
-    exporter.parameters = {name: each.main_grad for name, each in exporter.parameters.items()}
+    exporter.parameters = {name: each.main_grad for name, each in global_parameters(module.chunks).items()}
     found = {name: tensor.clone() for name, tensor in exporter.tensors()}
     mine = [
         {"w": each.linears[0].weight.main_grad, "b": each.linears[0].bias.main_grad}

@@ -36,7 +36,8 @@ def all_stay(arguments: Sequence[str]) -> int:
 
 def all_write(arguments: Sequence[str]) -> int:
     assert started.world_size() == 2
-    print(f"rank {started.rank()} of {os.environ['WORLD_SIZE']}: {arguments[0]}")
+    # In one piece with its line's end, which another rank's line may come before otherwise.
+    os.write(sys.stdout.fileno(), f"rank {started.rank()} of {os.environ['WORLD_SIZE']}: {arguments[0]}\n".encode())
     return 0
 
 

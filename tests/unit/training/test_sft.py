@@ -34,7 +34,7 @@ from nla_megatron.training.sft import check
 from tests.support.tiny import LAYER, tiny_model, tiny_rows, tiny_table, tiny_tables
 
 STEPS = 4
-COMMON = (f"steps={STEPS}", "batch_size=6", "micro_batch_size=4", "optim.lr=1e-3", "ar_optim.lr=1e-3")
+COMMON = (f"steps={STEPS}", "batch_size=6", "micro_batch_size=4", "optim.lr=1e-3")
 QUIET = ("save_every=2", "logger.progress=false")
 
 
@@ -50,8 +50,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Path
 
 def sft(role: str, base: Path, data: dict[str, Path], out: Path, *overrides: str) -> list[str]:
     tables = [f"data={data['ar_sft' if role == 'ar' else 'av_sft']}"]
-    tables += [f"ar_data={data['ar_sft']}"] if role == "both" else []
-    return ["sft", f"role={role}", f"model={base}", *tables, f"out={out}", *COMMON, *QUIET, *overrides]
+    beside = [f"ar_data={data['ar_sft']}", "ar_optim.lr=1e-3"] if role == "both" else []
+    return ["sft", f"role={role}", f"model={base}", *tables, *beside, f"out={out}", *COMMON, *QUIET, *overrides]
 
 
 def ran(*arguments: Any) -> Path:

@@ -19,7 +19,6 @@ from nla_megatron.errors import ConfigError
 from nla_megatron.launch import commands
 from nla_megatron.launch.local import PRELOAD, PRELOAD_TRAINING, command_process, interrupted_by_sigterm, launch
 
-AS_JOB = {commands.AS_JOB: "1"}
 DONE, FAILED, QUEUED = "done", "failed", "queued"
 _TOLD_LENGTH = 150
 _STOP_SECONDS = 15.0
@@ -186,13 +185,14 @@ class Logged:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, argv: Sequence[str]) -> int:
-        redirect_output(self.log)
-        os.environ.update(self.environment, **AS_JOB)
+        begin(self.log)
+        os.environ.update(self.environment)
         return run_alone(argv)
 
 
-def redirect_output(log: Path) -> None:
-    """This process's output, and its children's, goes to the end of a file from now on."""
+def begin(log: Path) -> None:
+    """This process is a job: its output, and its children's, goes to the end of a file from now on."""
+    os.environ[commands.AS_JOB] = "1"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):

@@ -21,7 +21,7 @@ from nla_megatron.config.schema import LauncherConfig
 from nla_megatron.contract.files import write_json
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch import commands
-from nla_megatron.launch.jobs import AS_JOB, QUEUED, Job, Outcome, outcome_of, redirect_output, run_alone
+from nla_megatron.launch.jobs import QUEUED, Job, Outcome, begin, outcome_of, run_alone
 
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 1.0, 30.0
 _GRACE_SECONDS = 20.0  # until files written on a node are seen here
@@ -50,8 +50,7 @@ class Task:
         self.nodes = nodes
 
     def __call__(self, job: Job) -> int:
-        redirect_output(job.log)
-        os.environ.update(AS_JOB)
+        begin(job.log)
         if self.nodes == 1:
             return run_alone(job.argv)
         # One task is one rank. Jobs of other numbers may share the node, so the number chooses the port.

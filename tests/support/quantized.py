@@ -19,13 +19,23 @@ def in_four_bits(weight: Tensor) -> Tensor:
 
 
 def load_in_4bit(directory: Path) -> Any:
-    """transformers' model with its linear layers in NF4, but for the output layer."""
+    """transformers' model with its linear layers in NF4, but for the output layer, computing in fp32 on any processor.
+
+    In eval mode bitsandbytes' layers round inputs and scales to bf16 where the processor multiplies that itself,
+    whatever the dtype that was asked for.
+    """
+    from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, quantization_config=options, device_map="cpu"
     )
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert layers and all(hasattr(layer, "support_avx512bf16_for_cpu") for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def dequantised(directory: Path, out: Path) -> Path:

@@ -30,7 +30,8 @@ def environment(**extra: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     }
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1", **extra}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CI": "1", **extra}
 
 
 @dataclass(frozen=True)

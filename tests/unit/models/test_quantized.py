@@ -32,7 +32,7 @@ from nla_megatron.training.export import export
 from nla_megatron.training.lora import adapt, check_lora
 from nla_megatron.types import Experts, Microbatch, ModelShape
 from tests.support.families import family_model
-from tests.support.quantized import in_four_bits, load_in_4bit
+from tests.support.quantized import dequantised, in_four_bits, load_in_4bit
 from tests.support.tiny import SHAPE, tiny_model
 
 IDS = [[5, 6, 7, 8, 9, 30, 31], [5, 6, 7, 10, 11, 12, 13]]
@@ -152,6 +152,17 @@ def test_logits_are_those_of_transformers_in_four_bits(directory: Path, world: W
     found, reference = logits_of(loaded(directory, world), world), load_in_4bit(directory)
     with torch.no_grad():
         expected = reference(torch.tensor(IDS)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_reference_in_four_bits_computes_in_fp32_on_this_processor(directory: Path, tmp_path: Path) -> None:
+    """As transformers does with the weights that four bits leave; a layer that multiplies in bf16 is 4e-3 away."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(dequantised(directory, tmp_path / "plain"), dtype=torch.float32)
+    reference = load_in_4bit(directory)
+    with torch.no_grad():
+        found, expected = (model(torch.tensor(IDS)).logits for model in (reference, plain))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 

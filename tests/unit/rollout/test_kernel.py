@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.support.ranks import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[3]
+pytest.importorskip("triton")
 
 SCRIPT = """
 import itertools
@@ -49,9 +47,13 @@ print("alike")
 
 
 def test_the_kernel_changes_marked_tokens_like_the_formulas_and_no_other() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["alike"]

@@ -9,7 +9,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def run_ranks(worker: str, ranks: int, *arguments: str, timeout: float) -> subpr
     """`tests/distributed/{worker}.py arguments…` on `ranks` processes to its end, whatever that is."""
     script = str(ROOT / "tests" / "distributed" / f"{worker}.py")
     return start(str(ranks), script, *arguments, entry=_on_ranks).wait(timeout)
+
+
+def wait_until_gone(pids: Iterable[int], seconds: float = 60) -> None:
+    """Returns when none of the processes runs: a killed one takes a moment to end, longer on a busy machine."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if _runs(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} still run"
+        time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends between the opening and the reading
+        return False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 
 from nla_megatron.launch.local import launch
 from nla_megatron.parallel import started
-from tests.support.ranks import Child, start
+from tests.support.ranks import Child, start, wait_until_gone
 
 FOREVER = 600
 
@@ -51,11 +51,6 @@ def launched(arguments: Sequence[str]) -> int:
     return launch(globals()[arguments[0]], arguments[1:], 2, [])
 
 
-def gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "State:\tZ" in status.read_text()
-
-
 def pids(directory: Path) -> list[int]:
     """Of both ranks and their helpers, once all are there."""
     names = ("0", "1", "0.helper", "1.helper")
@@ -84,7 +79,7 @@ def test_a_killed_rank_ends_the_others_and_every_helper(tmp_path: Path) -> None:
     done = child.wait(60)
     assert done.returncode == 128 + signal.SIGKILL
     assert "rank 1 was ended by SIGKILL" in done.stderr
-    assert all(gone(pid) for pid in everybody)
+    wait_until_gone(everybody)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -94,4 +89,4 @@ def test_a_stopped_launcher_ends_its_ranks(tmp_path: Path, stop: signal.Signals)
     assert child.process.pid is not None
     os.kill(child.process.pid, stop)
     assert child.wait(60).returncode != 0
-    assert all(gone(pid) for pid in everybody)
+    wait_until_gone(everybody)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,6 +25,22 @@ def pytest_report_header() -> str:
     wide = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(known.get("flags", "").split())
     held = f", held to {os.environ['HELD_TO']}" if "HELD_TO" in os.environ else ""
     return f"processor: {known.get('model name', 'unknown')}, {' '.join(sorted(wide)) or 'no AVX2'}{held}"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where the time went: seconds of set-up, tests and tear-down of each folder, and of the slowest files."""
+    folders, files = Counter[str](), Counter[str]()
+    for report in (one for kind in terminalreporter.stats.values() for one in kind if hasattr(one, "duration")):
+        file = report.nodeid.partition("::")[0]
+        depth = 3 if file.startswith("tests/unit/") and file.count("/") > 2 else 2
+        folders["/".join(file.split("/")[:depth])] += report.duration
+        files[file] += report.duration
+    terminalreporter.section("seconds")
+    for found, most in ((folders, None), (files, 10)):
+        for name, seconds in found.most_common(most):
+            if seconds >= 1:
+                terminalreporter.write_line(f"{seconds:7.0f}  {name}")
+        terminalreporter.write_line("")
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,6 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        self.runner.sampler.given_temperature = self.config.temperature or 1.0
         requests = [request.again(rollout) for request, rollout in zip(asked_for, recorded, strict=True)]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
@@ -227,7 +226,8 @@ class Engine:
             SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={NAME: key}) for key in asked
         ]
         mine = [recorded[index] for index in chosen]
-        outputs, wrong = self._run([(*each.prompt_ids, *each.response_ids) for each in mine], params, asked)
+        with self.runner.sampler.scoring(self.config.temperature or 1.0):
+            outputs, wrong = self._run([(*each.prompt_ids, *each.response_ids) for each in mine], params, asked)
         scored = []
         for index, rollout, output in zip(chosen, mine, outputs, strict=True):
             steps = output.prompt_logprobs[len(rollout.prompt_ids) :]

@@ -29,6 +29,9 @@ class ParallelConfig:
     """Chunks of blocks on each pipeline stage, interleaved with the other stages'."""
     stages: list[int] | None = None
     """Blocks of each of the pp x vpp chunks in the model's order. None: even, the first ones taking the remainder."""
+    ar_stages: list[int] | None = None
+    """The same of the AR where it learns beside an AV, whose blocks `stages` then are: an AR ends at the block that it
+    reads, so that it has fewer."""
     recompute: str = "none"
     """full: keep only the inputs of blocks and run each block again in the backward pass; less memory, more time."""
     sequence_parallel: bool = False
@@ -41,8 +44,9 @@ class ParallelConfig:
             if getattr(self, key) is not None:
                 at_least(f"parallel.{key}", getattr(self, key), 1)
         one_of("parallel.recompute", self.recompute, ("none", "full"))
-        for blocks in self.stages or ():
-            at_least("parallel.stages", blocks, 1)
+        for key in ("stages", "ar_stages"):
+            for blocks in getattr(self, key) or ():
+                at_least(f"parallel.{key}", blocks, 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nla_megatron import geometry
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import beside_av, check_layout
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import NlaTask, explanations_of
@@ -52,7 +52,9 @@ class NlaSide:
         self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.inputs
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype, quantize=config.lora.quantize)
-        ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed, quantize=config.ar_lora.quantize)
+        ar = load_ar(
+            config.ar, task, beside_av(world), config.dtype, seed=config.seed, quantize=config.ar_lora.quantize
+        )
         # Adapted before they are wrapped: what is frozen by then gets no gradient and no optimizer state.
         adapt(av, config.lora, world, config.seed)
         adapt(ar, config.ar_lora, world, config.seed)
@@ -75,7 +77,7 @@ class NlaSide:
         task.check_model(config.av, "av")
         task.check_model(config.ar, "ar")
         ar_shape = model_shape("ar", config.ar, task)
-        check_layout(ar_shape, config.parallel)
+        check_layout(ar_shape, beside_av(config.parallel), stages="ar_stages")
         check_lora(config.ar_lora, ar_shape, config.parallel, "ar_lora")
         if config.eval_every and config.held_out is None:
             raise ConfigError(

@@ -15,7 +15,7 @@ from nla_megatron.types import Microbatch
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """The logits of the distribution at a temperature, fp32, of whatever shape; at 1 what is fp32 is handed on as it is.
+    """The logits of the distribution at a temperature in fp32, whatever their shape; at 1 those of fp32 as they are.
 
     They are divided after the cast: in bf16 the quotient would be rounded, by 0.02 nats of a log-prob on average.
     """

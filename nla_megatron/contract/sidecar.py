@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ApiSummaries", "BaselineSpec", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec",
-    "ModelExtraction", "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens", "check_dataset",
-    "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar", "read_model_sidecar",
-    "write_dataset_sidecar", "write_model_sidecar",
+    "ModelExtraction", "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens",
+    "check_dataset", "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar",
+    "read_model_sidecar", "write_dataset_sidecar", "write_model_sidecar",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ Scale = str | float | None  # "sqrt_d_model", a norm, or None for raw vectors
 
 SHARE = (0.0, 1.0)
 """Where a share or a probability lies."""
+ANYWHERE = (-math.inf, math.inf)
 ORTHOGONAL_MSE = 2.0  # what a reconstruction that says nothing gets under the default scale
 _MIN_NORM = 1e-12  # keeps zero vectors zero instead of NaN
 _MIN_MSE = 1e-6  # an exact reconstruction has a finite log reward; fp32 rounding alone gives about this much
@@ -178,7 +179,7 @@ def mean_estimate(
     groups: Sequence[str],
     n: int = 1000,
     seed: int = 0,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = ANYWHERE,
 ) -> Estimate:
     """The mean over rows as `ratio_of_sums` has it; no interval goes beyond `bounds`, where no value can lie."""
     found = ratio_of_sums(values_N, np.ones(len(values_N)), groups, n, seed)

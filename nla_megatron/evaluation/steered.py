@@ -155,9 +155,9 @@ def results_of(config: EvalConfig, options: SaeOptions, comparison: Comparison) 
     }
     for name, (on_N, off_N) in _pairs(comparison).items():
         # Figures of text tasks are shares; a reward may be anything.
-        bounds = {} if name == REWARD else {"bounds": geometry.SHARE}
+        bounds = geometry.ANYWHERE if name == REWARD else geometry.SHARE
         for key, values_N in ((name, on_N), (f"{name}_plain", off_N)):
-            results[f"{key}_ci95"] = estimate(values_N, **bounds).interval
+            results[f"{key}_ci95"] = estimate(values_N, bounds=bounds).interval
         gain = estimate(on_N - off_N)
         results[f"{name}_gain"], results[f"{name}_gain_ci95"] = gain.value, gain.interval
     return {**results, "strengths": {name: dict(values) for name, values in comparison.strengths.items()}}

@@ -17,7 +17,7 @@ from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.accounting import Asked, Ledger, Report, agreed, changed, missing_samples
-from nla_megatron.rollout.adapter import Adapter, install
+from nla_megatron.rollout.adapter import USUAL_RANK, Adapter, install
 from nla_megatron.rollout.adapter import request as policy_request
 from nla_megatron.rollout.plugin import NAME
 from nla_megatron.rollout.requests import (
@@ -113,7 +113,7 @@ class Engine:
         if self.config.lora != "adapter":
             raise ConfigError(f"an adapter with rollout.lora={self.config.lora}", "adapter", "set rollout.lora=adapter")
         # vLLM takes a whole adapter or none, so that no half of one is left, as `replacing_weights` assumes of a load.
-        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank))
+        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank or USUAL_RANK))
         self.policy = policy_request()
         self.forget()
 

@@ -114,7 +114,8 @@ def held_out_rows(task: NlaTask, count: int, seed: int) -> list[int]:
     documents = task.table.column(columns.DOC_ID)
     order = np.random.default_rng([seed, _DRAW]).permutation(len(documents)).tolist()
     drawn: dict[str, int] = {}
-    round_of, first = {}, {}
+    round_of: dict[int, int] = {}
+    first: dict[str, int] = {}
     for place, row in enumerate(order):
         document = documents[row]
         round_of[row] = drawn.get(document, 0)

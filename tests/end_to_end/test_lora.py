@@ -119,8 +119,8 @@ def rl_words(started: Path, out: Path, *more: str, sft: str = "sft") -> tuple[st
 
 @pytest.fixture(scope="module")
 def reinforced(started: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tensor-parallel, the merged weights handed over."""
-    out = tmp_path_factory.mktemp("rl") / "merged"
+    """Tensor-parallel, the adapters handed over as they are."""
+    out = tmp_path_factory.mktemp("rl") / "adapters"
     done = command(*rl_words(started, out, "parallel=tp2"))
     assert done.returncode == 0, done.stderr
     return out

@@ -1,13 +1,15 @@
 """Distances between activations: normalisation, MSE, rewards, the mean baseline, FVE, and their confidence intervals.
 
-Everything is computed in fp32 whatever the input's dtype (intervals in float64). Shapes: N rows, D hidden, J documents,
-S resamples. With the default scale `"sqrt_d_model"`, MSE = 2(1 - cos): 0 for equal directions, 2 for orthogonal ones.
+Everything is computed in fp32 whatever the input's dtype (sums and intervals in float64). Shapes: N rows, D hidden,
+J groups of rows, S resamples. With the default scale `"sqrt_d_model"`, MSE = 2(1 - cos): 0 for equal directions, 2 for
+orthogonal ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +19,14 @@ if TYPE_CHECKING:
 
 Scale = str | float | None  # "sqrt_d_model", a norm, or None for raw vectors
 
+SHARE = (0.0, 1.0)
+"""Where a share or a probability lies."""
+ANYWHERE = (-math.inf, math.inf)
 ORTHOGONAL_MSE = 2.0  # what a reconstruction that says nothing gets under the default scale
 _MIN_NORM = 1e-12  # keeps zero vectors zero instead of NaN
 _MIN_MSE = 1e-6  # an exact reconstruction has a finite log reward; fp32 rounding alone gives about this much
 _RESAMPLES_AT_ONCE = 64
+_MANY_GROUPS = 30  # a bootstrap of fewer gives intervals that are too narrow
 
 
 def normalise(v_ND: Tensor, scale: Scale) -> Tensor:
@@ -52,30 +58,42 @@ def cosine(pred: Tensor, target: Tensor) -> Tensor:
     return (normalise(pred, 1.0) * normalise(target, 1.0)).sum(dim=-1)
 
 
-def variance(target_ND: Tensor, scale: Scale = "sqrt_d_model") -> float:
-    """The MSE of predicting the mean: `mean((v̂ - μ)²)` over rows and dimensions, μ the mean of these same rows."""
+def deviation(target_ND: Tensor, mean_D: Tensor, scale: Scale = "sqrt_d_model") -> Tensor:
+    """The error of predicting `mean_D`, which is at the scale already, for each row: (N,)."""
+    return (normalise(target_ND, scale) - mean_D.float()).square().mean(dim=-1)
+
+
+def own_deviation(target_ND: Tensor, scale: Scale = "sqrt_d_model") -> Tensor:
+    """The error of predicting these rows' own mean for each of them: (N,). Nobody could have known that mean."""
     v_ND = normalise(target_ND, scale)
-    return float((v_ND - v_ND.mean(dim=0)).square().mean(dim=-1).double().mean())
+    return deviation(v_ND, v_ND.double().mean(dim=0), None)
 
 
-def fve(pred_ND_or_mse_N: Tensor, target_ND: Tensor, scale: Scale = "sqrt_d_model") -> float:
-    """Fraction of variance explained, `1 - mean MSE / variance`, over these rows.
-
-    Args:
-        pred_ND_or_mse_N: predictions (N, D), or their `row_mse` (N,) under the same scale.
-        target_ND: the activations of the same rows.
-        scale: as for `normalise`.
+def variance(target_ND: Tensor, scale: Scale = "sqrt_d_model") -> float:
+    """The variance of what the rows are drawn from, over dimensions on average: without bias, so divided by N - 1.
 
     Raises:
-        ValueError: targets without variance (one row, or equal rows), or another number of rows.
+        ValueError: fewer than two rows.
     """
-    mse_N = pred_ND_or_mse_N if pred_ND_or_mse_N.ndim == 1 else row_mse(pred_ND_or_mse_N, target_ND, scale)
-    if len(mse_N) != len(target_ND):
-        raise ValueError(f"{len(mse_N)} rows of predictions for {len(target_ND)} targets")
-    spread = variance(target_ND, scale)
-    if not spread > 0:
-        raise ValueError(f"{len(target_ND)} target rows without variance: the FVE is not defined")
-    return 1.0 - float(mse_N.double().mean()) / spread
+    if len(target_ND) < 2:
+        raise ValueError(f"{len(target_ND)} row(s): a variance needs at least two")
+    return float(own_deviation(target_ND, scale).double().sum()) / (len(target_ND) - 1)
+
+
+def fve(mse_N: Tensor, deviation_N: Tensor) -> float:
+    """Fraction of variance explained, `1 - sum of MSE / sum of deviations`, over these rows.
+
+    Args:
+        mse_N: `row_mse` of the predictions.
+        deviation_N: what the mean predictor gets on the same rows under the same scale: `deviation` of the mean of the
+            training rows, or `own_deviation`.
+
+    Raises:
+        ValueError: rows without deviation (one row, or equal rows), or another number of them.
+    """
+    if mse_N.shape != deviation_N.shape:
+        raise ValueError(f"{len(mse_N)} rows of predictions for {len(deviation_N)} targets")
+    return 1.0 - float(mse_N.double().sum()) / _positive(float(deviation_N.double().sum()), len(mse_N))
 
 
 def reward(mse_N: Tensor, transform: str, temperature: float = 1.0) -> Tensor:
@@ -108,140 +126,133 @@ def failed_reward(transform: str, temperature: float = 1.0) -> float:
     return float(reward(torch.tensor(ORTHOGONAL_MSE), transform, temperature))
 
 
-def mean_ci(values_N: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0) -> list[float]:
-    """The 95 % interval [low, high] of a mean, from resampling whole groups: documents, or the prompts of samples."""
-    return list(bootstrap_ci(values_N, groups, lambda drawn: float(drawn.mean()), n, seed))
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with the 95 % interval from `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> list[float]:
+        return [self.low, self.high]
 
 
-def bootstrap_ci(
-    values_by_row: np.ndarray,
-    doc_ids: Sequence[str],
-    statistic: Callable[[np.ndarray], float],
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """A percentile interval of `statistic`, from resampling whole documents, since rows of one document are alike.
+def ratio_of_sums(
+    above_N: np.ndarray, below_N: np.ndarray, groups: Sequence[str], n: int = 1000, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """`sum above / sum below` with its interval; rows of one group (a document, a prompt) are alike, groups are not.
 
-    Args:
-        values_by_row: (N, ...), handed to `statistic` with the rows of the drawn documents.
-        doc_ids: the document of each row.
-        statistic: from rows to a number.
-        n: resamples.
-        seed: the same seed gives the same interval.
-        level: share of the resamples inside the interval.
-
-    Raises:
-        ValueError: fewer than two documents, or other lengths.
-    """
-    rows_of_J = _rows_by_document(doc_ids, len(values_by_row))
-    rng = np.random.default_rng(seed)
-    draws_SJ = rng.integers(len(rows_of_J), size=(n, len(rows_of_J)))
-    results_S = [statistic(values_by_row[np.concatenate([rows_of_J[j] for j in draw_J])]) for draw_J in draws_SJ]
-    return _interval(np.asarray(results_S, dtype=np.float64), level)
-
-
-def fve_bootstrap(
-    mse: np.ndarray,
-    targets_normalised: np.ndarray,
-    doc_ids: Sequence[str],
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """FVE with its interval: (fve, lo, hi). Documents are resampled, and the variance is that of each resample.
+    What is above and below is fixed row by row, and whole groups are drawn. From 30 groups on the interval is the
+    central `level` of `n` resamples of them (percentile bootstrap); of fewer, resamples spread too little, and it is
+    Student's, with the ratio linearised in the groups' sums and one degree of freedom less than there are groups.
 
     Args:
-        mse: (N,), from `row_mse`.
-        targets_normalised: (N, D), the targets after `normalise` with the scale of the MSE.
-        doc_ids, n, seed, level: as for `bootstrap_ci`.
+        above_N, below_N: (N,) numbers of the rows.
+        groups: of each row.
+        n, seed: of the resamples; the same seed gives the same interval.
 
     Raises:
-        ValueError: fewer than two documents, targets without variance, or other lengths.
+        ValueError: fewer than two groups, other lengths, or a sum below that is not positive.
     """
-    value, drawn_S = _resampled_fve([mse], targets_normalised, doc_ids, n, seed)
-    return (float(value[0]), *_interval(drawn_S[:, 0], level))
-
-
-def paired_fve_difference(
-    mse_a: np.ndarray,
-    mse_b: np.ndarray,
-    targets: np.ndarray,
-    doc_ids: Sequence[str],
-    n: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float, float]:
-    """FVE of `a` minus FVE of `b` on the same rows, with its interval: (difference, lo, hi).
-
-    Both are drawn with the same documents, so what the rows have in common cancels out. `targets` are normalised;
-    arguments and errors are those of `fve_bootstrap`.
-    """
-    value, drawn_S = _resampled_fve([mse_a, mse_b], targets, doc_ids, n, seed)
-    return (float(value[0] - value[1]), *_interval(drawn_S[:, 0] - drawn_S[:, 1], level))
-
-
-def _resampled_fve(
-    mse: list[np.ndarray], targets_ND: np.ndarray, doc_ids: Sequence[str], n: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """FVE of each MSE column on all rows (M,) and on `n` resamples (S, M), from sums per document.
-
-    A resample counts document j w_j times. With each document's number of rows, sum of vectors, sum of squares and sums
-    of MSE, everything an FVE needs is linear in w, and no row is read again.
-    """
-    rows_of_J = _rows_by_document(doc_ids, len(targets_ND))
-    if any(column.shape != (len(targets_ND),) for column in mse):
-        raise ValueError(f"MSE of shape {[column.shape for column in mse]} for {len(targets_ND)} targets")
-    mse_NM = np.stack(mse, axis=1).astype(np.float64)
-    # The variance does not depend on the origin; a central one keeps the difference of squares below exact.
-    origin_D = targets_ND.mean(axis=0, dtype=np.float64)
-    count_J = np.array([len(rows) for rows in rows_of_J], dtype=np.float64)
-    error_JM = np.stack([mse_NM[rows].sum(axis=0) for rows in rows_of_J])
-    sum_JD = np.empty((len(rows_of_J), targets_ND.shape[1]))
-    square_J = np.empty(len(rows_of_J))
-    for j, rows in enumerate(rows_of_J):
-        centred_RD = targets_ND[rows] - origin_D
-        sum_JD[j], square_J[j] = centred_RD.sum(axis=0), np.square(centred_RD).sum()
-
-    def fve_of(weight_SJ: np.ndarray) -> np.ndarray:
-        total_S = weight_SJ @ count_J
-        mean_SD = (weight_SJ @ sum_JD) / total_S[:, None]
-        spread_S = ((weight_SJ @ square_J) / total_S - np.square(mean_SD).sum(axis=1)) / targets_ND.shape[1]
-        # A resample of equal rows has no variance and no FVE; rounding leaves it a little above or below zero.
-        spread_S[spread_S <= 1e-9 * square_J.sum() / count_J.sum() / targets_ND.shape[1]] = np.nan
-        return 1.0 - (weight_SJ @ error_JM) / total_S[:, None] / spread_S[:, None]
-
-    value_M = fve_of(np.ones((1, len(rows_of_J))))[0]
-    if np.isnan(value_M).any():
-        raise ValueError(f"{len(targets_ND)} target rows without variance: the FVE is not defined")
-    rng = np.random.default_rng(seed)
-    uniform_J = np.full(len(rows_of_J), 1.0 / len(rows_of_J))
-    parts = []
-    for start in range(0, n, _RESAMPLES_AT_ONCE):
-        size = min(_RESAMPLES_AT_ONCE, n - start)
-        parts.append(fve_of(rng.multinomial(len(rows_of_J), uniform_J, size=size).astype(np.float64)))
-    return value_M, np.concatenate(parts)
-
-
-def _rows_by_document(doc_ids: Sequence[str], n_rows: int) -> list[np.ndarray]:
-    """The rows of each document, in the order in which documents first appear."""
-    if len(doc_ids) != n_rows:
-        raise ValueError(f"{len(doc_ids)} document ids for {n_rows} rows")
-    rows: dict[str, list[int]] = {}
-    for row, doc_id in enumerate(doc_ids):
-        rows.setdefault(doc_id, []).append(row)
-    if len(rows) < 2:
-        raise ValueError(f"{len(rows)} document(s): resampling documents needs at least two")
-    return [np.asarray(one) for one in rows.values()]
-
-
-def _interval(values_S: np.ndarray, level: float) -> tuple[float, float]:
-    """The central `level` of the values that are defined."""
+    if above_N.shape != below_N.shape or above_N.ndim != 1:
+        raise ValueError(f"numbers of shape {above_N.shape} above, {below_N.shape} below")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    tail = (1.0 - level) / 2.0
-    lo, hi = np.nanquantile(values_S, [tail, 1.0 - tail])
-    return float(lo), float(hi)
+    sums_JX = _sums_by_group(np.stack([above_N, below_N], axis=1).astype(np.float64), groups)
+    total_above, total_below = sums_JX.sum(axis=0)
+    value = float(total_above / _positive(float(total_below), len(below_N)))
+    if len(sums_JX) >= _MANY_GROUPS:
+        tail = (1.0 - level) / 2.0
+        low, high = np.nanquantile(_resampled(sums_JX, n, seed), [tail, 1.0 - tail])
+        return Estimate(value, float(low), float(high))
+    count = len(sums_JX)
+    residual_J = sums_JX[:, 0] - value * sums_JX[:, 1]
+    error = math.sqrt(count / (count - 1) * float(np.square(residual_J).sum())) / float(total_below)
+    half = student(level, count - 1) * error
+    return Estimate(value, value - half, value + half)
+
+
+def mean_estimate(
+    values_N: np.ndarray,
+    groups: Sequence[str],
+    n: int = 1000,
+    seed: int = 0,
+    bounds: tuple[float, float] = ANYWHERE,
+) -> Estimate:
+    """The mean over rows as `ratio_of_sums` has it; no interval goes beyond `bounds`, where no value can lie."""
+    found = ratio_of_sums(values_N, np.ones(len(values_N)), groups, n, seed)
+    return Estimate(found.value, max(found.low, bounds[0]), min(found.high, bounds[1]))
+
+
+def fve_estimate(
+    mse_N: np.ndarray, deviation_N: np.ndarray, doc_ids: Sequence[str], n: int = 1000, seed: int = 0
+) -> Estimate:
+    """`fve` with its interval over documents, as `ratio_of_sums` has it; errors are those of the two."""
+    lost = ratio_of_sums(mse_N, deviation_N, doc_ids, n, seed)
+    return Estimate(1.0 - lost.value, 1.0 - lost.high, 1.0 - max(lost.low, 0.0))
+
+
+def fve_difference(
+    mse_a_N: np.ndarray,
+    mse_b_N: np.ndarray,
+    deviation_N: np.ndarray,
+    doc_ids: Sequence[str],
+    n: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """FVE of `a` minus FVE of `b` on the same rows: what both have in common cancels out of the interval."""
+    return ratio_of_sums(mse_b_N.astype(np.float64) - mse_a_N, deviation_N, doc_ids, n, seed)
+
+
+def student(level: float, freedom: int) -> float:
+    """The t between whose negative and itself Student's distribution of `freedom` degrees has the share `level`.
+
+    From the finite sums of the distribution at whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    even = freedom % 2 == 0
+    angle_low, angle_high = 0.0, math.pi / 2
+    for _ in range(100):
+        angle = (angle_low + angle_high) / 2
+        cosine_squared, term, total = math.cos(angle) ** 2, 1.0 if even else math.cos(angle), 0.0
+        for k in range(2 if even else 3, freedom + 1, 2):
+            total += term
+            term *= cosine_squared * (k - 1) / k
+        share = math.sin(angle) * total if even else 2 / math.pi * (angle + math.sin(angle) * total)
+        angle_low, angle_high = (angle, angle_high) if share < level else (angle_low, angle)
+    return math.tan(angle_low) * math.sqrt(freedom)
+
+
+def _positive(total: float, rows: int) -> float:
+    if not total > 0:
+        raise ValueError(f"{rows} target rows without variance: the FVE is not defined")
+    return total
+
+
+def _resampled(sums_JX: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The ratio in `n` resamples (S,), from sums per group: no row is read again."""
+    rng = np.random.default_rng(seed)
+    uniform_J = np.full(len(sums_JX), 1.0 / len(sums_JX))
+    parts = []
+    for start in range(0, n, _RESAMPLES_AT_ONCE):
+        weight_SJ = rng.multinomial(len(sums_JX), uniform_J, size=min(_RESAMPLES_AT_ONCE, n - start))
+        above_S, below_S = (weight_SJ @ sums_JX).T
+        parts.append(above_S / np.where(below_S > 0, below_S, np.nan))  # a resample may have no variance at all
+    return np.concatenate(parts)
+
+
+def _sums_by_group(values_NX: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """(J, X), in the order in which groups first appear."""
+    if len(groups) != len(values_NX):
+        raise ValueError(f"{len(groups)} document ids for {len(values_NX)} rows")
+    numbers: dict[str, int] = {}
+    group_N = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+    if len(numbers) < 2:
+        raise ValueError(f"{len(numbers)} document(s): resampling documents needs at least two")
+    sums_JX = np.zeros((len(numbers), values_NX.shape[1]))
+    np.add.at(sums_JX, group_N, values_NX)
+    return sums_JX
 
 
 def _same_shape(pred_ND: Tensor, target_ND: Tensor) -> None:

@@ -99,8 +99,12 @@ def check_algorithm(config: AlgorithmConfig, samples_per_prompt: int) -> None:
         )  # fmt: skip
 
 
-def unread(config: AlgorithmConfig) -> Iterator[Unread]:
-    """What the algorithm, as it is configured, does not read. Of one from elsewhere that is not known."""
+def unread(config: AlgorithmConfig, correction: str = "none") -> Iterator[Unread]:
+    """What the algorithm, as it is configured, does not read. Of one from elsewhere that is not known.
+
+    Args:
+        correction: what it may be where the configuration leaves it open.
+    """
     if is_import_path(config.name):
         return
     own = getattr(make_algorithm(config), "own_keys", None)
@@ -109,7 +113,11 @@ def unread(config: AlgorithmConfig) -> Iterator[Unread]:
         (own is not None, f"with algorithm.name={config.name}", [key for key in others if key not in (own or ())]),
         (config.loss_mean != "constant", f"with algorithm.loss_mean={config.loss_mean}", ["loss_length"]),
         (config.reference != "ema", f"with algorithm.reference={config.reference}", ["reference_decay"]),
-        (config.correction == "none", "with algorithm.correction=none", ["correction_low", "correction_high"]),
+        (
+            (config.correction or correction) == "none",
+            "with algorithm.correction=none",
+            ["correction_low", "correction_high"],
+        ),
         (config.kl_coef == 0, "with algorithm.kl_coef=0", ["kl", "kl_in", "kl_weighted", "kl_clamp"]),
     ]
     yield from ((f"algorithm.{key}", when) for holds, when, keys in idle if holds for key in keys)

@@ -74,7 +74,7 @@ class PolicyGradient:
         config = self.config
         loss_BT, clipped_BT = self.surrogate(tokens)
         statistics = {"clipped": clipped_BT}
-        if config.correction != "none":
+        if config.correction not in (None, "none"):
             corrected_BT = correction_weights(
                 tokens.old, tokens.sampler, tokens.mask, config.correction, config.correction_low,
                 config.correction_high,

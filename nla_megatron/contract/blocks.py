@@ -135,6 +135,19 @@ class PoolSpec:
 
 
 @dataclass(frozen=True)
+class BaselineSpec:
+    """`baseline`, our extension: the mean of the training rows, which FVE compares with (`contract.baseline`).
+
+    `rows`: how many rows it is of, all of the build that are not held out. `scale`: at which each entered. `sha256`: of
+    the file beside the table.
+    """
+
+    rows: int
+    scale: float | str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ReconstructorSpec:
     """`reconstructor`, our extension: how an AR makes a vector of its stream (`models.heads`).
 

@@ -148,6 +148,8 @@ def check_dataset_values(sidecar: DatasetSidecar, path: Path, ours: bool = False
     _one_of(path, "extraction.norm", sidecar.extraction.norm, ("none",))
     _one_of(path, "bos_policy", sidecar.bos_policy, _POLICIES)
     _check_extensions(sidecar, path)
+    if sidecar.baseline is not None:
+        _at_least(path, "baseline.rows", sidecar.baseline.rows, 1)
     if sidecar.stage in TRAINING_STAGES:
         needed = {"tokens": sidecar.tokens, "prompt_templates": sidecar.prompt_templates}
         _present(path, {**needed, "bos_policy": sidecar.bos_policy} if ours else needed)

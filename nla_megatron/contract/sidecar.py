@@ -2,7 +2,7 @@
 
 A data set's stands at `{parquet}.nla_meta.yaml`, a model's at `{directory}/nla_meta.yaml`. The layout (`layout.py`)
 is shared with other NLA trainers, whose readers pass over what we add at the top level: `injection`, `bos_policy`,
-`pool` and `reconstructor`.
+`pool`, `baseline` and `reconstructor`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nla_megatron.contract import layout
 from nla_megatron.contract.blocks import (
     ApiSummaries,
+    BaselineSpec,
     CorpusSlice,
     DatasetExtraction,
     InjectionSpec,
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
-    "ApiSummaries", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec", "ModelExtraction",
-    "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens", "check_dataset",
-    "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar", "read_model_sidecar",
-    "write_dataset_sidecar", "write_model_sidecar",
+    "ApiSummaries", "BaselineSpec", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec",
+    "ModelExtraction", "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens",
+    "check_dataset", "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar",
+    "read_model_sidecar", "write_dataset_sidecar", "write_model_sidecar",
 ]  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class DatasetSidecar:
         tokens, prompt_templates, bos_policy: the `PromptContract`; all set in the training stages.
         injection: how the AV that this data is meant for receives the vector.
         pool: what rows keep of several positions; None where each is of one.
+        baseline: what FVE compares with; None in tables of other trainers, and in those built before there was one.
         created_at, git_commit: empty: filled in when written.
     """
 
@@ -68,6 +70,7 @@ class DatasetSidecar:
     bos_policy: str | None = None
     injection: InjectionSpec | None = None
     pool: PoolSpec | None = None
+    baseline: BaselineSpec | None = None
     api_summaries: ApiSummaries | None = None
     parent_datasets: tuple[str, ...] = ()
     keep_debug_metadata: bool = True

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
+from nla_megatron.contract.baseline import write_baseline
 from nla_megatron.contract.markers import several_markers
 from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
 from nla_megatron.contract.sidecar import (
@@ -24,9 +28,10 @@ from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile, WidthError
 from nla_megatron.tasks.nla import load_tokenizer
-from nla_megatron.tasks.nla_checks import check_stack
+from nla_megatron.tasks.nla_checks import MSE_SCALE, check_stack
 
-STAGES = {"av_sft": "av_sft", "ar_sft": "ar_sft", "rl": "rl", "held_out": "rl"}
+HELD_OUT = "held_out"
+STAGES = {"av_sft": "av_sft", "ar_sft": "ar_sft", "rl": "rl", HELD_OUT: "rl"}
 """Each table and the stage whose columns it has: the held-out rows are evaluated as RL rows are."""
 _ROWS_PER_BATCH = 4096
 
@@ -88,18 +93,47 @@ def _check_positions(config: BuildConfig, table: Table, pool: PoolSpec | None) -
 def run(config: BuildConfig) -> None:
     claim_run_directory("build", config)
     table, source = Table.open(config.input, "explained"), read_dataset_sidecar(config.input)
-    contract = _contract(config, source.pool)
+    contract, training, written = _contract(config, source.pool), _Mean(table.d_model), {}
     for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
         stage = STAGES[split]
-        out = Path(config.out) / f"{split}.parquet"
         schema = columns.schema(stage, table.d_model, None if table.varies else table.positions)
-        written = write_table(out, _batches(table, rows, stage, contract), schema)
+        batches = _batches(table, rows, stage, contract)
+        batches = batches if split == HELD_OUT else training.of(batches)
+        written[split] = write_table(_path(config, split), batches, schema)
+    # The mean is known when all rows have been read; every table has it beside itself, so that it can be moved alone.
+    for split, count in written.items():
         sidecar = DatasetSidecar.from_contract(
-            contract, stage=stage, row_count=written, extraction=source.extraction, api_summaries=source.api_summaries,
-            injection=injection_of(config.intervention), pool=source.pool, parent_datasets=(source.dataset_id,),
+            contract, stage=STAGES[split], row_count=count, extraction=source.extraction,
+            api_summaries=source.api_summaries, injection=injection_of(config.intervention), pool=source.pool,
+            baseline=write_baseline(_path(config, split), training.mean_D, training.rows, MSE_SCALE),
+            parent_datasets=(source.dataset_id,),
         )  # fmt: skip
-        write_dataset_sidecar(out, sidecar)
+        write_dataset_sidecar(_path(config, split), sidecar)
     mark_done(config)
+
+
+class _Mean:
+    """The mean over rows that pass by, of their activations at the scale of the error."""
+
+    def __init__(self, d_model: int):
+        self.sum_D, self.rows = np.zeros(d_model), 0
+
+    @property
+    def mean_D(self) -> np.ndarray:
+        return self.sum_D / self.rows
+
+    def of(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        import torch
+
+        for batch in batches:
+            vectors_ND = geometry.normalise(torch.from_numpy(batch[columns.VECTOR]), MSE_SCALE)
+            self.sum_D += vectors_ND.double().sum(dim=0).numpy()
+            self.rows += len(vectors_ND)
+            yield batch
+
+
+def _path(config: BuildConfig, split: str) -> Path:
+    return Path(config.out) / f"{split}.parquet"
 
 
 def injection_of(spec: InterventionConfig) -> InjectionSpec:
@@ -125,10 +159,10 @@ def split_rows(config: BuildConfig, doc_ids: list[str]) -> dict[str, list[int]]:
     """Rows of each table. Raises ConfigError where a split gets no document."""
     rows: dict[str, list[int]] = {split: [] for split in STAGES}
     for row, doc_id in enumerate(doc_ids):
-        split = "held_out" if held_out(doc_id, config.held_out) else assign_split(doc_id, config.fractions, config.seed)
+        split = HELD_OUT if held_out(doc_id, config.held_out) else assign_split(doc_id, config.fractions, config.seed)
         rows[split].append(row)
     for split, chosen in rows.items():
-        if not chosen and not (split == "held_out" and config.held_out == 0):
+        if not chosen and not (split == HELD_OUT and config.held_out == 0):
             raise ConfigError(
                 f"no document of {len(set(doc_ids))} falls into {split}",
                 "at least one",

@@ -111,7 +111,9 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
         "samples": config.samples,
         "temperature": config.rollout.temperature,
         **task.figures(measured),
-        f"{name}_ci95": geometry.mean_ci(value_N.numpy(), prompts, config.bootstrap, config.seed),
+        f"{name}_ci95": geometry.mean_estimate(
+            value_N.numpy(), prompts, config.bootstrap, config.seed, geometry.SHARE
+        ).interval,
     }
     rows = {
         "rows": [rollout.row for rollout in measured.rollouts],
@@ -155,4 +157,5 @@ def difference(
         )  # fmt: skip
     gains_N = np.asarray(rows[name]) - np.asarray(other[name])
     # Samples of one prompt are alike, so prompts are resampled.
-    return float(gains_N.mean()), geometry.mean_ci(gains_N, prompts, config.bootstrap, config.seed)
+    found = geometry.mean_estimate(gains_N, prompts, config.bootstrap, config.seed)
+    return found.value, found.interval

@@ -16,9 +16,11 @@ SAYING_MOST = (
     "eval_fve", "accuracy", "reward", "batch_fve", "loss", "kl", "entropy", "response_length", "av_grad_norm",
 )  # fmt: skip
 TITLES = {
-    "eval_fve": ("Held-out FVE", "1 is a perfect reconstruction"),
-    "batch_fve": ("FVE of the rollouts", "1 is a perfect reconstruction"),
-    "fve_av": ("Held-out FVE", "1 is a perfect reconstruction"),
+    "eval_fve": ("Held-out FVE", "0 is the mean of the training rows"),
+    "eval_fve_in_sample": ("Held-out FVE, in-sample", "0 is the mean of the evaluated rows"),
+    "batch_fve": ("FVE of the rollouts", "0 is the mean of the training rows"),
+    "fve_av": ("Held-out FVE", "0 is the mean of the training rows"),
+    "fve_in_sample_av": ("Held-out FVE, in-sample", "0 is the mean of the evaluated rows"),
     "reward": ("Reward", "mean over the step’s rollouts"),
     "kl": ("KL from the policy that training starts from", "nats per token"),
     "entropy": ("Entropy", "nats per token"),

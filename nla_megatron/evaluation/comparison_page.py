@@ -12,6 +12,7 @@ from nla_megatron.contract.files import atomic_path
 from nla_megatron.evaluation.charts import format_value
 from nla_megatron.evaluation.comparison import CSV, FINAL, JSON, Comparison, Entry, Group, rows
 from nla_megatron.evaluation.comparison_charts import SHOWN, Curve, configurations
+from nla_megatron.evaluation.denominator import GENERAL
 from nla_megatron.evaluation.report_style import STYLE
 from nla_megatron.evaluation.runs import SEED, short_names
 
@@ -19,6 +20,7 @@ PAGE = "report.html"
 # Figures that have a column of their own on the page, where a run has them; the tables hold all.
 COLUMNS = {
     "fve_av": "FVE",
+    "fve_in_sample_av": "FVE, in-sample",
     "fve_gold": "FVE, gold text",
     "fve_shuffled": "FVE, shuffled",
     "accuracy": "Accuracy",
@@ -173,6 +175,8 @@ def _runs(comparison: Comparison) -> str:
             + "</tr>"
         )
     note = f"Scalars of training are means over the last {comparison.last} steps that have them."
+    if any("fve" in name for name in numbers):
+        note += f" FVE: 1 is a perfect reconstruction, {GENERAL}; greedy texts."
     return (
         f'<h2>Runs</h2><p class="caption">{note}</p><div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
@@ -34,6 +34,7 @@ from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
+from nla_megatron.tasks.nla_held_out import Baseline, Measure, check_rows, held_out_rows
 from nla_megatron.types import InjectionCount, ModelShape
 
 RESULTS, ROWS, EXAMPLES = "eval.json", "rows.json", "examples.jsonl"
@@ -60,13 +61,8 @@ def check(config: EvalConfig, world_size: int) -> None:
         raise MissingFile(
             f"no {Path(config.compare) / ROWS}", "a finished evaluation's directory", "run that evaluation first"
         )
-    if min(config.rows, task.table.n_rows) < 2:
-        raise ConfigError(
-            f"{min(config.rows, task.table.n_rows)} rows to evaluate", "at least 2", "raise rows=, or hold out more"
-        )
-    documents = task.table.column(columns.DOC_ID)
-    if len({documents[row] for row in _chosen_rows(config, task)}) < 2:
-        raise ConfigError(f"held-out rows of one document in {config.data}", "at least two documents", "hold out more")
+    check_rows(task, config.rows, config.seed, "rows")
+    Baseline.of(task)
     check_run_directory("eval", config)
 
 
@@ -84,7 +80,9 @@ def run(config: EvalConfig, world: World) -> None:
         claim_run_directory("eval", config)
     barrier(world)
     task = NlaTask.open(config.data, "rl", config.av)
-    rows = _chosen_rows(config, task)
+    rows, baseline = held_out_rows(task, config.rows, config.seed), Baseline.of(task)
+    if world.is_main and (note := baseline.note(task)) is not None:
+        print(note, file=sys.stderr, flush=True)
     reader = _reader(config, task, world)
     eos_id = int(task.tokenizer.eos_token_id)
     shape, places = read_shape(config.av), task.interventions
@@ -101,7 +99,7 @@ def run(config: EvalConfig, world: World) -> None:
             conditions[name] = condition()
             bar.advance()
     if world.is_main:
-        _write(config, task, rows, conditions)
+        _write(config, task, baseline, rows, conditions)
         mark_done(config)
     engine.close()
 
@@ -113,11 +111,6 @@ def deranged(rows: Sequence[int], seed: int) -> list[int]:
     for place, following in zip(order, np.roll(order, -1), strict=True):
         turned[place] = rows[following]
     return turned
-
-
-def _chosen_rows(config: EvalConfig, task: NlaTask) -> list[int]:
-    order = np.random.default_rng([config.seed, 5]).permutation(task.table.n_rows)
-    return order[: config.rows].tolist()
 
 
 def _reader_shape(config: EvalConfig, task: NlaTask) -> ModelShape:
@@ -148,16 +141,23 @@ def _gold(task: NlaTask, reader: RowRunner, rows: list[int]) -> Condition:
     return Condition(mse_N, tuple(texts))
 
 
-def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]) -> None:
-    documents = [task.table.column(columns.DOC_ID)[row] for row in rows]
-    targets_ND = task.normalised_targets(rows).numpy()
-    interval = partial(
-        geometry.fve_bootstrap, targets_normalised=targets_ND, doc_ids=documents, n=config.bootstrap, seed=config.seed
-    )
-    results: dict[str, Any] = {"rows": len(rows), "documents": len(set(documents)), "fve_mean_predictor": 0.0}
+def _write(
+    config: EvalConfig, task: NlaTask, baseline: Baseline, rows: list[int], conditions: dict[str, Condition]
+) -> None:
+    measure = Measure.of(task, baseline, rows, config.bootstrap, config.seed)
+    results: dict[str, Any] = {
+        "rows": len(rows),
+        "documents": len(set(measure.documents)),
+        "temperature": config.rollout.temperature,
+        "fve_baseline": baseline.whose,
+        "fve_baseline_rows": baseline.rows or len(rows),
+        "fve_variance": measure.variance,
+        "fve_mean_predictor": 0.0,
+    }
     for name, condition in conditions.items():
-        value, low, high = interval(condition.mse_N.numpy())
-        results |= {f"fve_{name}": value, f"fve_{name}_ci95": [low, high]}
+        found = measure.fve(condition.mse_N)
+        results |= {f"fve_{name}": found.value, f"fve_{name}_ci95": found.interval}
+        results[f"fve_in_sample_{name}"] = measure.fve_in_sample(condition.mse_N)
         results[f"extraction_failed_{name}"] = sum(text is None for text in condition.texts) / len(rows)
         if config.names:
             results[f"named_{name}"] = {
@@ -167,10 +167,10 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
     counts = [condition.injections for condition in conditions.values() if condition.injections is not None]
     results |= {"injected": sum(c.injected for c in counts), "expected_injections": sum(c.expected for c in counts)}
     if config.compare is not None:
-        results |= _difference(config, rows, conditions["av"].mse_N, targets_ND, documents)
+        results |= _difference(config, rows, conditions["av"].mse_N, measure)
     write_json(Path(config.out) / RESULTS, results)
     mses = {f"mse_{name}": condition.mse_N.tolist() for name, condition in conditions.items()}
-    write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": documents, **mses})
+    write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": list(measure.documents), **mses})
     with atomic_path(Path(config.out) / EXAMPLES) as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
 
@@ -190,24 +190,15 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
 
 
-def _difference(
-    config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]
-) -> dict[str, Any]:
+def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, measure: Measure) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
     other = json.loads((Path(str(config.compare)) / ROWS).read_text())
-    if other["rows"] != rows:
+    if (other["rows"], other["doc_ids"]) != (rows, list(measure.documents)):
         raise ConfigError(
             f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="
         )
-    value, low, high = geometry.paired_fve_difference(
-        mse_N.numpy(),
-        np.asarray(other["mse_av"], dtype=np.float32),
-        targets_ND,
-        documents,
-        n=config.bootstrap,
-        seed=config.seed,
-    )
-    return {"fve_gain": value, "fve_gain_ci95": [low, high]}
+    found = measure.gain(mse_N, torch.tensor(other["mse_av"]))
+    return {"fve_gain": found.value, "fve_gain_ci95": found.interval}
 
 
 def _examples(

@@ -205,8 +205,10 @@ def _figures(
     judged = [(score, str(row[_DOCUMENT])) for score, row in zip(scores, rows, strict=True) if score is not None]
     values_N, documents = np.asarray([score for score, _ in judged]), [document for _, document in judged]
     figures: dict[str, Any] = {name: float(values_N.mean()), f"{name}_failed": len(scores) - len(judged)}
+    bounds = geometry.SHARE if name == SOURCE_MATCH else (float(config.low), float(config.high))
     if len(set(documents)) > 1:
-        figures[f"{name}_ci95"] = geometry.mean_ci(values_N, documents, config.bootstrap, config.seed)
+        found = geometry.mean_estimate(values_N, documents, config.bootstrap, config.seed, bounds)
+        figures[f"{name}_ci95"] = found.interval
     return figures
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nla_megatron import __version__
 from nla_megatron.evaluation.charts import format_value
+from nla_megatron.evaluation.denominator import denominator
 from nla_megatron.evaluation.report_charts import rl_charts, sft_charts
 from nla_megatron.evaluation.report_files import Row, RunFiles, read_run
 from nla_megatron.evaluation.report_style import STYLE
@@ -22,6 +23,7 @@ LAST_WORDS, LAST_CHARACTERS = 6, 60
 SHOWN_KEYS = (
     *("run_name", "steps", "world", "seconds", "logprob_gap_max", "injected", "expected_injections"),
     *("fve_sft", "fve_rl", "fve_rl_ci95", "fve_gold_text", "fve_shuffled", "fve_gain_ci95"),
+    *("fve_rl_in_sample", "fve_baseline", "fve_baseline_rows"),
 )
 STAGES = {"sft_av": "AV, supervised", "sft_ar": "AR, supervised", "rl": "RL", "pretrain": "Pre-training"}
 SIZES = {
@@ -85,14 +87,21 @@ def _head(run: RunFiles) -> str:
     trained = summary.get("fve_rl") is not None
     value, stage = (summary["fve_rl"], "RL") if trained else (summary.get("fve_sft"), "SFT")
     bounds = summary.get("fve_rl_ci95") if trained else None
+    in_sample = summary.get("fve_rl_in_sample") if trained else None
+    compared = denominator(summary.get("fve_baseline"), summary.get("fve_baseline_rows"))
     return (
         f'<p class="kicker">Natural Language Autoencoder</p><h1>{escape(run.name)}</h1>'
         "<p>The AV, a language model, writes down what it finds in an activation; the AR rebuilds the activation from "
         "that text alone. FVE is the fraction of the activations’ variance that survives this round trip, measured on "
-        "documents that neither has seen.</p>"
+        f"documents that neither has seen: 1 − the AR’s error / the error of always predicting {escape(compared)}.</p>"
         f'<section class="head" aria-label="Headline figures"><div><div class="hero">{_number(value)}</div>'
         f'<p class="hero-label">held-out FVE after {stage}</p>'
         + (f'<p class="muted">{_interval(bounds)}</p>' if bounds else "")
+        + (
+            f'<p class="muted">{_number(in_sample)} against the mean of the evaluated rows (in-sample)</p>'
+            if in_sample is not None
+            else ""
+        )
         + f"{_gain(summary)}</div>{_fve_table(summary)}</section>"
     )
 

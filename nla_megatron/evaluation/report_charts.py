@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nla_megatron.evaluation.charts import Points, line_chart, stacked_bars
+from nla_megatron.evaluation.denominator import denominator
 from nla_megatron.evaluation.report_files import Row, RunFiles
 
 PHASES = {
@@ -84,7 +85,9 @@ def rl_charts(run: RunFiles) -> str:
     figures = [_plot(plot, run.rl) for plot in RL_PLOTS]
     if fve:
         chart = line_chart(fve, "Fraction of variance explained", "FVE", references=levels)
-        figures.insert(0, _figure(chart, "1 is a perfect reconstruction."))
+        compared = denominator(run.summary.get("fve_baseline"), run.summary.get("fve_baseline_rows"))
+        note = f"1 is a perfect reconstruction, 0 {compared}. Held out the AV writes greedily, in rollouts it samples."
+        figures.insert(0, _figure(chart, note))
     seconds = {name: points for key, name in PHASES.items() if (points := _points(run.rl, f"seconds_{key}"))}
     if seconds:
         note = "Sampling, scoring with the AR, log-probs before the update, the two updates, and the hand-over."

@@ -139,7 +139,7 @@ def write(
 def results_of(config: EvalConfig, options: SaeOptions, comparison: Comparison) -> dict[str, Any]:
     """The numbers that a run logs of the same comparison, with intervals: prompts are resampled, as pairs."""
     prompts = [str(row) for row in comparison.rows]
-    interval = partial(geometry.mean_ci, groups=prompts, n=config.bootstrap, seed=config.seed)
+    estimate = partial(geometry.mean_estimate, groups=prompts, n=config.bootstrap, seed=config.seed)
     logged = {name.removeprefix("eval_"): value for name, value in comparison.numbers().items()}
     # It takes responses to one prompt for independent; the intervals do not.
     logged.pop("reward_gain_error", None)
@@ -154,8 +154,12 @@ def results_of(config: EvalConfig, options: SaeOptions, comparison: Comparison) 
         "steering_failed": comparison.failed,
     }
     for name, (on_N, off_N) in _pairs(comparison).items():
-        results[f"{name}_ci95"], results[f"{name}_plain_ci95"] = interval(on_N), interval(off_N)
-        results[f"{name}_gain"], results[f"{name}_gain_ci95"] = float((on_N - off_N).mean()), interval(on_N - off_N)
+        # Figures of text tasks are shares; a reward may be anything.
+        bounds = geometry.ANYWHERE if name == REWARD else geometry.SHARE
+        for key, values_N in ((name, on_N), (f"{name}_plain", off_N)):
+            results[f"{key}_ci95"] = estimate(values_N, bounds=bounds).interval
+        gain = estimate(on_N - off_N)
+        results[f"{name}_gain"], results[f"{name}_gain_ci95"] = gain.value, gain.interval
     return {**results, "strengths": {name: dict(values) for name, values in comparison.strengths.items()}}
 
 

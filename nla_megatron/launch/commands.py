@@ -149,6 +149,8 @@ def unread(name: str, config: Any) -> list[Unread]:
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     idle = [] if command.on_ranks or command.lays_out else [("parallel", f"in {name}")]
+    if not (name == "export" or (name == "rl" and config.task.name == "nla") or getattr(config, "role", "") == "both"):
+        idle.append(("parallel.ar_stages", f"in {name}, where no AR learns beside an AV"))
     return [*idle, *(module.unread(config) if hasattr(module, "unread") else ())]
 
 

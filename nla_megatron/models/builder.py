@@ -5,13 +5,17 @@ Imports no Megatron.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 
 from nla_megatron.errors import LayoutError
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Experts, ModelShape
+
+if TYPE_CHECKING:
+    from nla_megatron.config.schema import ParallelConfig
 
 _VLLM_ROWS = 64
 """vLLM pads the vocabulary to a multiple of it."""
@@ -40,8 +44,16 @@ class Layout(Protocol):
     def sequence_parallel(self) -> bool: ...
 
 
-def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
-    """Whether this model can be cut so.
+Dealt = TypeVar("Dealt", "ParallelConfig", World)
+
+
+def beside_av(layout: Dealt) -> Dealt:
+    """The layout of an AR that learns beside an AV: the same ranks, its own division into stages."""
+    return replace(layout, stages=layout.ar_stages, ar_stages=None)
+
+
+def check_layout(shape: ModelShape, layout: Layout, use: Use = "train", stages: str = "stages") -> None:
+    """Whether this model can be cut so; `stages` is the key of `parallel` that `layout.stages` come from.
 
     Raises:
         LayoutError: heads, groups, columns, experts or blocks do not fit, or the layout is not made for `use`.
@@ -53,7 +65,7 @@ def check_layout(shape: ModelShape, layout: Layout, use: Use = "train") -> None:
     for name, size in cut.items():
         _check_divides("parallel.tp", layout.tp, size, name)
     _check_experts(shape.experts, layout)
-    _check_blocks(shape.num_layers, layout)
+    _check_blocks(shape.num_layers, layout, f"parallel.{stages}")
     if use == "convert":
         return
     if layout.vpp > 1:
@@ -109,7 +121,7 @@ def _check_experts(experts: Experts | None, layout: Layout) -> None:
         raise LayoutError(f"parallel.ep={layout.ep} for a model without experts", "parallel.ep=1", "drop parallel.ep")
 
 
-def _check_blocks(num_layers: int, layout: Layout) -> None:
+def _check_blocks(num_layers: int, layout: Layout, key: str) -> None:
     chunks = layout.pp * layout.vpp
     if num_layers < chunks:
         raise LayoutError(
@@ -118,9 +130,9 @@ def _check_blocks(num_layers: int, layout: Layout) -> None:
         )  # fmt: skip
     if layout.stages is not None and (len(layout.stages) != chunks or sum(layout.stages) != num_layers):
         raise LayoutError(
-            f"parallel.stages={list(layout.stages)} for {num_layers} blocks on pp {layout.pp} x vpp {layout.vpp}",
+            f"{key}={list(layout.stages)} for {num_layers} blocks on pp {layout.pp} x vpp {layout.vpp}",
             f"{chunks} numbers that sum to {num_layers}",
-            "correct parallel.stages, or leave it out for an even division",
+            f"correct {key}, or leave it out for an even division",
         )
 
 

@@ -14,15 +14,21 @@ from nla_megatron.models.batching import next_token_targets
 from nla_megatron.types import Microbatch
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """The logits of the distribution at a temperature in fp32, whatever their shape; at 1 those of fp32 as they are.
+
+    They are divided after the cast: in bf16 the quotient would be rounded, by 0.02 nats of a log-prob on average.
+    """
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
 def token_logprobs(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(target) under logits / temperature, (B, T) fp32, differentiable, the same on every TP rank.
 
     The logits are consumed: Megatron's vocabulary-parallel cross-entropy works in place.
     """
-    if temperature != 1.0:
-        logits_BTV = logits_BTV / temperature
-    losses_BT = tensor_parallel.vocab_parallel_cross_entropy(logits_BTV, targets_BT)
-    return -losses_BT
+    return -tensor_parallel.vocab_parallel_cross_entropy(tempered(logits_BTV, temperature), targets_BT)
 
 
 def token_entropy(logits_BTV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -39,7 +45,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, logits_BTV: Tensor, temperature: float) -> Tensor:
         # Rows that only pad the vocabulary hold the least finite number: below it, 0 times it would be no number.
-        logits = (logits_BTV.float() / temperature).clamp(min=torch.finfo(torch.float32).min)
+        logits = tempered(logits_BTV, temperature).clamp(min=torch.finfo(torch.float32).min)
         group = parallel_state.get_tensor_model_parallel_group()
         top = logits.amax(dim=-1)
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)

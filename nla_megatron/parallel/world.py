@@ -28,7 +28,7 @@ class World:
     """This process among all: sizes, coordinates and device. `control` carries objects and CPU tensors.
 
     `vpp` chunks of blocks lie on each pipeline stage; `stages` are the blocks of each chunk in the model's order, None
-    for an even division. `recompute` and `sequence_parallel` are those of `ParallelConfig`.
+    for an even division. `ar_stages`, `recompute` and `sequence_parallel` are those of `ParallelConfig`.
     """
 
     rank: int
@@ -49,6 +49,7 @@ class World:
     stages: tuple[int, ...] | None = None
     recompute: str = "none"
     sequence_parallel: bool = False
+    ar_stages: tuple[int, ...] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +74,8 @@ class World:
             sizes += f" ep {self.ep} etp {self.etp}"
         if self.vpp > 1:
             sizes += f" vpp {self.vpp}"
-        return sizes if self.stages is None else f"{sizes} stages {'-'.join(map(str, self.stages))}"
+        dealt = {"stages": self.stages, "ar_stages": self.ar_stages}
+        return sizes + "".join(f" {key} {'-'.join(map(str, to))}" for key, to in dealt.items() if to is not None)
 
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
@@ -158,6 +160,7 @@ def initialise(config: ParallelConfig) -> World:
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         vpp=config.vpp,
         stages=None if config.stages is None else tuple(config.stages),
+        ar_stages=None if config.ar_stages is None else tuple(config.ar_stages),
         recompute=config.recompute,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
     )

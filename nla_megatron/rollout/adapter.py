@@ -21,6 +21,8 @@ from nla_megatron.models.lora_spec import PROJECTIONS
 NUMBER = 1
 """The adapter's number in vLLM; there is one at a time."""
 
+USUAL_RANK = 16
+"""The largest that an engine takes where nobody says more."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])(\.default)?\.weight$")
 

@@ -17,7 +17,7 @@ from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import gather_objects
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.accounting import Asked, Ledger, Report, agreed, changed, missing_samples
-from nla_megatron.rollout.adapter import Adapter, install
+from nla_megatron.rollout.adapter import USUAL_RANK, Adapter, install
 from nla_megatron.rollout.adapter import request as policy_request
 from nla_megatron.rollout.plugin import NAME
 from nla_megatron.rollout.requests import (
@@ -113,7 +113,7 @@ class Engine:
         if self.config.lora != "adapter":
             raise ConfigError(f"an adapter with rollout.lora={self.config.lora}", "adapter", "set rollout.lora=adapter")
         # vLLM takes a whole adapter or none, so that no half of one is left, as `replacing_weights` assumes of a load.
-        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank))
+        install(self.runner, Adapter.of(tensors, config, self.config.lora_rank or USUAL_RANK))
         self.policy = policy_request()
         self.forget()
 
@@ -217,7 +217,6 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        self.runner.sampler.given_temperature = self.config.temperature or 1.0
         requests = [request.again(rollout) for request, rollout in zip(asked_for, recorded, strict=True)]
         self.terms.check(requests, 1, [len(rollout.response_ids) + 1 for rollout in recorded])
         weights = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in recorded]
@@ -227,7 +226,8 @@ class Engine:
             SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args={NAME: key}) for key in asked
         ]
         mine = [recorded[index] for index in chosen]
-        outputs, wrong = self._run([(*each.prompt_ids, *each.response_ids) for each in mine], params, asked)
+        with self.runner.sampler.scoring(self.config.temperature or 1.0):
+            outputs, wrong = self._run([(*each.prompt_ids, *each.response_ids) for each in mine], params, asked)
         scored = []
         for index, rollout, output in zip(chosen, mine, outputs, strict=True):
             steps = output.prompt_logprobs[len(rollout.prompt_ids) :]

@@ -142,7 +142,7 @@ def _device_options(config: RolloutConfig, world: World) -> dict[str, Any]:
         )
     options: dict[str, Any] = {"enforce_eager": not compiled}
     if config.lora == "adapter":
-        options |= adapter.options(config.lora_rank)
+        options |= adapter.options(config.lora_rank or adapter.USUAL_RANK)
     if config.kv_block_size is not None:
         options["block_size"] = config.kv_block_size
     if on_gpu:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,25 +82,33 @@ def tempering(base: Any) -> Any:
     """A class of vLLM's samplers whose raw log-probs are those at the temperature of each request.
 
     vLLM itself gives them before the temperature, or after the temperature and the filters: the trainer has the former,
-    and no filters. Greedy requests are at temperature 1. `given_temperature` is that of tokens that are only scored.
+    and no filters. Greedy requests are at temperature 1. Tokens that are given, and not drawn, are scored at that of
+    `scoring`.
     """
 
     class TemperingSampler(base):
-        given_temperature = 1.0
-        drawn_R: Tensor | None = None
+        drawn: Tensor | float | None = None  # of the batch that tokens are being drawn for
+        given: float = 1.0
+
+        @contextmanager
+        def scoring(self, temperature: float) -> Iterator[None]:
+            self.given = temperature
+            try:
+                yield
+            finally:
+                self.given = 1.0
 
         def forward(self, logits: Tensor, sampling_metadata: Any, *rest: Any, **options: Any) -> Any:
-            self.drawn_R = sampling_metadata.temperature
+            drawn_R = sampling_metadata.temperature
+            # A batch that is greedy throughout has no temperatures at all.
+            self.drawn = 1.0 if drawn_R is None else torch.where(drawn_R < _GREEDY, 1.0, drawn_R)[:, None]
             try:
                 return super().forward(logits, sampling_metadata, *rest, **options)
             finally:
-                self.drawn_R = None
+                self.drawn = None
 
         def compute_logprobs(self, logits: Tensor) -> Tensor:
-            if self.drawn_R is None:
-                return super().compute_logprobs(logits.float() / self.given_temperature)
-            temperature_R = torch.where(self.drawn_R < _GREEDY, 1.0, self.drawn_R)
-            return super().compute_logprobs(logits.float() / temperature_R[:, None])
+            return super().compute_logprobs(logits.float() / (self.given if self.drawn is None else self.drawn))
 
     return TemperingSampler
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from nla_megatron.config.schema import LoraConfig, ParallelConfig
+from nla_megatron.config.schema import AlgorithmConfig, LoraConfig, ParallelConfig, RlConfig, RolloutConfig
+from nla_megatron.config.schema.shared import LARGEST_ADAPTER
 from nla_megatron.conversion.peft import attach, check_targets
 from nla_megatron.errors import LayoutError
 from nla_megatron.models.lora_spec import ALL_LINEAR, PROJECTIONS, LoraSpec, targets_of
@@ -72,6 +74,23 @@ def adapt(model: Any, config: LoraConfig, world: World, seed: int) -> None:
     spec = lora_spec(config)
     if spec is not None:
         attach(model, model.shape, world, spec, seed)
+
+
+def rollout_of(config: RlConfig, shape: ModelShape) -> RolloutConfig:
+    """The sampler's configuration with what it leaves open of a LoRA policy decided: how it is handed over."""
+    lora, given = config.lora, config.rollout
+    taken = lora.quantize == NONE and 0 < lora.rank <= (given.lora_rank or LARGEST_ADAPTER) and shape.experts is None
+    if given.engine != "vllm":  # it is the policy itself
+        return given
+    how = given.lora or ("adapter" if taken else "merged")
+    return replace(given, lora=how, lora_rank=given.lora_rank or lora.rank if how == "adapter" else None)
+
+
+def algorithm_of(config: RlConfig, shape: ModelShape) -> AlgorithmConfig:
+    """The algorithm's configuration with its correction decided, where it leaves that open."""
+    sampler = rollout_of(config, shape)
+    loses = config.lora.rank > 0 and sampler.lora == "merged" and sampler.dtype != "float32"
+    return replace(config.algorithm, correction=config.algorithm.correction or ("tis" if loses else "none"))
 
 
 def lora_record(config: LoraConfig, key: str = "lora") -> dict[str, Any]:

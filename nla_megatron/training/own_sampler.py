@@ -19,7 +19,7 @@ from torch import Tensor
 from nla_megatron.config.schema import RlConfig, RolloutConfig
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, response_mask
-from nla_megatron.models.logprobs import response_logprobs
+from nla_megatron.models.logprobs import response_logprobs, tempered
 from nla_megatron.models.pipeline import Collect, forward_rows
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest, Terms, Vectors
@@ -116,7 +116,7 @@ class PolicySampler:
     def _pick(self, response: _Response, logits_V: Tensor) -> tuple[int, float]:
         """A token and its log-prob in the full distribution, at temperature 1 where the likeliest is asked for."""
         greedy = response.request.greedy or self.config.temperature == 0
-        logprobs_V = torch.log_softmax(logits_V / (1.0 if greedy else self.config.temperature), dim=-1)
+        logprobs_V = torch.log_softmax(tempered(logits_V, 1.0 if greedy else self.config.temperature), dim=-1)
         wanted_V = logprobs_V if greedy else narrowed(logprobs_V, self.config) + response.noise(len(logprobs_V))
         token = int(wanted_V.argmax())
         return token, float(logprobs_V[token])

@@ -28,7 +28,7 @@ from nla_megatron.rewards import make_reward
 from nla_megatron.rollout.plugin import check_installed
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.loop import train
-from nla_megatron.training.lora import check_lora
+from nla_megatron.training.lora import algorithm_of, check_lora
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.policy import Learned, PolicyLearning, means
 from nla_megatron.training.recorder import check_replay
@@ -95,14 +95,15 @@ def unread(config: RlConfig) -> Iterator[Unread]:
         idle = ("rollout", "algorithm", "reward", "samples_per_prompt", "critic_optim", "eval_rows")
         yield from ((key, "where nothing is sampled") for key in idle)
         return
-    yield from algorithm_unread(config.algorithm)
+    corrected = config.lora.rank and config.rollout.dtype != "float32"
+    yield from algorithm_unread(config.algorithm, "tis" if corrected else "none")
     if not make_algorithm(config.algorithm).needs.values:
         yield "critic_optim", f"with algorithm.name={config.algorithm.name}, which has no critic"
     if config.rollout.engine == "policy":
         keys = (item.name for item in fields(config.rollout) if item.name not in _READ_BY_POLICY)
         yield from ((f"rollout.{key}", "with rollout.engine=policy") for key in keys)
-    elif config.rollout.lora != "adapter":
-        yield "rollout.lora_rank", f"with rollout.lora={config.rollout.lora}"
+    elif config.rollout.lora == "merged" or not config.lora.rank:
+        yield "rollout.lora_rank", "without an adapter for the sampler"
 
 
 def run(config: RlConfig, world: World) -> None:
@@ -128,7 +129,7 @@ class RlTrainer:
     def __init__(self, config: RlConfig, world: World, sampler: SamplerOf = make_sampler):
         self.config, self.world = config, world
         self.side = side = make_side(config, world)
-        self.algorithm = make_algorithm(config.algorithm)
+        self.algorithm = make_algorithm(algorithm_of(config, side.shape))
         self.reward = make_reward(
             config.reward, side.n_rows / config.batch_size, side.n_rows, once=partial(by_rank_0, world=world)
         )

@@ -12,6 +12,7 @@ from nla_megatron.models.projections import whole_projections
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.rollout.requests import PromptRequest, Vectors
+from nla_megatron.training.lora import rollout_of
 from nla_megatron.types import Rollout, RolloutBatch
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class PolicyEngine(Engine):
 
     def __init__(self, config: RlConfig, side: Side, world: World):
         super().__init__(
-            side.directory, side.shape, config.rollout, side.interventions, world,
+            side.directory, side.shape, rollout_of(config, side.shape), side.interventions, world,
             int(side.tokenizer.eos_token_id), config.seed, marker=side.marker, project=projector({}),
         )  # fmt: skip
         self.model = side.model

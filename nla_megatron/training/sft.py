@@ -20,7 +20,7 @@ from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf, load_reconstructor
 from nla_megatron.conversion.projections import load_projections
 from nla_megatron.errors import ColumnError
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import beside_av, check_layout
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.quantized import NONE
 from nla_megatron.models.reconstructor import Reconstructor
@@ -70,10 +70,10 @@ def check(config: SftConfig, world_size: int) -> None:
     for part in parts(config):
         task = part.task(config)
         shape = model_shape(part.role, part.model, task, config.reconstructor)
-        check_layout(shape, config.parallel)
-        check_lora(
-            part.lora, shape, config.parallel, "ar_lora" if (config.role, part.role) == ("both", "ar") else "lora"
-        )
+        second = (config.role, part.role) == ("both", "ar")
+        layout = beside_av(config.parallel) if second else config.parallel
+        check_layout(shape, layout, stages="ar_stages" if second else "stages")
+        check_lora(part.lora, shape, config.parallel, "ar_lora" if second else "lora")
         _check_length(_longest(part, task), config, task)
     check_run_directory("sft", config)
 
@@ -178,7 +178,8 @@ def _module(part: Part, config: SftConfig, task: NlaTask, world: World) -> Train
         dropout = task.projection_dropout
         model: Any = load_av(part.model, task, world, config.dtype, config.seed, dropout, part.lora.quantize)
     else:
-        model = load_ar(part.model, task, world, config.dtype, config.reconstructor, config.seed, part.lora.quantize)
+        mine = beside_av(world) if config.role == "both" else world
+        model = load_ar(part.model, task, mine, config.dtype, config.reconstructor, config.seed, part.lora.quantize)
     adapt(model, part.lora, world, config.seed)
     return TrainModule(model, world, part.optim, config.steps, config.micro_batch_size, config.dtype)
 

@@ -249,6 +249,7 @@ def main(result: str, scratch: str, tp: str) -> None:
     whole = [r for r in tempered if r.group == 0]
     rescored = engine.score(whole, [bench.requests[0]] * len(whole), bench.read).rollouts
     out["tempered_score_gap"] = bench.gap(rescored, 0.7)
+    out["greedy_after_score"] = bench.gap(bench.sample([replace(r, greedy=True) for r in bench.requests[:3]], 1))
     engine.config = replace(engine.config, temperature=1.0)
     out |= cache(bench)
     changed = AutoModelForCausalLM.from_pretrained(bench.directory, dtype=torch.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.conversion.live import Exporter, load_from_hf
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
+from nla_megatron.models.builder import beside_av
 from nla_megatron.models.interventions import intervene
 from nla_megatron.models.logprobs import response_logprobs
 from nla_megatron.models.reconstructor import build_reconstructor
@@ -55,8 +57,9 @@ def on_layout(directory: Path, world: World) -> dict[str, Any]:
     trained = {name: tensor.clone() for name, tensor in Exporter(av, shape, world, with_head=True).tensors()}
 
     short = shape.truncated(3)
-    ar = build_reconstructor(short, world, "float32")
-    load_from_hf(ar, str(directory), short, world, with_head=False)
+    beside = beside_av(world)
+    ar = build_reconstructor(short, beside, "float32")
+    load_from_hf(ar, str(directory), short, beside, with_head=False)
     reader_module = TrainModule(ar, world, OPTIM, STEPS, 2, "float32")
     targets = Batch(ids=data.ids, vectors=batch.vectors)
     errors = reader_module.rows(targets, squared_error)
@@ -203,6 +206,9 @@ def main(result: str, scratch: str) -> None:
                 tiny_model(directory, num_layers=5, vocab_size=1000, **options)
             barrier(world)
             found[f"{name} tp{tp} pp{pp}"] = on_layout(directory, world)
+            if pp == 2 and name == "untied":
+                uneven = replace(world, stages=(1, 4), ar_stages=(1, 2))
+                found[f"untied tp{tp} pp2 uneven"] = on_layout(directory, uneven)
             rl[f"{name} tp{tp} pp{pp}"] = reinforced(directory, world)
         bf16[f"tp{tp} pp{pp}"] = in_bf16(directory, world)
         if (tp, pp) in (LAYOUTS[0], LAYOUTS[-1]):
@@ -213,7 +219,8 @@ def main(result: str, scratch: str) -> None:
         for key, numbers in found.items():
             directory = Path(scratch) / key.split()[0]
             out[key] = compare(numbers, reference(directory))
-            out[f"rl {key}"] = compare_reinforced(rl[key], reinforced_reference(directory))
+        for key, numbers in rl.items():
+            out[f"rl {key}"] = compare_reinforced(numbers, reinforced_reference(Path(scratch) / key.split()[0]))
         exact = found["untied tp1 pp1"]["logprobs"]
         for key, numbers in bf16.items():
             gap = float((numbers.pop("logprobs") - exact).abs().max())

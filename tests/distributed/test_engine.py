@@ -61,6 +61,10 @@ def test_logprobs_are_those_of_the_tempered_distribution_and_of_temperature_one_
     assert found["tempered_score_gap"] <= 1e-4
 
 
+def test_a_score_leaves_nothing_of_its_temperature_to_a_batch_that_is_all_greedy(found: Any) -> None:
+    assert found["greedy_after_score"] <= 1e-4
+
+
 def test_a_prompt_is_shared_with_the_same_vector_and_not_with_another(found: Any) -> None:
     served = found["cache_reports"]
     same = [(computed, cached) for name, computed, cached in served if name.startswith("group 1")]

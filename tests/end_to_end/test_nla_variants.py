@@ -46,6 +46,7 @@ from tests.support.tiny import (
 pytestmark = pytest.mark.slow
 
 TEMPLATE = "Explain <concept><INJECT></concept> and <concept><INJECT></concept>"
+LONGER = ("rollout.max_new_tokens=72", "rollout.max_model_len=160", "rollout.max_num_seqs=16")
 ROLLOUT = ("rollout.max_new_tokens=12", "rollout.max_model_len=128", "rollout.max_num_seqs=16")
 
 
@@ -146,8 +147,10 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("explain", f"input={out / 'extract' / 'base.parquet'}", f"out={out / 'explain'}"),
         ("build", model, f"input={out / 'explain' / 'explained.parquet'}", "held_out=0.3", f"templates.av='{template}'",
          f"templates.ar='{AR_TEMPLATE}'", "templates.positions=3", "intervention.layers=[0,2]", f"out={out / 'build'}"),
+        # Until the AV ends its explanations; of texts that are none, all that is measured would be alike.
         ("sft", "role=both", model, f"data={tables['av_sft']}", f"ar_data={tables['ar_sft']}", f"out={out / 'sft'}",
-         "steps=2", "batch_size=4", "parallel=tp2"),
+         "steps=80", "batch_size=16", "micro_batch_size=16", "parallel=tp2", "optim.lr=5e-3", "ar_optim.lr=5e-3",
+         "save_every=80"),
     ):  # fmt: skip
         done = command(*words)
         assert done.returncode == 0, done.stderr
@@ -178,7 +181,7 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     done = command(
         "rl", *models, f"data={stacked / 'build' / 'rl.parquet'}", f"out={tmp_path / 'rl'}", "steps=2", "batch_size=3",
         "samples_per_prompt=2", "rollout.max_logprob_gap=1e-3", "optim.lr=1e-3", "parallel=tp2",
-        f"held_out={held_out}", "eval_every=1", "eval_rows=4", *ROLLOUT,
+        f"held_out={held_out}", "eval_every=1", "eval_rows=8", *LONGER,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
@@ -186,10 +189,19 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
     assert [read_model_sidecar(tmp_path / "rl" / role).pool for role in ("av", "ar")] == [PoolSpec("stack", 3)] * 2
     trained = (f"av={tmp_path / 'rl' / 'av'}", f"ar={tmp_path / 'rl' / 'ar'}")
-    done = command("eval", *trained, f"data={held_out}", f"out={tmp_path / 'eval'}", "rows=8", *ROLLOUT)
+    done = command("eval", *trained, f"data={held_out}", f"out={tmp_path / 'eval'}", "rows=8", *LONGER)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
+    # One measurement: the run's last evaluation is that of the models it exports, on the same rows.
+    assert found["extraction_failed_av"] < 1 and found["documents"] >= 4, "explanations, of several documents"
+    last = steps[-1]
+    assert last["eval_fve"] == pytest.approx(found["fve_av"], abs=1e-4)
+    assert [last["eval_fve_low"], last["eval_fve_high"]] == pytest.approx(found["fve_av_ci95"], abs=1e-3)
+    assert last["eval_fve_in_sample"] == pytest.approx(found["fve_in_sample_av"], abs=1e-4)
+    assert abs(found["fve_av"] - found["fve_in_sample_av"]) > 1e-2, "what each is a fraction of makes a difference"
+    assert found["fve_baseline"] == "training_rows"
+    assert found["fve_baseline_rows"] == 48 - Table.open(held_out, "rl").n_rows
 
 
 @pytest.fixture(scope="module")

@@ -75,42 +75,59 @@ def test_a_zero_prediction_has_a_finite_gradient() -> None:
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [lambda p, t: g.row_mse(p, t, SQRT), g.cosine, lambda p, t: g.fve(p, t, SQRT)])
+@pytest.mark.parametrize("function", [lambda p, t: g.row_mse(p, t, SQRT), g.cosine])
 def test_one_row_is_never_broadcast_over_many(function) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="shape"):
         function(vectors(1, 4), vectors(3, 4))
 
 
-def test_variance_and_fve_by_hand() -> None:
+def test_deviations_and_variance_by_hand() -> None:
     target = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     # Under √2 the rows are (√2, 0) and (0, √2), their mean (√2/2, √2/2): every difference squared is 1/2.
-    assert g.variance(target, SQRT) == pytest.approx(0.5)
-    assert g.fve(torch.tensor([0.1, 0.3]), target, SQRT) == pytest.approx(1 - 0.2 / 0.5)
-    assert g.variance(target, None) == pytest.approx(0.25)
+    torch.testing.assert_close(g.own_deviation(target, SQRT), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(g.deviation(target, torch.tensor([1.0, 0.0]), None), torch.tensor([0.0, 1.0]))
+    # The mean is the rows' own: of two, half of what there is between them is lost.
+    assert (g.variance(target, SQRT), g.variance(target, None)) == pytest.approx((1.0, 0.5))
+    assert g.fve(torch.tensor([0.1, 0.3]), g.own_deviation(target, SQRT)) == pytest.approx(1 - 0.2 / 0.5)
+
+
+def test_the_variance_of_a_few_rows_is_that_of_many_on_average() -> None:
+    rows = vectors(30_000, 8)
+    few = [g.variance(part, None) for part in rows.split(3)]
+    assert float(np.mean(few)) == pytest.approx(1.0, abs=0.02)
+    with pytest.raises(ValueError, match="at least two"):
+        g.variance(rows[:1], None)
 
 
 def test_fve_is_one_for_the_target_zero_for_the_mean_and_negative_for_worse() -> None:
     target = vectors(50, 8, shift=1.0)
-    assert g.fve(target, target, SQRT) == pytest.approx(1.0)
-    mean = g.normalise(target, SQRT).mean(dim=0).expand(50, 8)
-    mse = (mean - g.normalise(target, SQRT)).square().mean(dim=1)
-    assert g.fve(mse, target, SQRT) == pytest.approx(0.0, abs=1e-5)
-    assert g.fve(-target, target, SQRT) < 0
+    elsewhere = g.normalise(vectors(400, 8, seed=3, shift=1.0), SQRT).mean(dim=0)
+    for mean in (elsewhere, g.normalise(target, SQRT).mean(dim=0)):
+        deviation = g.deviation(target, mean)
+        assert g.fve(g.row_mse(target, target), deviation) == pytest.approx(1.0)
+        predicted = (mean.expand(50, 8) - g.normalise(target, SQRT)).square().mean(dim=1)
+        assert g.fve(predicted, deviation) == pytest.approx(0.0, abs=1e-5)
+        assert g.fve(g.row_mse(-target, target), deviation) < 0
 
 
 def test_fve_is_r_squared_over_all_entries() -> None:
-    """1 - sum of squared residuals / total sum of squares, over all entries."""
+    """1 - sum of squared residuals / total sum of squares, over all entries: about their own mean, or any other."""
     pred, target = vectors(30, 6, 1), vectors(30, 6, 2, shift=0.5)
     p, t = (np.asarray(x.double() / x.double().norm(dim=1, keepdim=True) * math.sqrt(6)) for x in (pred, target))
-    expected = 1 - np.square(p - t).sum() / np.square(t - t.mean(axis=0)).sum()
-    assert g.fve(pred, target, SQRT) == pytest.approx(expected, abs=1e-5)
+    mse, mean = g.row_mse(pred, target), vectors(1, 6, 3)[0]
+    for deviation, centre in (
+        (g.own_deviation(target), t.mean(axis=0)),
+        (g.deviation(target, mean), mean.double().numpy()),
+    ):
+        expected = 1 - np.square(p - t).sum() / np.square(t - centre).sum()
+        assert g.fve(mse, deviation) == pytest.approx(expected, abs=1e-5)
 
 
 def test_fve_without_variance_or_with_other_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="without variance"):
-        g.fve(torch.zeros(1), vectors(1, 4), SQRT)
+        g.fve(torch.zeros(1), g.own_deviation(vectors(1, 4), SQRT))
     with pytest.raises(ValueError, match="rows"):
-        g.fve(torch.zeros(2), vectors(3, 4), SQRT)
+        g.fve(torch.zeros(2), torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -153,97 +170,119 @@ def test_documents_are_resampled_not_rows() -> None:
     """Equal rows within a document: the interval is that of the documents, wider than that of as many free rows."""
     rng = np.random.default_rng(0)
     values = np.repeat(rng.standard_normal(40), 25)
-    lo, hi = g.bootstrap_ci(values, documents(40, 25), lambda x: float(x.mean()), n=2000)
+    found = g.mean_estimate(values, documents(40, 25), n=2000)
     half = 1.96 * values[::25].std() / math.sqrt(40)
-    assert (hi - lo) / 2 == pytest.approx(half, rel=0.1)
-    assert (lo + hi) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
-    free_lo, free_hi = g.bootstrap_ci(values, [str(i) for i in range(1000)], lambda x: float(x.mean()), n=500)
-    assert free_hi - free_lo < (hi - lo) / 3
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low + found.high) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
+    free = g.mean_estimate(values, [str(i) for i in range(1000)], n=500)
+    assert free.high - free.low < (found.high - found.low) / 3
 
 
-def test_an_interval_is_fixed_by_its_seed_and_grows_with_its_level() -> None:
-    values, ids = np.arange(30.0), documents(10, 3)
+@pytest.mark.parametrize("count", [10, 40])
+def test_an_interval_is_fixed_by_its_seed_and_grows_with_its_level(count: int) -> None:
+    values, ids = np.arange(3.0 * count), documents(count, 3)
 
-    def interval(**options: float) -> tuple[float, float]:
-        return g.bootstrap_ci(values, ids, lambda x: float(x.mean()), n=200, **options)  # type: ignore[arg-type]
+    def estimate(**options: float) -> list[float]:
+        return g.ratio_of_sums(values, np.ones(len(values)), ids, n=200, **options).interval  # type: ignore[arg-type]
 
-    assert interval(seed=1) == interval(seed=1) != interval(seed=2)
-    assert interval(level=0.5)[0] > interval(level=0.99)[0]
-    assert interval(level=0.5)[1] < interval(level=0.99)[1]
+    # Of few documents it is Student's, and nothing is drawn.
+    assert estimate(seed=1) == estimate(seed=1) and (estimate(seed=1) != estimate(seed=2)) == (count == 40)
+    assert estimate(level=0.5)[0] > estimate(level=0.99)[0]
+    assert estimate(level=0.5)[1] < estimate(level=0.99)[1]
     with pytest.raises(ValueError, match="level"):
-        interval(level=95)
+        estimate(level=95)
 
 
-def evaluation(n_documents: int = 60, rows: int = 4, d: int = 6) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    target = g.normalise(vectors(n_documents * rows, d, 5, shift=0.7), SQRT)
-    pred = target + 0.6 * vectors(n_documents * rows, d, 6)
-    mse = (pred - target).square().mean(dim=1)
-    return mse.numpy(), target.numpy(), documents(n_documents, rows)
-
-
-def test_fve_bootstrap_agrees_with_recomputing_every_resample() -> None:
-    mse, target, ids = evaluation()
-    packed = np.concatenate([mse[:, None], target], axis=1).astype(np.float64)
-
-    def from_rows(rows: np.ndarray) -> float:
-        spread = np.square(rows[:, 1:] - rows[:, 1:].mean(axis=0)).mean()
-        return float(1 - rows[:, 0].mean() / spread)
-
-    value, lo, hi = g.fve_bootstrap(mse, target, ids, n=4000)
-    slow_lo, slow_hi = g.bootstrap_ci(packed, ids, from_rows, n=4000, seed=1)
-    assert value == pytest.approx(from_rows(packed), abs=1e-9)
-    assert value == pytest.approx(g.fve(torch.tensor(mse), torch.tensor(target), None), abs=1e-5)
-    assert (lo, hi) == pytest.approx((slow_lo, slow_hi), abs=0.1 * (hi - lo))
-    assert lo < value < hi
-
-
-def test_fve_bootstrap_does_not_depend_on_row_order() -> None:
-    mse, target, ids = evaluation()
-    order = np.argsort(np.random.default_rng(0).random(len(ids)))
-    ordered = g.fve_bootstrap(mse, target, ids, n=500)
-    mixed = g.fve_bootstrap(mse[order], target[order], [ids[i] for i in order], n=500)
-    assert mixed[0] == pytest.approx(ordered[0])
-    assert mixed[1:] == pytest.approx(ordered[1:], abs=0.2 * (ordered[2] - ordered[1]))
-
-
-def test_far_from_the_origin_the_variance_stays_exact() -> None:
-    mse, target, ids = evaluation()
-    near, far = (
-        g.fve_bootstrap(mse, target, ids, n=50),
-        g.fve_bootstrap(mse, target.astype(np.float64) + 1e6, ids, n=50),
+def test_students_t_is_that_of_the_tables() -> None:
+    found = [g.student(0.95, freedom) for freedom in (1, 2, 3, 9, 28)]
+    assert found == pytest.approx([12.7062, 4.30265, 3.18245, 2.26216, 2.04841], abs=1e-4)
+    assert g.student(0.99, 10) == pytest.approx(3.16927, abs=1e-4) and g.student(0.95, 2000) == pytest.approx(
+        1.9612, abs=1e-4
     )
-    assert far == pytest.approx(near, rel=1e-5)
 
 
-def test_the_paired_difference_cancels_what_the_rows_share() -> None:
-    mse, target, ids = evaluation()
-    better = mse - 0.02
-    difference, lo, hi = g.paired_fve_difference(better, mse, target, ids)
-    apart = g.fve_bootstrap(better, target, ids)
-    assert difference == pytest.approx(apart[0] - g.fve_bootstrap(mse, target, ids)[0])
-    assert 0 < lo <= difference <= hi
-    assert hi - lo < (apart[2] - apart[1]) / 5
-    assert g.paired_fve_difference(mse, mse, target, ids)[0] == 0.0
-    assert g.paired_fve_difference(mse, better, target, ids)[0] == pytest.approx(-difference)
+def test_the_interval_of_a_few_documents_is_the_t_interval_of_their_means() -> None:
+    """Five documents of three rows: by hand from five means, t of four degrees of freedom."""
+    values = np.random.default_rng(1).standard_normal(15)
+    means = values.reshape(5, 3).mean(axis=1)
+    half = 2.776445 * means.std(ddof=1) / math.sqrt(5)
+    found = g.mean_estimate(values, documents(5, 3))
+    assert found.interval == pytest.approx([means.mean() - half, means.mean() + half], rel=1e-5)
+    assert g.mean_estimate(values, documents(5, 3), bounds=(-0.1, 0.1)).interval == [-0.1, 0.1]
 
 
-def test_resamples_without_variance_are_left_out() -> None:
-    """Two documents of one row each: half of the resamples hold one row twice."""
-    target = np.array([[1.0, 0.0], [0.0, 1.0]])
-    value, lo, hi = g.fve_bootstrap(np.array([0.05, 0.05]), target, ["a", "b"], n=200)
-    assert (value, lo, hi) == pytest.approx((0.8, 0.8, 0.8))
+ROWS, WIDTH, TRAINED_ON = 8, 32, 400
+
+
+def evaluation(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """MSE and deviations of documents whose rows share half of the variance, which the mean of others predicts."""
+    shared, own = (rng.standard_normal((count, rows, WIDTH)) * math.sqrt(0.5) for rows in (1, ROWS))
+    error = 0.3 * shared + 0.7 * own + 0.5 * rng.standard_normal((count, ROWS, WIDTH))
+    mean = rng.standard_normal(WIDTH) * math.sqrt(0.5 / TRAINED_ON)
+    return np.square(error).mean(axis=-1).ravel(), np.square(shared + own - mean).mean(axis=-1).ravel()
+
+
+TRUTH = 1 - (0.3**2 * 0.5 + 0.7**2 * 0.5 + 0.5**2) / (1 + 0.5 / TRAINED_ON)
+
+
+@pytest.mark.parametrize("count", [3, 10, 50, 200])
+def test_a_95_percent_interval_holds_the_truth_in_9_of_10_evaluations(count: int) -> None:
+    """Also of a difference; and however few the documents, the figure is right on average."""
+    rng, ids, values, held, held_gains = np.random.default_rng(count), documents(count, ROWS), [], 0, 0
+    repetitions = 300
+    for seed in range(repetitions):
+        mse, deviation = evaluation(count, rng)
+        found = g.fve_estimate(mse, deviation, ids, n=200, seed=seed)
+        values.append(found.value)
+        held += found.low <= TRUTH <= found.high
+        assert found.low <= found.value <= found.high <= 1
+        gain = g.fve_difference(0.8 * mse, mse, deviation, ids, n=200, seed=seed)
+        held_gains += gain.low <= 0.2 * (1 - TRUTH) <= gain.high
+    assert held / repetitions >= 0.9 and held_gains / repetitions >= 0.9
+    assert np.mean(values) == pytest.approx(TRUTH, abs=0.01)
+
+
+def test_an_fve_and_its_interval_are_of_the_sums_over_documents() -> None:
+    """Documents of one to four rows: the bootstrap draws documents, each with all of its rows."""
+    rng = np.random.default_rng(2)
+    ids = [f"d{document}" for document in range(60) for _ in range(1 + document % 4)]
+    mse, deviation = rng.random(len(ids)), 1 + rng.random(len(ids))
+    found = g.fve_estimate(mse, deviation, ids, n=4000)
+    assert found.value == pytest.approx(g.fve(torch.tensor(mse), torch.tensor(deviation)))
+    rows = [np.flatnonzero(np.array(ids) == name) for name in dict.fromkeys(ids)]
+    drawn = [np.concatenate([rows[j] for j in rng.integers(60, size=60)]) for _ in range(4000)]
+    slow = np.quantile([1 - mse[each].sum() / deviation[each].sum() for each in drawn], [0.025, 0.975])
+    assert found.interval == pytest.approx(slow.tolist(), abs=0.1 * (found.high - found.low))
+    order = rng.permutation(len(ids))
+    mixed = g.fve_estimate(mse[order], deviation[order], [ids[i] for i in order], n=4000)
+    assert mixed.value == pytest.approx(found.value)
+    assert mixed.interval == pytest.approx(found.interval, abs=0.1 * (found.high - found.low))
+
+
+@pytest.mark.parametrize("count", [10, 60])
+def test_the_paired_difference_cancels_what_the_rows_share(count: int) -> None:
+    mse, deviation = evaluation(count, np.random.default_rng(4))
+    better, ids = mse - 0.02, documents(count, ROWS)
+    found, apart = g.fve_difference(better, mse, deviation, ids), g.fve_estimate(better, deviation, ids)
+    assert found.value == pytest.approx(apart.value - g.fve_estimate(mse, deviation, ids).value)
+    assert 0 < found.low <= found.value <= found.high
+    assert found.high - found.low < (apart.high - apart.low) / 5
+    assert g.fve_difference(mse, mse, deviation, ids).interval == [0.0, 0.0]
+    assert g.fve_difference(mse, better, deviation, ids).value == pytest.approx(-found.value)
 
 
 def test_too_few_documents_and_uneven_lengths_are_refused() -> None:
-    mse, target, ids = evaluation()
+    mse, deviation = evaluation(5, np.random.default_rng(5))
+    ids = documents(5, ROWS)
     with pytest.raises(ValueError, match="at least two"):
-        g.fve_bootstrap(mse, target, ["d"] * len(mse))
+        g.fve_estimate(mse, deviation, ["d"] * len(mse))
     with pytest.raises(ValueError, match="document ids"):
-        g.fve_bootstrap(mse, target, ids[:-1])
-    with pytest.raises(ValueError, match="MSE of shape"):
-        g.fve_bootstrap(mse[:-1], target, ids)
+        g.fve_estimate(mse, deviation, ids[:-1])
+    with pytest.raises(ValueError, match="numbers of shape"):
+        g.fve_estimate(mse[:-1], deviation, ids)
     with pytest.raises(ValueError, match="without variance"):
-        g.fve_bootstrap(mse, np.ones_like(target), ids)
+        g.fve_estimate(mse, np.zeros_like(deviation), ids)
 
 
 def test_importing_the_rooms_does_not_import_what_is_heavy() -> None:
@@ -259,4 +298,4 @@ def test_importing_the_rooms_does_not_import_what_is_heavy() -> None:
 def test_the_interval_of_a_mean_is_over_prompts_whose_samples_are_alike() -> None:
     """Two prompts, one always right and one never: however many samples, nobody knows more than two answers tell."""
     values_N, prompts = np.repeat([0.0, 1.0], 50), np.repeat(["a", "b"], 50).tolist()
-    assert g.mean_ci(values_N, prompts, 200, 0) == [0.0, 1.0]
+    assert g.mean_estimate(values_N, prompts, 200, 0, g.SHARE).interval == [0.0, 1.0]

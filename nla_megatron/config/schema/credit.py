@@ -52,9 +52,10 @@ class AlgorithmConfig:
     """What `reference: ema` keeps of its weights in each step."""
     entropy_coef: float = 0.0
     """Weight of the bonus for the entropy of each token's distribution."""
-    correction: str = "none"
+    correction: str | None = None
     """Importance correction of the sampler's numerical difference from the trainer
-    (`nla_megatron/algorithms/correction.py`)."""
+    (`nla_megatron/algorithms/correction.py`). None: tis where the sampler has a LoRA policy merged into weights of 16
+    bits, which lose a part of it; else none."""
     correction_low: float = 0.5
     """icepop and sequence_mask drop what is under this many times as likely to the trainer as to the sampler."""
     correction_high: float = 2.0
@@ -81,7 +82,8 @@ class AlgorithmConfig:
         one_of("algorithm.kl", self.kl, ("k1", "k2", "k3"))
         one_of("algorithm.kl_in", self.kl_in, ("loss", "reward"))
         one_of("algorithm.reference", self.reference, ("initial", "ema"))
-        one_of("algorithm.correction", self.correction, ("none", "tis", "icepop", "sequence_mask"))
+        if self.correction is not None:
+            one_of("algorithm.correction", self.correction, ("none", "tis", "icepop", "sequence_mask"))
         for key in ("epochs", "minibatches"):
             at_least(f"algorithm.{key}", getattr(self, key), 1)
         positive = ("kl_coef", "kl_clamp", "entropy_coef", "clip_low", "clip_high", "correction_low", "correction_high")

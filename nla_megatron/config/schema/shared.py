@@ -12,6 +12,9 @@ from nla_megatron.config.logger import LoggerOptions
 from nla_megatron.config.schema.checks import DTYPES, at_least, one_of
 from nla_megatron.errors import ConfigError
 
+LARGEST_ADAPTER = 512
+"""The largest rank of an adapter that vLLM takes."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -29,6 +32,9 @@ class ParallelConfig:
     """Chunks of blocks on each pipeline stage, interleaved with the other stages'."""
     stages: list[int] | None = None
     """Blocks of each of the pp x vpp chunks in the model's order. None: even, the first ones taking the remainder."""
+    ar_stages: list[int] | None = None
+    """The same of the AR where it learns beside an AV, whose blocks `stages` then are: an AR ends at the block that it
+    reads, so that it has fewer."""
     recompute: str = "none"
     """full: keep only the inputs of blocks and run each block again in the backward pass; less memory, more time."""
     sequence_parallel: bool = False
@@ -41,8 +47,9 @@ class ParallelConfig:
             if getattr(self, key) is not None:
                 at_least(f"parallel.{key}", getattr(self, key), 1)
         one_of("parallel.recompute", self.recompute, ("none", "full"))
-        for blocks in self.stages or ():
-            at_least("parallel.stages", blocks, 1)
+        for key in ("stages", "ar_stages"):
+            for blocks in getattr(self, key) or ():
+                at_least(f"parallel.{key}", blocks, 1)
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,12 @@ class RolloutConfig:
     """torch.compile and CUDA graphs. None: on a GPU; a CPU engine would start in half a minute in place of seconds."""
     sleep: bool = False
     """On a GPU, make the engine's memory returnable between rollouts (`Engine.sleep`)."""
-    lora: str = "merged"
-    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own. With
-    4-bit weights it is merged: the sampler's base is the directory's, not the quantised one."""
-    lora_rank: int = 16
-    """With `lora: adapter`, the largest rank that one may have."""
+    lora: str | None = None
+    """How a LoRA policy reaches the sampler: "merged" into the weights, or as an "adapter" beside the base's own. None:
+    an adapter, since weights of 16 bits take up little of a first update's; merged where vLLM takes none (4-bit
+    weights, whose base the sampler does not have, mixtures of experts, ranks above 512)."""
+    lora_rank: int | None = None
+    """With an adapter, the largest rank that one may have. None: the policy's own."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response; they belong to it, and it counts as finished."""
     top_p: float = 1.0
@@ -148,19 +156,24 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("vllm", "policy"))
-        if self.engine == "policy" and (self.tp > 1 or self.expert_parallel or self.lora != "merged"):
+        if self.engine == "policy" and (self.tp > 1 or self.expert_parallel or self.lora is not None):
             raise ConfigError(
                 f"rollout.engine=policy with rollout.tp={self.tp}, expert_parallel={self.expert_parallel} and "
-                f"lora={self.lora}", "tp=1, expert_parallel=false and lora=merged: it lies as `parallel` says",
+                f"lora={self.lora}", "tp=1, expert_parallel=false and no lora: it is the policy, as `parallel` says",
                 "leave these keys out, or set rollout.engine=vllm",
             )  # fmt: skip
         at_least("rollout.tp", self.tp, 1)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         at_least("rollout.top_k", self.top_k, 0)
-        at_least("rollout.lora_rank", self.lora_rank, 1)
-        if self.lora_rank > 512:
-            raise ConfigError(f"rollout.lora_rank={self.lora_rank}", "at most 512, vLLM's largest", "set lora=merged")
-        one_of("rollout.lora", self.lora, ("merged", "adapter"))
+        if self.lora_rank is not None:
+            at_least("rollout.lora_rank", self.lora_rank, 1)
+            if self.lora_rank > LARGEST_ADAPTER:
+                raise ConfigError(
+                    f"rollout.lora_rank={self.lora_rank}", f"at most {LARGEST_ADAPTER}, vLLM's largest",
+                    "set rollout.lora=merged",
+                )  # fmt: skip
+        if self.lora is not None:
+            one_of("rollout.lora", self.lora, ("merged", "adapter"))
         if not all(self.stop):
             raise ConfigError(f"rollout.stop={list(self.stop)}", "texts of at least one character", "remove the empty")
         one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))

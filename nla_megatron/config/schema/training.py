@@ -11,6 +11,7 @@ from nla_megatron.config.schema.checks import DTYPES, ascending, at_least, one_o
 from nla_megatron.config.schema.credit import AlgorithmConfig, RewardConfig
 from nla_megatron.config.schema.nla import ArConfig, ArLossConfig, CurriculumConfig, check_curriculum_ends
 from nla_megatron.config.schema.shared import (
+    LARGEST_ADAPTER,
     LoraConfig,
     OptimConfig,
     RolloutConfig,
@@ -136,10 +137,10 @@ class RlConfig(TrainingStageConfig):
             raise ConfigError(
                 "rollout.temperature=0", "a temperature above 0", "greedy samples of a group are all alike"
             )
-        if self.rollout.lora == "adapter" and not 0 < self.lora.rank <= self.rollout.lora_rank:
+        largest = LARGEST_ADAPTER if self.rollout.lora_rank is None else self.rollout.lora_rank
+        if self.rollout.lora == "adapter" and not 0 < self.lora.rank <= largest:
             raise ConfigError(
-                f"rollout.lora=adapter with lora.rank={self.lora.rank} and rollout.lora_rank={self.rollout.lora_rank}",
-                "an adapter, of at most rollout.lora_rank",
+                f"rollout.lora=adapter with lora.rank={self.lora.rank}", f"an adapter, of a rank of at most {largest}",
                 "set lora.rank and rollout.lora_rank, or rollout.lora=merged",
             )  # fmt: skip
         if self.rollout.lora == "adapter" and self.lora.quantize != "none":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,10 +16,11 @@ from nla_megatron import geometry
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch
-from nla_megatron.models.builder import check_layout
+from nla_megatron.models.builder import beside_av, check_layout
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.nla import NlaTask, explanations_of
+from nla_megatron.tasks.nla_held_out import Baseline, Measure, check_rows, greedy, held_out_rows
 from nla_megatron.training.checkpoint import Stateful
 from nla_megatron.training.export import descended, export
 from nla_megatron.training.lora import adapt, check_lora, lora_record
@@ -48,11 +51,14 @@ class NlaSide:
         self.held_out = None
         if config.held_out is not None:
             self.held_out = NlaTask.open(config.held_out, "rl", config.av, config.curriculum)
+        self.baseline = self._baseline(task)
         self.ar_loss = make_reconstruction_loss(config.ar_loss)
         self.directory, self.n_rows, self.vectors = config.av, task.table.n_rows, task.inputs
         self.tokenizer, self.interventions, self.marker = task.tokenizer, task.interventions, task.marker
         av = load_av(config.av, task, world, config.dtype, quantize=config.lora.quantize)
-        ar = load_ar(config.ar, task, world, config.dtype, seed=config.seed, quantize=config.ar_lora.quantize)
+        ar = load_ar(
+            config.ar, task, beside_av(world), config.dtype, seed=config.seed, quantize=config.ar_lora.quantize
+        )
         # Adapted before they are wrapped: what is frozen by then gets no gradient and no optimizer state.
         adapt(av, config.lora, world, config.seed)
         adapt(ar, config.ar_lora, world, config.seed)
@@ -61,6 +67,21 @@ class NlaSide:
         self.ar = TrainModule(ar, world, config.ar_optim, steps, micro, dtype)
         self.model, self.shape = av, av.shape
         self.learners: Mapping[str, Stateful] = {"av": self.policy, "ar": self.ar}
+
+    def _baseline(self, task: NlaTask) -> Baseline:
+        found = Baseline.of(task)
+        if self.world.is_main and (note := found.note(task)) is not None:
+            print(note, file=sys.stderr, flush=True)
+        return found
+
+    @cached_property
+    def _measure(self) -> tuple[NlaTask, list[int], Measure] | None:
+        """The held-out rows, the same at every evaluation."""
+        task = self.held_out
+        if task is None:
+            return None
+        rows = held_out_rows(task, self.config.eval_rows, self.config.seed)
+        return task, rows, Measure.of(task, self._baseline(task), rows)
 
     @staticmethod
     def directory_of(config: RlConfig) -> str:
@@ -75,7 +96,7 @@ class NlaSide:
         task.check_model(config.av, "av")
         task.check_model(config.ar, "ar")
         ar_shape = model_shape("ar", config.ar, task)
-        check_layout(ar_shape, config.parallel)
+        check_layout(ar_shape, beside_av(config.parallel), stages="ar_stages")
         check_lora(config.ar_lora, ar_shape, config.parallel, "ar_lora")
         if config.eval_every and config.held_out is None:
             raise ConfigError(
@@ -85,6 +106,10 @@ class NlaSide:
         if config.held_out is not None:
             tasks.append(NlaTask.open(config.held_out, "rl", config.av))
             tasks[1].check_model(config.av, "av")
+            if config.eval_every:
+                check_rows(tasks[1], config.eval_rows, config.seed, "eval_rows")
+        for each in tasks:
+            Baseline.of(each)
         longest = max(len(each.prompt_ids) for each in tasks)
         return Prompts(task.table.n_rows, longest, ("mse", "d_model"))
 
@@ -133,20 +158,29 @@ class NlaSide:
         }
 
     def _batch_fve(self, batch: RolloutBatch, mse_N: Tensor) -> float:
-        vectors_ND = torch.from_numpy(self.task.table.vectors(list(dict.fromkeys(batch.rows))))
-        spread = geometry.variance(vectors_ND, self.task.mse_scale)
+        """Compared with the mean of the training rows; where the table does not know it, with the variance of the
+        step's rows, as an estimate without bias; NaN of a single row.
+        """
+        if self.baseline.mean_D is not None:
+            return geometry.fve(mse_N, self.baseline.deviations(self.task, batch.rows))
+        rows = list(dict.fromkeys(batch.rows))
+        spread = geometry.variance(self.task.normalised_targets(rows), None) if len(rows) > 1 else 0.0
         return 1 - float(mse_N.mean()) / spread if spread else float("nan")
 
     def evaluate(self, engine: Sampler, step: int) -> dict[str, float]:
-        """FVE of fresh samples on the first `eval_rows` held-out rows."""
-        if self.held_out is None:
+        """FVE on `eval_rows` held-out rows by the rule of `eval`, which gives the same of what is exported."""
+        if self._measure is None:
             return {}
-        rows = list(range(min(self.config.eval_rows, self.held_out.table.n_rows)))
-        requests = self.held_out.requests(rows, self.config.seed, step)
-        rollouts = engine.generate(requests, self.held_out.inputs, 1, step)
-        mse_N, _ = self.held_out.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
-        targets_ND = torch.from_numpy(self.held_out.table.vectors(rows))
-        return {"eval_fve": geometry.fve(mse_N, targets_ND, self.held_out.mse_scale)}
+        task, rows, measure = self._measure
+        rollouts = engine.generate(greedy(task.requests(rows, self.config.seed, step)), task.inputs, 1, step)
+        mse_N, _ = task.score(self.ar.rows, rows, explanations_of(rollouts.rollouts))
+        found, in_sample = measure.fve(mse_N), measure.fve_in_sample(mse_N)
+        return {
+            "eval_fve": found.value,
+            "eval_fve_low": found.low,
+            "eval_fve_high": found.high,
+            "eval_fve_in_sample": in_sample,
+        }
 
     def export(self) -> None:
         """The AV and the AR as Hugging Face directories with their sidecars."""

@@ -133,8 +133,8 @@ def test_what_the_schema_does_not_know_is_refused_by_name(override: str, named: 
         ("samples_per_prompt=0", "samples_per_prompt=0", "at least 1"),
         (
             "rollout.lora=adapter",
-            "rollout.lora=adapter with lora.rank=0 and rollout.lora_rank=16",
-            "an adapter, of at most rollout.lora_rank",
+            "rollout.lora=adapter with lora.rank=0",
+            "an adapter, of a rank of at most 512",
         ),
         ("dtype=fp8", "dtype='fp8'", "one of float32, bfloat16"),
         ("optim.lr=-1", "lr=-1.0", "at least 0"),

@@ -11,6 +11,7 @@ import pytest
 
 from nla_megatron.config.schema import BuildConfig, InterventionConfig, ProjectionConfig, TemplateConfig
 from nla_megatron.contract import columns
+from nla_megatron.contract.baseline import read_baseline
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.contract.sidecar import (
     InjectionSpec,
@@ -96,6 +97,19 @@ def test_sidecars_are_complete(config: BuildConfig, split: str, stage: str) -> N
     contract = prompt_contract(sidecar)
     contract.check(load_tokenizer(config.model))
     assert (contract.templates_av, contract.templates_ar) == (AV_TEMPLATE, AR_TEMPLATE)
+
+
+def test_every_table_knows_the_mean_of_all_rows_that_are_not_held_out(config: BuildConfig) -> None:
+    """By hand, from the tables as they were written: each vector at the length of the error's scale."""
+    trained = [table.vectors(range(table.n_rows)) for split, table in opened(config).items() if split != "held_out"]
+    vectors = np.concatenate(trained).astype(np.float64)
+    mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * np.sqrt(64)).mean(axis=0)
+    for split in build.STAGES:
+        path = Path(config.out) / f"{split}.parquet"
+        spec = read_dataset_sidecar(path).baseline
+        assert spec is not None and (spec.rows, spec.scale) == (len(vectors), "sqrt_d_model")
+        np.testing.assert_allclose(read_baseline(path, spec, 64), mean, atol=1e-6)
+        np.testing.assert_array_equal(np.load(f"{path}.mean.npy"), read_baseline(path, spec, 64))
 
 
 @pytest.mark.parametrize(("split", "stage"), build.STAGES.items())

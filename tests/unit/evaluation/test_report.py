@@ -17,6 +17,9 @@ SUMMARY: dict[str, Any] = {
     "fve_sft": 0.42137,
     "fve_rl": 0.65871,
     "fve_rl_ci95": [0.64312, 0.67384],
+    "fve_rl_in_sample": 0.63127,
+    "fve_baseline": "training_rows",
+    "fve_baseline_rows": 12345,
     "fve_gold_text": 0.44783,
     "fve_shuffled": -0.31214,
     "fve_gain_ci95": [0.22123, 0.25362],
@@ -124,9 +127,29 @@ def test_a_complete_run_is_one_well_formed_page_that_fetches_nothing(run_dir: Pa
     assert "The first 20 of 25" in page.text
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "predicting the mean activation of the 12,345 training rows."),
+        (
+            {"fve_baseline": "evaluated_rows", "fve_baseline_rows": 400},
+            "predicting the mean activation of the 400 evaluated rows themselves, since the table does not know",
+        ),
+        ({"fve_baseline": None, "fve_baseline_rows": None}, "predicting the mean activation of the evaluated rows."),
+    ],
+)
+def test_the_page_says_what_an_fve_is_a_fraction_of(run_dir: Path, changed: dict[str, Any], said: str) -> None:
+    write_lines(run_dir / "rl" / "metrics.jsonl", [rl_row(step) for step in range(1, 21)])
+    (run_dir / "summary.json").write_text(json.dumps(SUMMARY | changed))
+    page = report(run_dir)
+    assert said in page.text and f"0 {said.removeprefix('predicting ')}" in page.text
+    assert "0.631 against the mean of the evaluated rows (in-sample)" in page.text
+
+
 def test_the_numbers_on_the_page_are_the_numbers_of_the_summary(run_dir: Path) -> None:
     page = report(run_dir)
-    singles = [value for value in SUMMARY.values() if isinstance(value, int | float)]
+    left_to_words = ("fve_baseline_rows",)
+    singles = [value for key, value in SUMMARY.items() if isinstance(value, int | float) and key not in left_to_words]
     inside = [v for key in ("fve_rl_ci95", "fve_gain_ci95") for v in SUMMARY[key]]
     inside += [v for key in ("world", "seconds") for name, v in SUMMARY[key].items() if name != "total"]
     assert set(page.values) >= set(singles + inside)

@@ -218,17 +218,18 @@ def comparison(rewards: bool = True) -> Comparison:
     )  # fmt: skip
 
 
-def test_gains_are_paired_and_whole_prompts_are_resampled(files: Path) -> None:
+def test_gains_are_paired_and_their_intervals_are_over_whole_prompts(files: Path) -> None:
     config = config_of(files, samples=2)
     found = results_of(config, SaeOptions(), comparison())
     gains = np.array([0.5, 0.0, 0.5, 0.0, -0.25, 0.25])
     assert found["reward_gain"] == pytest.approx(gains.mean()) == pytest.approx(found["reward"] - found["reward_plain"])
     assert (found["rows"], found["samples"], found["prompts"], found["richness_gain"]) == (3, 2, "lexical", 0.25)
-    # By hand: a resample draws three of the prompts, each with both of its responses.
+    # By hand: Student's interval of three prompts, each with both of its responses.
     by_prompt = gains.reshape(3, 2).mean(1)
-    drawn = np.random.default_rng(0).choice(by_prompt, (20_000, 3)).mean(1)
-    assert found["reward_gain_ci95"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=0.03)
+    half = 4.302653 * by_prompt.std(ddof=1) / np.sqrt(3)
+    assert found["reward_gain_ci95"] == pytest.approx([gains.mean() - half, gains.mean() + half])
     assert found["richness_gain_ci95"] == [0.25, 0.25], "every prompt gains the same"
+    assert found["richness_ci95"][1] <= 1, "a share is nowhere above one"
     assert found["strengths"]["block1_feature3"]["max"] == 2.0 and found["steered_tokens"] == 24
 
 

@@ -49,7 +49,8 @@ def check(command: str, *words: str, out: str = "out") -> None:
         ("rl", ["algorithm.reference_decay=0.5"], "algorithm.reference_decay=0.5 with algorithm.reference=initial"),
         ("rl", ["algorithm.correction_low=0.1"], "algorithm.correction_low=0.1 with algorithm.correction=none"),
         ("rl", ["algorithm.kl_coef=0", "algorithm.kl=k2"], "algorithm.kl='k2' with algorithm.kl_coef=0"),
-        ("rl", ["rollout.lora_rank=8"], "rollout.lora_rank=8 with rollout.lora=merged"),
+        ("rl", ["rollout.lora_rank=8"], "rollout.lora_rank=8 without an adapter for the sampler"),
+        ("rl", ["lora.rank=2", "rollout.lora=merged", "rollout.lora_rank=8"], "rollout.lora_rank=8 without an adapter"),
         *(
             ("rl", ["rollout.engine=policy", f"rollout.{word}"], f"rollout.{word} with rollout.engine=policy")
             for word in (
@@ -61,6 +62,9 @@ def check(command: str, *words: str, out: str = "out") -> None:
         ("rl", [*STEERED, "task.options.objective=mse", "samples_per_prompt=2"], "samples_per_prompt=2 where nothing"),
         ("rl", [*STEERED, "task.options.objective=mse", "rollout.top_k=2"], "rollout.top_k=2 where nothing is sampled"),
         ("sft", ["role=ar", "ar_optim.lr=1"], "ar_optim.lr=1.0 with role=ar"),
+        ("sft", ["role=ar", "parallel.ar_stages=[1]"], "parallel.ar_stages=[1] in sft, where no AR learns beside"),
+        ("eval", ["parallel.ar_stages=[1]"], "parallel.ar_stages=[1] in eval"),
+        ("rl", [*STEERED, "parallel.ar_stages=[1]"], "parallel.ar_stages=[1] in rl"),
         ("eval", ["model=m"], "model='m' in eval task=nla"),
         ("eval", ["task=math", "ar=a"], "ar='a' in eval task=math"),
         ("eval", ["task=lexical", "dtype=bfloat16"], "dtype='bfloat16' in eval task=lexical"),
@@ -93,6 +97,8 @@ def test_a_typed_key_that_is_not_read_is_named(command: str, words: list[str], f
         ("rl", ["recipe=verl_sae", "rollout.engine=policy", "av=", "ar=", "model=m"]),
         ("rl", ["rollout.engine=policy", "rollout.top_k=2", "rollout.record=true", "rollout.max_logprob_gap=1"]),
         ("rl", ["rollout.lora=adapter", "lora.rank=2", "rollout.lora_rank=2"]),
+        ("rl", ["lora.rank=2", "rollout.lora_rank=2"]),
+        ("rl", ["lora.rank=2", "rollout.lora=merged", "rollout.dtype=bfloat16", "algorithm.correction_high=3"]),
         (
             "rl",
             [
@@ -101,7 +107,8 @@ def test_a_typed_key_that_is_not_read_is_named(command: str, words: list[str], f
                 "algorithm.value_clip=null",
             ],
         ),
-        ("sft", ["role=both", "ar_data=d", "ar_optim.lr=1"]),
+        ("sft", ["role=both", "ar_data=d", "ar_optim.lr=1", "parallel.ar_stages=[1]"]),
+        ("rl", ["parallel.ar_stages=[1]"]),
         ("eval", [*STEERED, "dtype=bfloat16", "reward=lexical"]),
         ("plan", ["parallel=tp2"]),
         ("convert", ["direction=verify", "logits=false"]),

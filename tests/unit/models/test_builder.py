@@ -9,7 +9,7 @@ import pytest
 
 from nla_megatron.config.schema import ParallelConfig
 from nla_megatron.errors import LayoutError
-from nla_megatron.models.builder import Use, blocks_per_chunk, check_layout, check_rollout_layout
+from nla_megatron.models.builder import Use, beside_av, blocks_per_chunk, check_layout, check_rollout_layout
 from nla_megatron.parallel.world import data_parallel_size
 from nla_megatron.types import Experts
 from tests.support.tiny import SHAPE
@@ -60,6 +60,20 @@ def test_a_layout_that_does_not_fit_is_refused_by_name(
     with pytest.raises(LayoutError) as caught:
         check_layout(shape, ParallelConfig(**options), use)
     assert named in caught.value.found
+
+
+def test_an_ar_beside_an_av_has_stages_of_its_own() -> None:
+    """7 blocks of the AV and 4 of the AR: no one list is right for both."""
+    layout, reader = ParallelConfig(pp=2, stages=[2, 5], ar_stages=[1, 3]), replace(DENSE, num_layers=4)
+    check_layout(DENSE, layout)
+    check_layout(reader, beside_av(layout), stages="ar_stages")
+    assert (blocks_per_chunk(7, layout), blocks_per_chunk(4, beside_av(layout))) == ([2, 5], [1, 3])
+    # Where nothing is said of the AR, it is dealt evenly.
+    assert blocks_per_chunk(4, beside_av(replace(layout, ar_stages=None))) == [2, 2]
+    with pytest.raises(LayoutError) as caught:
+        check_layout(reader, beside_av(replace(layout, ar_stages=[2, 5])), stages="ar_stages")
+    assert caught.value.found.startswith("parallel.ar_stages=[2, 5] for 4 blocks")
+    assert "parallel.ar_stages" in caught.value.remedy
 
 
 def test_a_mixture_is_cut_by_its_own_sizes() -> None:

@@ -1,4 +1,4 @@
-"""Entropies and their gradients under a temperature, where rows pad the vocabulary."""
+"""Log-probs, entropies and their gradients under a temperature, also where rows pad the vocabulary."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ def test_the_gradient_of_bf16_logits_is_bf16(world: World) -> None:
     entropy = token_entropy(logits)
     [gradient] = torch.autograd.grad(entropy.sum(), logits)
     assert entropy.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.3])
+def test_a_temperature_rounds_nothing_that_the_model_has_computed(world: World, temperature: float) -> None:
+    """bf16 logits are divided in fp32: against fp64 what is left is the rounding of fp32, not of bf16."""
+    logits = (torch.randn(4, 50, 300, generator=torch.Generator().manual_seed(2)) * 6).bfloat16()
+    targets = torch.randint(0, 300, (4, 50), generator=torch.Generator().manual_seed(3))
+    exact = torch.log_softmax(logits.double() / temperature, dim=-1)
+    shared = logits.clone().requires_grad_()
+    found, entropy = token_logprobs(shared, targets, temperature), token_entropy(logits, temperature)
+    assert float((found.detach().double() - exact.gather(-1, targets[..., None])[..., 0]).abs().max()) < 1e-4
+    assert float((entropy.double() + (exact.exp() * exact).sum(-1)).abs().max()) < 1e-4
+    [gradient] = torch.autograd.grad(found.sum(), shared)
+    wanted = (torch.nn.functional.one_hot(targets, 300) - exact.exp()) / temperature
+    # It is rounded once, as it enters the model, and never before.
+    torch.testing.assert_close(gradient, wanted.bfloat16(), atol=1e-6, rtol=2**-7)
+    assert torch.equal(shared, logits)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -18,6 +19,7 @@ from nla_megatron.contract.sidecar import (
     write_model_sidecar,
 )
 from nla_megatron.conversion.hf import VALUE_HEAD
+from nla_megatron.errors import LayoutError
 from nla_megatron.tasks.nla import NlaTask
 from nla_megatron.training.sides.nla import NlaSide
 from tests.support.tiny import tiny_model_sidecar, tiny_rows, tiny_table
@@ -42,6 +44,13 @@ def test_the_longest_prompt_is_that_of_the_most_activations_of_either_table(mode
     assert lengths == sorted(set(lengths))
     found = NlaSide.check(compose("rl", ["out=x", f"data={tables[2]}", *models]), 1)
     assert (found.rows, found.longest) == (48, lengths[1])
+    # The AV has 4 blocks, the AR 3: each is dealt to stages by a key of its own.
+    for stages in ("[1,3] parallel.ar_stages=[2,1]", "[3,1]"):
+        words = f"parallel.pp=2 parallel.stages={stages}".split()
+        NlaSide.check(compose("rl", ["out=x", f"data={tables[2]}", *models, *words]), 2)
+    with pytest.raises(LayoutError, match=r"parallel.ar_stages=\[1, 3\] for 3 blocks"):
+        words = ["parallel.pp=2", "parallel.stages=[1,3]", "parallel.ar_stages=[1,3]"]
+        NlaSide.check(compose("rl", ["out=x", f"data={tables[2]}", *models, *words]), 2)
     for data, held_out in ((2, 3), (3, 2)):
         words = (f"data={tables[data]}", f"held_out={tables[held_out]}", *models)
         assert NlaSide.check(compose("rl", ["out=x", *words]), 1).longest == lengths[2]

@@ -21,6 +21,7 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
@@ -194,7 +195,7 @@ def _difference(
     config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]
 ) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
-    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    other = read_object(Path(str(config.compare)) / ROWS, ("rows",))
     if other["rows"] != rows:
         raise ConfigError(
             f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="

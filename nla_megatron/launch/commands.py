@@ -8,13 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import with_paths_quoted
-from nla_megatron.config.run_directory import is_done
+from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
@@ -28,7 +29,9 @@ class Command:
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
     word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some
     of its words are another command's, and `module` offers `configured(arguments)` to tell them apart. `lays_out`: it
-    reads `parallel` though no ranks run it. A module may offer `unread(config)`, see `config.unread`.
+    reads `parallel` though no ranks run it. `owns_out`: it fills the directory `out` bit by bit, and nobody else may
+    meanwhile; the others write nothing, or hold what they make it from. A module may offer `unread(config)`, see
+    `config.unread`.
     """
 
     module: str
@@ -39,6 +42,7 @@ class Command:
     estimate: str | None = None
     passes_on: bool = False
     lays_out: bool = False
+    owns_out: bool = True
 
 
 AS_JOB = "NLA_MEGATRON_JOB"
@@ -71,12 +75,20 @@ COMMANDS: dict[str, Command] = {
         "between Hugging Face and megatron-core: import, export, verify",
         verb="direction",
         estimate="nla_megatron.conversion.estimate",
+        owns_out=False,
     ),
     "plan": Command(
-        "nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what", lays_out=True
+        "nla_megatron.reshard.summary",
+        False,
+        "what a reshard would move, on paper",
+        verb="what",
+        lays_out=True,
+        owns_out=False,
     ),
-    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
-    "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
+    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model", owns_out=False),
+    "adopt": Command(
+        "nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours", owns_out=False
+    ),
     "sweep": Command(
         "nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b", passes_on=True
     ),
@@ -111,12 +123,15 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
         return 0
+    if command.owns_out and started.rank() == 0 and not is_done(config):
+        refuse_owned(config)
     if not command.on_ranks:
         module = _checked(name, config, overrides, 1)
-        if not _finished(config):
-            module.run(config)
-        elif hasattr(module, "finished"):
-            module.finished(config)
+        with _held(command, config):
+            if not _finished(config):
+                module.run(config)
+            elif hasattr(module, "finished"):
+                module.finished(config)
         return 0
     ranks = started.world_size()
     size = ranks or config.ranks
@@ -124,7 +139,15 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         from nla_megatron.launch.local import launch
 
         return launch(run, [name, *overrides], size, preloads(command))
-    return _run_rank(_checked(name, config, overrides, size), config)
+    module = _checked(name, config, overrides, size)
+    with _held(command, config):
+        return _run_rank(module, config)
+
+
+def _held(command: Command, config: Any) -> AbstractContextManager[None]:
+    """Rank 0 holds what a command fills until it is over; whoever finds it done by another has nothing to hold."""
+    holds = command.owns_out and started.rank() == 0 and not is_done(config)
+    return owned(config) if holds else nullcontext()
 
 
 def _checked(name: str, config: Any, overrides: Sequence[str], world_size: int) -> ModuleType:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
+from nla_megatron.contract.journal import lines_of
 from nla_megatron.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -140,24 +141,15 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
     os.replace(temporary, path)
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(step, line) of each line; a last line torn by a kill is left out, any other foreign line is an error."""
-    lines = path.read_bytes().split(b"\n")
-    lines = lines[:-1] if lines[-1] == b"" else lines
-    steps: list[tuple[int, str]] = []
-    for index, raw in enumerate(lines):
-        try:
-            text = raw.decode("utf-8")
-            steps.append((int(json.loads(text)["step"]), text))
-        except (ValueError, KeyError, TypeError) as error:
-            if index == len(lines) - 1:
-                break
+    for number, (line, row) in enumerate(lines_of(path, ("step",), torn=True)):
+        if not isinstance(row["step"], int):
             raise RunDirectoryError(
-                f"line {index + 1} of '{path}' is not a step: {raw[:80]!r}",
-                'one JSON object with a "step" per line',
-                "move the file away, or choose another output directory",
-            ) from error
-    return steps
+                f"the step {row['step']!r} of record {number + 1} in {path}", "a number",
+                "mend or remove the line, or choose another out=",
+            )  # fmt: skip
+        yield row["step"], line.decode("utf-8")
 
 
 class _TensorBoardSink:

@@ -13,7 +13,7 @@ from nla_megatron.errors import DiskFull, NlaError, RunDirectoryError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
-_WRITERS = ("PytorchStreamWriter", "unexpected pos", "inline_container", "file write failed")
+_WRITERS = ("PytorchStreamWriter", "unexpected pos", "basic_ios")
 """How torch's own writer tells of a write that failed; it keeps the reason to itself."""
 _THEN = "make room and repeat the command: it continues where it was"
 
@@ -30,7 +30,7 @@ def room_on(
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         told = named(error, directory, then)
         if told is None:
             raise
@@ -53,7 +53,7 @@ def named(
         if isinstance(one, OSError) and one.errno in _FORBIDDEN:
             return RunDirectoryError(
                 f"{os.strerror(one.errno or 0)}: {one.filename or directory}", "files that may be read and written",
-                "change the permissions, or choose another out=",
+                "change the path or its permissions, or choose another out=",
             )  # fmt: skip
         if isinstance(one, RuntimeError) and any(word in str(one) for word in _WRITERS):
             return _full(f"a write failed ({str(one).splitlines()[0][:80]})", directory, then)

@@ -3,6 +3,7 @@ at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ RECORD = "run.yaml"
 DONE = "done"
 LOCK = ".lock"
 CHECKPOINTS, PERMANENT = "checkpoints", "permanent"
+_STEP = re.compile(r"step_\d+")
 _PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
@@ -140,8 +142,13 @@ def mark_done(config: Any) -> None:
 
 
 def complete_steps(directory: Path) -> dict[int, Path]:
-    """The whole checkpoints of a directory by step, oldest first."""
-    found = [path.parent for path in directory.glob("step_*/state.json") if not path.parent.name.endswith(".partial")]
+    """The checkpoints of a directory that were finished, by step, oldest first."""
+    return {step: path for step, path in saved_steps(directory).items() if (path / "state.json").is_file()}
+
+
+def saved_steps(directory: Path) -> dict[int, Path]:
+    """The checkpoints of a directory by step, oldest first, whole or not; none that is being written, or put aside."""
+    found = [path for path in directory.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
 
 

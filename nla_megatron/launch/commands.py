@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
+from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
@@ -127,7 +129,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         refuse_owned(config)
     if not command.on_ranks:
         module = _checked(name, config, overrides, 1)
-        with _held(command, config):
+        with _held(command, config), room_on(Path(config.out)):
             if not _finished(config):
                 module.run(config)
             elif hasattr(module, "finished"):
@@ -140,7 +142,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
 
         return launch(run, [name, *overrides], size, preloads(command))
     module = _checked(name, config, overrides, size)
-    with _held(command, config):
+    with _held(command, config), room_on(Path(config.out)):
         return _run_rank(module, config)
 
 

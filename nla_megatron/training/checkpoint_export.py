@@ -7,7 +7,6 @@ exports them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from nla_megatron.config.run_directory import (
 )
 from nla_megatron.config.schema import CurriculumConfig, ExportConfig, RlConfig
 from nla_megatron.config.unread import Unread
+from nla_megatron.contract.journal import read_object
+from nla_megatron.conversion.completeness import check_whole
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile
 from nla_megatron.models.builder import check_layout
@@ -67,6 +68,7 @@ def run(config: ExportConfig, world: World) -> None:
         claim_run_directory("export", config)
     barrier(world)
     side = make_side(run_of(config), world)
+    check_whole(Path(config.checkpoint), world)
     load_modules(Path(config.checkpoint), side.learners)
     side.export()
     if world.is_main:
@@ -104,6 +106,6 @@ def run_of(config: ExportConfig) -> RlConfig:
             )
     # The way to the last step does not matter. Held-out rows do: without them a task would train on other rows.
     return replace(
-        recorded, parallel=config.parallel, steps=int(json.loads(state.read_text())["step"]),
+        recorded, parallel=config.parallel, steps=int(read_object(state, ("step",))["step"]),
         curriculum=CurriculumConfig(),
     )  # fmt: skip

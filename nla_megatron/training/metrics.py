@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
 from nla_megatron.contract.journal import lines_of
+from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ class _JsonLinesSink:
     """One JSON line per step, flushed each step: a killed process loses at most the line it was writing."""
 
     def __init__(self, path: Path, first_step: int):
-        _drop_steps_from(path, first_step)
+        self._path = path
+        with room_on(path):
+            _drop_steps_from(path, first_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -121,11 +124,13 @@ class _JsonLinesSink:
         record.update((name, None if name in nonfinite else value) for name, value in scalars.items())
         if nonfinite:  # JSON has no NaN: null in the field, the name beside it
             record["nonfinite"] = nonfinite
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with room_on(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self, failed: bool) -> None:
-        self._file.close()
+        with room_on(self._path):  # what a full disk has not taken is tried once more
+            self._file.close()
 
 
 def _drop_steps_from(path: Path, first_step: int) -> None:

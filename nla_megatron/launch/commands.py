@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
 from nla_megatron.disk import room_on
@@ -181,7 +180,7 @@ def configured(name: str, arguments: Sequence[str]) -> Any:
     """The configuration of a command as typed. Raises ConfigError."""
     if COMMANDS[name].passes_on:
         return importlib.import_module(COMMANDS[name].module).configured(arguments)
-    return compose(name, with_paths_quoted(as_overrides(COMMANDS[name], arguments)))
+    return compose(name, as_overrides(COMMANDS[name], arguments))
 
 
 def preloads(command: Command) -> list[str]:

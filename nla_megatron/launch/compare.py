@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import literal, quoted, with_paths_quoted
+from nla_megatron.config.multirun import literal
 from nla_megatron.config.run_directory import is_done, is_free_directory, permanent_steps, run_record
 from nla_megatron.config.schema import CompareConfig
+from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
@@ -91,7 +92,7 @@ class Place:
 
 def configured(arguments: Sequence[str]) -> CompareConfig:
     """`root=DIR out=DIR eval.rows=100`, where `eval.` begins what every evaluation is told. Raises ConfigError."""
-    words = with_paths_quoted(arguments)
+    words = list(arguments)
     config: CompareConfig = compose("compare", [word for word in words if not word.startswith(_FOR_EVAL)])
     passed = [word.removeprefix(_FOR_EVAL) for word in words if word.startswith(_FOR_EVAL)]
     return replace(config, overrides=[*config.overrides, *passed])

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import as_yaml, compose
-from nla_megatron.config.multirun import axes_of, label_of, points_of, quoted, with_paths_quoted
+from nla_megatron.config.multirun import axes_of, label_of, points_of
 from nla_megatron.config.run_directory import RECORD, is_done, is_free_directory
 from nla_megatron.config.schema import SweepConfig
+from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
@@ -58,7 +59,7 @@ def configured(arguments: Sequence[str]) -> SweepConfig:
         out, subdir = [folder or "."], [out[0].removeprefix(folder).lstrip("/")]
     placed = [f"out={out[0]}"] if out else []
     own = [word for word in own if not word.startswith("subdir=")]
-    config: SweepConfig = compose("sweep", [*named, *with_paths_quoted([*own, *placed])])
+    config: SweepConfig = compose("sweep", [*named, *own, *placed])
     # Texts in the command's own grammar would not survive another reading of the sweep's.
     return replace(config, overrides=[*config.overrides, *rest], subdir=subdir[0] if subdir else config.subdir)
 
@@ -113,7 +114,7 @@ def planned(config: SweepConfig) -> list[SweepJob]:
         known = ", ".join(name for name in COMMANDS if name != "sweep")
         raise ConfigError(f"a sweep of {config.command!r}", f"one of {known}", "name the command to repeat")
     command = COMMANDS[config.command]
-    fixed, axes = axes_of(config.command, with_paths_quoted(as_overrides(command, config.overrides)))
+    fixed, axes = axes_of(config.command, as_overrides(command, config.overrides))
     names = _Names(config)
     make = partial(_planned, config, fixed)
     return [make(point, names.of(point)) for point in points_of(axes)]

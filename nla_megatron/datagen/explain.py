@@ -82,7 +82,9 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
     explained = _read_journal(journal, len(texts))
     requests = [ExplainRequest(row, text) for row, text in enumerate(texts) if row not in explained]
     failures: list[str] = []
-    bar = progress("explain", active=True, total=len(texts), initial=len(explained), bar=config.logger.progress)
+    bar = progress(
+        "explain", active=True, total=len(texts), initial=len(explained), bar=config.logger.progress, unit="row"
+    )
     with bar, journal.open("a") as lines:
         for answer in provider.explain(requests):
             if answer.text is None:

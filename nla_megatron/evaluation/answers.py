@@ -75,7 +75,7 @@ def run(config: EvalConfig, world: World) -> None:
     )
     requests = task.requests(_chosen_rows(config, task), config.seed, 0)
     rollouts: list[Rollout] = []
-    with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress) as bar:
+    with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress, unit="prompt") as bar:
         for start in range(0, len(requests), _AT_ONCE):
             part = requests[start : start + _AT_ONCE]
             rollouts += engine.generate(part, no_vectors, config.samples).rollouts

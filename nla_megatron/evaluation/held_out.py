@@ -97,7 +97,7 @@ def run(config: EvalConfig, world: World) -> None:
         "gold": lambda: _gold(task, reader, rows),
     }
     conditions = {}
-    with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress) as bar:
+    with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress, unit="condition") as bar:
         for name, condition in work.items():
             conditions[name] = condition()
             bar.advance()

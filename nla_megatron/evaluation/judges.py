@@ -83,7 +83,7 @@ def run(config: JudgeConfig) -> None:
         f"{SOURCE_MATCH}_chance": 1 / config.candidates if config.candidates else None,
     }  # fmt: skip
     total = len(config.texts) * len(asked)
-    with progress("judge", active=True, total=total, bar=config.logger.progress) as bar:
+    with progress("judge", active=True, total=total, bar=config.logger.progress, unit="question") as bar:
         for name in config.texts:
             texts = [example[name] for example in examples]
             figures: dict[str, Any] = {"absent": sum(text is None for text in texts)}

@@ -97,6 +97,7 @@ COMMANDS: dict[str, Command] = {
         "nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side", passes_on=True
     ),
 }
+_LOG_LEVELS = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -201,11 +202,20 @@ def as_overrides(command: Command, arguments: Sequence[str]) -> list[str]:
 
 
 def silence_libraries() -> None:
-    """The libraries' notes on what is not installed or deprecated are not the user's concern."""
-    for library in ("megatron", "torch", "vllm", "transformers"):
-        warnings.filterwarnings("ignore", module=rf"{library}\.")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    """The libraries' notes on what is not installed or deprecated are not the user's concern, nor what they log of a
+    failure before it is raised: whoever fails tells it once, at the end.
+
+    Warnings name the caller's file, which may be ours; so do those of processes that libraries start, which learn of
+    it from the environment. PYTHONWARNINGS=default brings them back.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    for name, level in _LOG_LEVELS.items():
+        os.environ.setdefault(name, level)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    for library in ("megatron", "torch.distributed", "torch.nn.parallel"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _run_rank(module: ModuleType, config: Any) -> int:

@@ -1,4 +1,4 @@
-"""Texts are taken as they are typed, by the keys that the schema says are text; others are named as they are to be typed."""
+"""Texts are taken as they are typed, by the keys that the schema says are text; others are named as they have to be."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ PARSER = OverridesParser.create()
 REQUIRED = ["av=av", "ar=ar", "data=data"]
 TEXTS = (
     "1e3", "true", "null_", "NULL", "0", "-1", "nan", "runs/ü ö", "中文", "a#b", "#a", "a!b", "it's", "a[0]", "[0]",
-    "{b}", "a(1)", "(1)", "a=b", "a,b", "a, b", "x:y", "<gh_stars>", "a\\b", "\\", "a\\'b", '"', "a\"b'c", "%25", "a&b;c",
-    "a\tb", "choice(a,b)", "~nobody_by_this_name", "+x", "a b  c", "日本,語=1", "1_000", "0x10", ".", "..", "/", "-",
+    "{b}", "a(1)", "(1)", "a=b", "a,b", "a, b", "x:y", "<gh_stars>", "a\\b", "\\", "a\\'b", '"', "a\"b'c", "%25",
+    "a&b;c", "a\tb", "choice(a,b)", "~nobody_by_this_name", "+x", "a b  c", "日本,語=1", "1_000", "0x10", ".", "..",
+    "/", "-",
 )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def test_a_word_that_sets_nothing_is_named(word: str) -> None:
     assert repr(word) in told.value.found or word in told.value.found
 
 
-@pytest.mark.parametrize("word", ["reward=null", "reward=3", "task=true", "rollout=1.5", "~reward=3"])
+@pytest.mark.parametrize("word", ["reward=null", "reward=3", "task=true", "rollout=1.5"])
 def test_a_choice_among_files_that_is_no_name_is_named(word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         compose("rl", [*REQUIRED, "out=x", word])

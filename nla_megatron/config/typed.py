@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from nla_megatron.errors import ConfigError
 
@@ -108,9 +108,9 @@ def type_of(schema: type, key: str) -> Any:
     """The declared type of a dotted key; None where the schema leaves it open, or has no such key."""
     found: Any = schema
     for name in key.split("."):
-        plain = _plain(found)
+        plain: Any = _plain(found)
         if is_dataclass(plain):
-            found = _hints(plain).get(name)
+            found = _hints(cast(Any, plain)).get(name)
         elif get_origin(plain) is dict:
             found = get_args(plain)[1]
         else:

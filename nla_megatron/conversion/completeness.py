@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def seal(directory: Path, world: World) -> None:
 
 def faults(directory: Path, world: World) -> list[str]:
     """What is not as it was written, in words; empty of a whole checkpoint. Collective, the same on every rank."""
-    known = broadcast_object(_manifest(directory) if world.is_main else None, world)
+    known: Any = broadcast_object(_manifest(directory) if world.is_main else None, world)
     if known is None:
         return broadcast_object(_faults_of_older(directory) if world.is_main else None, world)
     if isinstance(known, str):
@@ -129,9 +130,9 @@ def _faults_of_older(directory: Path) -> list[str]:
 
     state = attempt(lambda: read_object(directory / STATE, ("stage", "step", "modules")))
     for name in state["modules"] if state else []:
-        attempt(lambda name=name: TorchDistReader(directory / name))
-        attempt(lambda name=name: _unpickled(directory / name / "common.pt"))
-    attempt(lambda: _unpickled(directory / GENERATOR))
+        attempt(partial(TorchDistReader, directory / name))
+        attempt(partial(_unpickled, directory / name / "common.pt"))
+    attempt(partial(_unpickled, directory / GENERATOR))
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nla_megatron.config.schema.checks import share
 from nla_megatron.contract.files import write_json
-from nla_megatron.errors import ProviderError
+from nla_megatron.errors import ConfigError, ProviderError
 from nla_megatron.messages import Answer, Asker, Endpoint, api_key
 
 _SCORE = re.compile(r"<score>\s*(-?\d{1,9})\s*</score>")
@@ -53,10 +53,12 @@ class Judge:
         without: what a user can do who has no key.
 
     Raises:
-        ConfigError: no key in the environment.
+        ConfigError: no key in the environment, or a cache that is no directory.
     """
 
     def __init__(self, endpoint: JudgeEndpoint, system: str, low: int, high: int, without: str):
+        if endpoint.cache is not None and Path(endpoint.cache).exists() and not Path(endpoint.cache).is_dir():
+            raise ConfigError(f"endpoint.cache={endpoint.cache}, a file", "a directory", "name another one")
         self.endpoint, self.low, self.high = endpoint, low, high
         self._asker = Asker(endpoint, api_key(without), system)
 

@@ -45,6 +45,12 @@ The syntax is [Hydra's](https://hydra.cc/docs/advanced/override_grammar/basic/).
 `'fractions={av_sft: 0.3, ar_sft: 0.3, rl: 0.4}'`. A provider's own options are not part of the schema and take a plus:
 `+provider.options.n_keywords=2`.
 
+A key whose type here is `str` takes text as it stands, without quotes of its own: `out=1e3`, `out=a,b`,
+`model=~/my models (1)/ü#1`, `templates.marker=<x>`; `~/` at the beginning of a path is your home directory. Your shell
+may want quotes: `'model=a b'`. `null` is no text where that is allowed, `${seed}` the value of another key. Quotes
+around all of a value are taken off. In a sweep a comma separates values; one that belongs to a value is inside quotes,
+`"av='a,b',c"`, or in a path that is there.
+
 Three things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
 `judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, and only the training
 commands log scalars, so elsewhere only `logger.progress` counts.

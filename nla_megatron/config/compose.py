@@ -13,12 +13,16 @@ from typing import Any, cast, get_type_hints
 import yaml
 
 from nla_megatron.config.recipes import chosen_recipe, let_groups_win, without_recipe
+from nla_megatron.config.typed import check_grammar, home_expanded, texts_quoted
 from nla_megatron.errors import ConfigError, MissingFile
 
 # What Hydra and OmegaConf add for people who write configurations in Python; adding keys with `+` is refused here.
 _BESIDE_THE_POINT = re.compile(
     r"To append to your config use \S+|(reference|object)_type=.*|See https?://\S+ for details"
 )
+
+# What is said to a model.
+_NO_PATHS = ("templates", "rubrics", "text")
 
 
 def conf_dir() -> Path:
@@ -48,6 +52,8 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     if command not in SCHEMAS:
         raise ConfigError(f"command {command!r}", f"one of {', '.join(SCHEMAS)}", "run `nla-megatron --help`")
     schema = SCHEMAS[command]
+    overrides = texts_quoted(schema, overrides)
+    check_grammar(command, schema, overrides, conf_dir())
     try:
         store_schemas()
         # Hydra lets `+extra=1` pass; merging into the structured schema refuses it, and converts types.
@@ -58,9 +64,27 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
                 f"no value for {', '.join(missing)}", f"a value for every required key of `{command}`",
                 f"add {' '.join(f'{key}=...' for key in missing)}",
             )  # fmt: skip
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(_homes_expanded(merged))
     except (HydraException, OmegaConfBaseException) as error:
         raise named_refusal(command, schema, error) from None
+
+
+def _homes_expanded(merged: Any) -> Any:
+    """`~/` at the beginning of a path is the home directory's, in whatever file or word it stands."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def visit(node: Any) -> None:
+        for key in node:
+            if key in _NO_PATHS or OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+                continue
+            value = node[key]
+            if isinstance(value, DictConfig):
+                visit(value)
+            elif isinstance(value, str) and value.startswith("~"):
+                node[key] = home_expanded(value)
+
+    visit(merged)
+    return merged
 
 
 def completed(command: str, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import conf_dir, named_refusal, store_schemas
+from nla_megatron.config.typed import check_grammar, quoted, texts_quoted
 from nla_megatron.errors import ConfigError
 
 _LABEL_LENGTH = 100
@@ -42,6 +42,8 @@ def axes_of(command: str, overrides: Sequence[str]) -> tuple[list[str], list[Axi
 
     if command not in SCHEMAS:
         raise ConfigError(f"command {command!r}", f"one of {', '.join(SCHEMAS)}", "run `nla-megatron --help`")
+    overrides = texts_quoted(SCHEMAS[command], overrides, swept=True)
+    check_grammar(command, SCHEMAS[command], overrides, conf_dir())
     fixed: dict[str, str] = {}
     axes: dict[str, Axis] = {}
     try:
@@ -88,11 +90,6 @@ def _plain(value: str) -> str:
     return re.sub(r"[^\w.@+-]+", "-", value).strip("-")
 
 
-def quoted(value: str) -> str:
-    """A text as one value of an override, whatever it holds; `${...}` keeps its meaning."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value) + "'"
-
-
 def literal(value: Any) -> str:
     """A value of a configuration as an override gives it.
 
@@ -108,13 +105,3 @@ def literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return quoted(value) if isinstance(value, str) else repr(value)
-
-
-def with_paths_quoted(overrides: Sequence[str]) -> list[str]:
-    """A path that exists is taken as it stands: to Hydra a comma or an equals sign in it is grammar."""
-    words = []
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        is_path = equals and re.search("[,=]", value) and not re.search("[\"'(\\[{]", value) and Path(value).exists()
-        words.append(f"{key}={quoted(value)}" if is_path else word)
-    return words

@@ -1,20 +1,27 @@
-"""An output directory belongs to one run: the same command resumes it, another is refused."""
+"""An output directory belongs to one run: the same command resumes it, another is refused, and so is the same one twice
+at a time."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nla_megatron.config.compose import as_yaml, completed
-from nla_megatron.errors import ConfigError, RunDirectoryError
+from nla_megatron.config.lock import Lock
+from nla_megatron.disk import room_on
+from nla_megatron.errors import ConfigError, RunDirectoryError, SidecarError
 from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
 DONE = "done"
+LOCK = ".lock"
 CHECKPOINTS, PERMANENT = "checkpoints", "permanent"
+_STEP = re.compile(r"step_\d+")
 _PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
@@ -32,17 +39,60 @@ def check_run_directory(command: str, config: Any) -> None:
     out = Path(config.out)
     record = out / RECORD
     if not record.is_file():
-        if out.exists() and (not out.is_dir() or any(path.name != _PARTIAL for path in out.iterdir())):
+        if not is_free_directory(out):
             raise RunDirectoryError(
                 f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
             )
         return
-    found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
+    found, expected = read_record(out), run_record(command, config)
     for key, before, now in _differences(out, found, expected):
         raise RunDirectoryError(
             f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
             "choose another out=, or repeat the run's own command to resume it",
         )  # fmt: skip
+
+
+def is_free_directory(out: Path) -> bool:
+    """Whether a command that has not been here may make `out` its own: it is not there, or nobody's files are in it."""
+    return not out.exists() or (out.is_dir() and all(path.name in (_PARTIAL, LOCK) for path in out.iterdir()))
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record of a run's directory. Raises RunDirectoryError where it is torn or somebody else's."""
+    path = directory / RECORD
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or "command" not in found:
+        raise RunDirectoryError(
+            f"{path}, which cannot be read as what a run was told", "the record that a run writes as it begins",
+            f"remove {directory} and run its command again, or choose another directory",
+        )  # fmt: skip
+    return found
+
+
+@contextmanager
+def owned(config: Any) -> Iterator[None]:
+    """Inside, nobody else writes `config.out`; one process of a command calls it.
+
+    Raises:
+        RunDirectoryError: another process is at it, or nothing can be written there.
+    """
+    out = Path(config.out)
+    with room_on(out):
+        out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out, LOCK)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_owned(config: Any) -> None:
+    """Raises RunDirectoryError where another process writes `config.out`; changes nothing."""
+    Lock(Path(config.out), LOCK).refuse_owned()
 
 
 def _differences(out: Path, found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -70,11 +120,16 @@ def _completed(out: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim_run_directory(command: str, config: Any) -> None:
-    """Make the directory this run's, with the configuration that made it beside the results. One process calls it."""
+    """Make the directory this run's, with the configuration that made it beside the results. One process calls it.
+
+    Raises RunDirectoryError as `check_run_directory`, which another run may have made say so since.
+    """
+    check_run_directory(command, config)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _PARTIAL).write_text(yaml.safe_dump(run_record(command, config), sort_keys=False))
-    (out / _PARTIAL).replace(out / RECORD)
+    with room_on(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _PARTIAL).write_text(yaml.safe_dump(run_record(command, config), sort_keys=False))
+        (out / _PARTIAL).replace(out / RECORD)
 
 
 def is_done(config: Any) -> bool:
@@ -87,8 +142,13 @@ def mark_done(config: Any) -> None:
 
 
 def complete_steps(directory: Path) -> dict[int, Path]:
-    """The whole checkpoints of a directory by step, oldest first."""
-    found = [path.parent for path in directory.glob("step_*/state.json") if not path.parent.name.endswith(".partial")]
+    """The checkpoints of a directory that were finished, by step, oldest first."""
+    return {step: path for step, path in saved_steps(directory).items() if (path / "state.json").is_file()}
+
+
+def saved_steps(directory: Path) -> dict[int, Path]:
+    """The checkpoints of a directory by step, oldest first, whole or not; none that is being written, or put aside."""
+    found = [path for path in directory.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
 
 
@@ -107,7 +167,16 @@ def run_record(command: str, config: Any) -> dict[str, Any]:
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
     sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
-    return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if _is_file(path)}
+    return {key: _dataset_id(path) for key, path in sidecars.items() if _is_file(path)}
+
+
+def _dataset_id(sidecar: Path) -> str:
+    try:
+        return str(yaml.safe_load(sidecar.read_text(encoding="utf-8"))["dataset_id"])
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise SidecarError(
+            f"{sidecar}, without a dataset_id", "the sidecar that was written with the table", "write both again"
+        ) from None
 
 
 def _is_file(path: Path) -> bool:

@@ -50,12 +50,6 @@ def write_json_lines(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> Non
         temporary.write_text("".join(lines), encoding="utf-8", errors="replace")  # a model can write half a character
 
 
-def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The records of `write_json_lines`. A line ends at a line feed alone: texts may hold whatever else ends lines."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
-
-
 def git_commit() -> str:
     """The short commit of this code, or "" where it does not run from a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]

@@ -18,7 +18,8 @@ from nla_megatron.conversion.manifest import Record, write_manifest
 from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, checksum, plan_shards
 from nla_megatron.conversion.source import MegatronSide
-from nla_megatron.conversion.work import Work, room_on
+from nla_megatron.conversion.work import Work
+from nla_megatron.disk import room_on
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.world import World
 

@@ -27,7 +27,8 @@ from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec, cast, hasher
 from nla_megatron.conversion.source import HuggingFaceSide
 from nla_megatron.conversion.torch_dist import CheckpointFile, Run, Written, file_name, write_checkpoint_metadata
-from nla_megatron.conversion.work import Work, room_on
+from nla_megatron.conversion.work import Work
+from nla_megatron.disk import room_on
 from nla_megatron.errors import CheckpointError
 from nla_megatron.parallel.collectives import barrier, broadcast_object
 from nla_megatron.parallel.world import World

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nla_megatron.conversion.hf import SHARD_BYTES, write_index
 from nla_megatron.conversion.safetensors_file import ShardFile, TensorSpec, plan_shards
-from nla_megatron.conversion.work import flush_to_disk, room_on
+from nla_megatron.disk import flush_to_disk, room_on
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World
 

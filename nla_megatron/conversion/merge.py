@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla_megatron.config.lock import Lock
 from nla_megatron.config.schema import MergeConfig
 from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_companions, read_config, write_index
-from nla_megatron.conversion.lock import Lock
 from nla_megatron.conversion.manifest import Record, dtype_name, read_manifest, write_manifest
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.projections import carry_projections
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, cast, plan_shards
-from nla_megatron.conversion.work import Work, room_on
+from nla_megatron.conversion.work import Work
+from nla_megatron.disk import room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.builder import DTYPES
 

@@ -21,7 +21,7 @@ from nla_megatron.conversion.live import Exporter
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec
-from nla_megatron.conversion.work import room_on
+from nla_megatron.disk import room_on
 from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.lora import adapted, add_lora
 from nla_megatron.models.lora_spec import FEED_FORWARD, LORA, PROJECTIONS, FusedLinear, LoraSpec, Slot

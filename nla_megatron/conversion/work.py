@@ -10,25 +10,22 @@ OUT appears by one rename when all files are there; until then nothing bears its
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nla_megatron.config.lock import Lock
 from nla_megatron.contract.files import write_json
 from nla_megatron.conversion.hf import MANIFEST, read_json
-from nla_megatron.conversion.lock import Lock
+from nla_megatron.disk import flush_to_disk, room_on
 from nla_megatron.errors import DiskFull, RunDirectoryError
 
 JOURNAL = "journal"
 _FLUSH_BYTES = 128 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Work:
@@ -172,31 +169,6 @@ class Work:
         self.partial.rename(self.out)
         self._lock.release()
         shutil.rmtree(self.out / JOURNAL)
-
-
-def flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def room_on(directory: Path) -> Iterator[None]:
-    """Inside, a full disk, a used-up quota and a limit on the size of a file raise DiskFull, and a place that is not
-    ours to write to raises RunDirectoryError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FORBIDDEN:
-            raise RunDirectoryError(
-                f"{os.strerror(error.errno or 0)}: {error.filename or directory}", "files that may be read and written",
-                "change the permissions, or choose another out=",
-            ) from error  # fmt: skip
-        if error.errno not in _FULL:
-            raise
-        raise DiskFull(
-            f"{os.strerror(error.errno or 0)}, writing to {directory}", "room for all that is converted",
-            "make room and repeat the command: it continues where it was",
-        ) from error  # fmt: skip
 
 
 def _short(value: object) -> str:

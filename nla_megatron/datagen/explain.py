@@ -7,7 +7,6 @@ provider goes on where it was, and nothing paid for is lost.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,18 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import ExplainConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.blocks import ApiSummaries
+from nla_megatron.contract.journal import heal, read_rows
 from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.datagen.providers import ExplainRequest, make_provider
-from nla_megatron.errors import MissingFile, ProviderError
+from nla_megatron.errors import MissingFile, ProviderError, RunDirectoryError
 from nla_megatron.parallel.progress import progress
 from nla_megatron.tasks.nla_checks import check_stack
 
 TABLE = "explained.parquet"
 _JOURNAL = "explanations.jsonl"
 _ROWS_PER_BATCH = 4096
+_TOLD_LENGTH = 200
 
 
 def check(config: ExplainConfig, world_size: int) -> None:
@@ -78,10 +79,12 @@ def documents(texts: Sequence[str], doc_ids: Sequence[str]) -> list[str]:
 def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict[int, str]:
     """Row -> explanation, of the rows that have one. Raises ProviderError when too many have none."""
     journal = Path(config.out) / _JOURNAL
-    explained = _read_journal(journal)
+    explained = _read_journal(journal, len(texts))
     requests = [ExplainRequest(row, text) for row, text in enumerate(texts) if row not in explained]
     failures: list[str] = []
-    bar = progress("explain", active=True, total=len(texts), initial=len(explained), bar=config.logger.progress)
+    bar = progress(
+        "explain", active=True, total=len(texts), initial=len(explained), bar=config.logger.progress, unit="row"
+    )
     with bar, journal.open("a") as lines:
         for answer in provider.explain(requests):
             if answer.text is None:
@@ -100,16 +103,16 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
     return explained
 
 
-def _read_journal(path: Path) -> dict[int, str]:
+def _read_journal(path: Path, n_rows: int) -> dict[int, str]:
     """Finished rows; a line torn by a kill is dropped, and asked again."""
     done: dict[int, str] = {}
-    if not path.is_file():
-        return done
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(path, len(whole))
-    for line in whole.splitlines():
-        row = json.loads(line)
+    heal(path)
+    for number, row in enumerate(read_rows(path, ("row", "text"))):
+        if not isinstance(row["row"], int) or not 0 <= row["row"] < n_rows or not isinstance(row["text"], str):
+            raise RunDirectoryError(
+                f"line {number + 1} of {path} is of row {row['row']!r}, with {row['text']!r}"[:_TOLD_LENGTH],
+                f"an explanation of one of {n_rows} rows", "remove the line: its row is then asked again",
+            )  # fmt: skip
         done[row["row"]] = row["text"]
     return done
 

@@ -191,7 +191,7 @@ def _activations(
     """Column values, a few passages at a time; empty ones on ranks that do not hold the last block."""
     tokenizer = load_tokenizer(config.model)
     alone = replace(world, dp=1, dp_rank=0)
-    bar = progress("extract", active=world.is_main, total=len(passages), bar=config.logger.progress)
+    bar = progress("extract", active=world.is_main, total=len(passages), bar=config.logger.progress, unit="passage")
     with bar:
         for start in range(0, len(passages), config.batch_size):
             chunk = passages[start : start + config.batch_size]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig, TaskConfig
 from nla_megatron.contract.files import write_json, write_json_lines
+from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.evaluation.answers_report import write_answers_report
@@ -75,7 +75,7 @@ def run(config: EvalConfig, world: World) -> None:
     )
     requests = task.requests(_chosen_rows(config, task), config.seed, 0)
     rollouts: list[Rollout] = []
-    with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress) as bar:
+    with progress("eval", active=world.is_main, total=len(requests), bar=config.logger.progress, unit="prompt") as bar:
         for start in range(0, len(requests), _AT_ONCE):
             part = requests[start : start + _AT_ONCE]
             rollouts += engine.generate(part, no_vectors, config.samples).rollouts
@@ -148,7 +148,7 @@ def difference(
     Raises:
         ConfigError: the other one has other rows, or not this figure.
     """
-    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    other = read_object(Path(str(config.compare)) / ROWS, ("rows",))
     same = all(other.get(key) == rows[key] for key in ("rows", "samples"))
     if not same or name not in other:
         raise ConfigError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from nla_megatron.config.schema import EvalConfig, RewardConfig
 from nla_megatron.config.unread import Unread
+from nla_megatron.contract.journal import read_object
 from nla_megatron.errors import ConfigError
-from nla_megatron.evaluation import answers, held_out, steered
+from nla_megatron.evaluation import answers, held_out, steered, told
+from nla_megatron.evaluation.runs import FIGURES
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout.plugin import check_installed
 
@@ -46,3 +49,5 @@ def unread(config: EvalConfig) -> Iterator[Unread]:
 
 def run(config: EvalConfig, world: World) -> None:
     EVALUATIONS[config.task.name].run(config, world)
+    if world.is_main:
+        print(told.table(read_object(Path(config.out) / FIGURES)), flush=True)

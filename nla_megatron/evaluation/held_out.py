@@ -21,6 +21,7 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
@@ -94,7 +95,7 @@ def run(config: EvalConfig, world: World) -> None:
         "gold": lambda: _gold(task, reader, rows),
     }
     conditions = {}
-    with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress) as bar:
+    with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress, unit="condition") as bar:
         for name, condition in work.items():
             conditions[name] = condition()
             bar.advance()
@@ -192,7 +193,7 @@ def _folded(text: str) -> str:
 
 def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, measure: Measure) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
-    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    other = read_object(Path(str(config.compare)) / ROWS, ("rows", "doc_ids"))
     if (other["rows"], other["doc_ids"]) != (rows, list(measure.documents)):
         raise ConfigError(
             f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from nla_megatron.config.options import bind
 from nla_megatron.config.run_directory import DONE, check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import JudgeConfig
 from nla_megatron.config.unread import Unread
-from nla_megatron.contract.files import read_json_lines, write_json, write_json_lines
+from nla_megatron.contract.files import write_json, write_json_lines
+from nla_megatron.contract.journal import read_object, read_rows
 from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.held_out import EXAMPLES
 from nla_megatron.judging import REFERENCE, RUBRIC, TEXT, Judge, JudgeEndpoint, between
@@ -83,7 +83,7 @@ def run(config: JudgeConfig) -> None:
         f"{SOURCE_MATCH}_chance": 1 / config.candidates if config.candidates else None,
     }  # fmt: skip
     total = len(config.texts) * len(asked)
-    with progress("judge", active=True, total=total, bar=config.logger.progress) as bar:
+    with progress("judge", active=True, total=total, bar=config.logger.progress, unit="question") as bar:
         for name in config.texts:
             texts = [example[name] for example in examples]
             figures: dict[str, Any] = {"absent": sum(text is None for text in texts)}
@@ -102,7 +102,7 @@ def run(config: JudgeConfig) -> None:
 
 def finished(config: JudgeConfig) -> None:
     """The figures again. Raises RunDirectoryError where the evaluation is another one by now."""
-    results = json.loads((Path(config.out) / RESULTS).read_text())
+    results = read_object(Path(config.out) / RESULTS, ("examples_sha256",))
     if results["examples_sha256"] != _checksum(config):
         raise RunDirectoryError(
             f"{config.out} holds judgements of other examples than {config.evaluation} has now", "the same examples",
@@ -114,16 +114,12 @@ def finished(config: JudgeConfig) -> None:
 def read_examples(config: JudgeConfig) -> list[dict[str, Any]]:
     """The evaluation's examples, each with a source, a document and texts. Raises ConfigError."""
     path = Path(config.evaluation) / EXAMPLES
-    try:
-        examples = read_json_lines(path)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}", "one JSON object per line", "run the evaluation again") from None
+    examples = read_rows(path)
     for number, example in enumerate(examples):
         wrong = [
             name
             for name in dict.fromkeys((_SOURCE, _DOCUMENT, *config.texts))
-            if not isinstance(example, dict)
-            or not isinstance(example.get(name, 0), str if name in (_SOURCE, _DOCUMENT) else str | None)
+            if not isinstance(example.get(name, 0), str if name in (_SOURCE, _DOCUMENT) else str | None)
         ]
         if wrong or _DOCUMENT in config.texts:
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -11,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from nla_megatron import __version__
+from nla_megatron.evaluation import told
 from nla_megatron.evaluation.charts import format_value
 from nla_megatron.evaluation.denominator import denominator
 from nla_megatron.evaluation.report_charts import rl_charts, sft_charts
@@ -22,7 +22,7 @@ CONTEXT_WORDS, CONTEXT_CHARACTERS = 70, 600  # enough to follow the passage; the
 LAST_WORDS, LAST_CHARACTERS = 6, 60
 SHOWN_KEYS = (
     *("run_name", "steps", "world", "seconds", "logprob_gap_max", "injected", "expected_injections"),
-    *("fve_sft", "fve_rl", "fve_rl_ci95", "fve_gold_text", "fve_shuffled", "fve_gain_ci95"),
+    *("fve_sft", "fve_rl", "fve_rl_ci95", "fve_gold_text", "fve_shuffled", "fve_gain", "fve_gain_ci95"),
     *("fve_rl_in_sample", "fve_baseline", "fve_baseline_rows"),
 )
 STAGES = {"sft_av": "AV, supervised", "sft_ar": "AR, supervised", "rl": "RL", "pretrain": "Pre-training"}
@@ -161,15 +161,10 @@ def _facts(summary: Row) -> str:
         facts["Activations injected"] = f'<span class="{state}">{_number(injected, 0)} of {_number(expected, 0)}</span>'
     if (gap := summary.get("logprob_gap_max")) is not None:
         facts["Largest log-prob gap"] = f'<data value="{gap!r}">{format_value(gap)}</data> nats per token'
-    for key, value in summary.items():
-        if key not in SHOWN_KEYS:
-            facts[_words(key)] = escape(value if isinstance(value, str) else json.dumps(value))
+    others = told.facts({key: value for key, value in summary.items() if key not in SHOWN_KEYS})
+    facts |= {name: escape(value) for name, value in others.items()}
     entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{text}</dd></div>" for name, text in facts.items())
     return f'<dl class="facts">{entries}</dl>' if entries else ""
-
-
-def _words(key: str) -> str:
-    return key[:1].upper() + key[1:].replace("_", " ")
 
 
 def _duration(seconds: float) -> str:
@@ -184,13 +179,13 @@ def _time(summary: Row) -> str:
     seconds = {stage: value for stage, value in (summary.get("seconds") or {}).items() if stage != "total"}
     total = sum(seconds.values())
     stages = "".join(
-        f'<tr><th scope="row">{escape(STAGES.get(stage) or _words(stage))}</th>'
+        f'<tr><th scope="row">{escape(STAGES.get(stage) or told.words(stage))}</th>'
         f'<td class="number"><data value="{spent!r}">{_duration(spent)}</data></td>'
         f'<td class="plot"><div class="share" style="width:{100 * spent / (total or 1):.1f}%"></div></td></tr>'
         for stage, spent in seconds.items()
     )
     sizes = "".join(
-        f'<tr><th scope="row">{escape(SIZES.get(key) or _words(key))}</th>'
+        f'<tr><th scope="row">{escape(SIZES.get(key) or told.words(key))}</th>'
         f'<td class="number">{_number(size, 0)}</td></tr>'
         for key, size in world.items()
     )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nla_megatron.errors import MissingFile, RunDirectoryError
-
-Row = Mapping[str, Any]
+from nla_megatron.contract.journal import Row, read_object, read_rows
 
 
 @dataclass(frozen=True)
@@ -37,46 +33,13 @@ def read_run(run_dir: Path) -> RunFiles:
         MissingFile: there is no `summary.json`; every other file may be absent.
         RunDirectoryError: a file holds something other than JSON objects.
     """
-    path = run_dir / "summary.json"
-    if not path.is_file():
-        raise MissingFile(
-            f"no file at '{path}'",
-            "the summary a run writes when it ends",
-            "finish the run, or name its output directory",
-        )
-    summary = _parse(path, path.read_bytes())
+    summary = read_object(run_dir / "summary.json")
     return RunFiles(
         name=str(summary.get("run_name") or run_dir.resolve().name),
         summary=summary,
-        rl=read_table(run_dir / "rl" / "metrics.jsonl"),
-        sft_av=read_table(run_dir / "sft_av" / "metrics.jsonl"),
-        sft_ar=read_table(run_dir / "sft_ar" / "metrics.jsonl"),
-        pretrain=read_table(run_dir / "pretrain" / "metrics.jsonl"),
-        examples=read_table(run_dir / "eval" / "examples.jsonl"),
+        rl=read_rows(run_dir / "rl" / "metrics.jsonl", torn=True),
+        sft_av=read_rows(run_dir / "sft_av" / "metrics.jsonl", torn=True),
+        sft_ar=read_rows(run_dir / "sft_ar" / "metrics.jsonl", torn=True),
+        pretrain=read_rows(run_dir / "pretrain" / "metrics.jsonl", torn=True),
+        examples=read_rows(run_dir / "eval" / "examples.jsonl", torn=True),
     )
-
-
-def read_table(path: Path) -> list[Row]:
-    """The lines of a JSONL file, without one that a kill has torn; none where there is no file."""
-    if not path.is_file():
-        return []
-    *lines, rest = path.read_bytes().split(b"\n")
-    if _is_object(rest):  # else it is empty, or a line torn by a kill
-        lines.append(rest)
-    return [_parse(path, line) for line in lines if line.strip()]
-
-
-def _parse(path: Path, text: bytes) -> Row:
-    if not _is_object(text):
-        raise RunDirectoryError(
-            f"'{path}' holds {text[:60]!r}", "a JSON object", "write the file again by running its stage"
-        )
-    record: Row = json.loads(text, parse_constant=lambda _: None)  # NaN is a value that was not measured
-    return record
-
-
-def _is_object(text: bytes) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:  # of JSON and of UTF-8
-        return False

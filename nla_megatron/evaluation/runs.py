@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, same_value
-from nla_megatron.errors import ConfigError, MissingFile
-from nla_megatron.evaluation.report_files import Row, read_table
+from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, read_record, same_value
+from nla_megatron.contract.journal import Row, read_object, read_rows
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 
 METRICS, FIGURES = "metrics.jsonl", "eval.json"
 SEED, DEFAULT_TASK = "seed", "nla"
@@ -64,7 +61,7 @@ def numbers(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     found: dict[str, float] = {}
-    for key, value in flat(json.loads(path.read_text())).items():
+    for key, value in flat(read_object(path)).items():
         if isinstance(value, list) and len(value) == 2:
             found |= {f"{key}_{end}": float(one) for end, one in zip(("low", "high"), value, strict=True) if _is(one)}
         elif _is(value):
@@ -77,7 +74,7 @@ def _is(value: Any) -> bool:
 
 
 def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[str]]:
-    """The finished runs of `command` under `root`, and the names of those that are not finished.
+    """The finished runs of `command` under `root`, and the names of those that are not finished or cannot be read.
 
     Args:
         beside: a directory to pass over, where the comparison itself is written.
@@ -89,11 +86,13 @@ def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[s
         raise MissingFile(f"no directory {root}", "a folder of runs", "correct root=")
     runs, unfinished = [], []
     for directory, record in _records(root, beside):
-        if record["command"] != command:
-            continue
         name = str(directory.relative_to(root)) if directory != root else root.resolve().name
-        if (directory / DONE).is_file():
-            runs.append(Run(name, directory, record, read_table(directory / METRICS)))
+        if record is None:
+            unfinished.append(f"{name} (its {RECORD} is torn, or another program's)")
+        elif record["command"] != command:
+            continue
+        elif (directory / DONE).is_file():
+            runs.append(Run(name, directory, record, read_rows(directory / METRICS, ("step",), torn=True)))
         else:
             unfinished.append(name)
     if not runs:
@@ -105,10 +104,14 @@ def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[s
     return runs, unfinished
 
 
-def _records(root: Path, beside: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _records(root: Path, beside: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Each run's directory and its record, None where that is no record."""
     for path in sorted(root.rglob(RECORD)):
         if beside.resolve() not in path.resolve().parents:
-            yield path.parent, yaml.safe_load(path.read_text())
+            try:
+                yield path.parent, read_record(path.parent)
+            except RunDirectoryError:
+                yield path.parent, None
 
 
 def check_alike(runs: Sequence[Run], same: Mapping[str, str] = SAME) -> None:

@@ -92,7 +92,7 @@ def run(config: EvalConfig, world: World) -> None:
         config.seed,
     )  # fmt: skip
     asked = steered(requests, strengths_NS, steering.interventions)
-    with progress("eval", active=world.is_main, total=2 * len(asked), bar=config.logger.progress) as bar:
+    with progress("eval", active=world.is_main, total=2 * len(asked), bar=config.logger.progress, unit="prompt") as bar:
         comparison = compared(
             task, engine, steering.interventions, asked, steering.step, reward_of(config, task, steering, world),
             config.samples, bar.advance,

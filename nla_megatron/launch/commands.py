@@ -8,14 +8,16 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import with_paths_quoted
-from nla_megatron.config.run_directory import is_done
+from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
+from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
@@ -28,7 +30,9 @@ class Command:
     `on_ranks`: run by every Megatron rank. `samples`: with vLLM. `verb`: the key whose value may come first as a bare
     word. `estimate`: the module whose `run(config)` takes the command's place when `dry_run` is set. `passes_on`: some
     of its words are another command's, and `module` offers `configured(arguments)` to tell them apart. `lays_out`: it
-    reads `parallel` though no ranks run it. A module may offer `unread(config)`, see `config.unread`.
+    reads `parallel` though no ranks run it. `owns_out`: it fills the directory `out` bit by bit, and nobody else may
+    meanwhile; the others write nothing, or hold what they make it from. A module may offer `unread(config)`, see
+    `config.unread`.
     """
 
     module: str
@@ -39,6 +43,7 @@ class Command:
     estimate: str | None = None
     passes_on: bool = False
     lays_out: bool = False
+    owns_out: bool = True
 
 
 AS_JOB = "NLA_MEGATRON_JOB"
@@ -71,12 +76,20 @@ COMMANDS: dict[str, Command] = {
         "between Hugging Face and megatron-core: import, export, verify",
         verb="direction",
         estimate="nla_megatron.conversion.estimate",
+        owns_out=False,
     ),
     "plan": Command(
-        "nla_megatron.reshard.summary", False, "what a reshard would move, on paper", verb="what", lays_out=True
+        "nla_megatron.reshard.summary",
+        False,
+        "what a reshard would move, on paper",
+        verb="what",
+        lays_out=True,
+        owns_out=False,
     ),
-    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model"),
-    "adopt": Command("nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours"),
+    "merge": Command("nla_megatron.conversion.merge", False, "a LoRA adapter into its base model", owns_out=False),
+    "adopt": Command(
+        "nla_megatron.conversion.artefacts", False, "another NLA trainer's checkpoint into one of ours", owns_out=False
+    ),
     "sweep": Command(
         "nla_megatron.launch.sweep", False, "a command with several values of its keys: COMMAND key=a,b", passes_on=True
     ),
@@ -84,6 +97,7 @@ COMMANDS: dict[str, Command] = {
         "nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side", passes_on=True
     ),
 }
+_LOG_LEVELS = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -111,12 +125,15 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
         return 0
+    if command.owns_out and started.rank() == 0 and not is_done(config):
+        refuse_owned(config)
     if not command.on_ranks:
         module = _checked(name, config, overrides, 1)
-        if not _finished(config):
-            module.run(config)
-        elif hasattr(module, "finished"):
-            module.finished(config)
+        with _held(command, config), room_on(Path(config.out)):
+            if not _finished(config):
+                module.run(config)
+            elif hasattr(module, "finished"):
+                module.finished(config)
         return 0
     ranks = started.world_size()
     size = ranks or config.ranks
@@ -124,7 +141,15 @@ def execute(name: str, overrides: Sequence[str]) -> int:
         from nla_megatron.launch.local import launch
 
         return launch(run, [name, *overrides], size, preloads(command))
-    return _run_rank(_checked(name, config, overrides, size), config)
+    module = _checked(name, config, overrides, size)
+    with _held(command, config), room_on(Path(config.out)):
+        return _run_rank(module, config)
+
+
+def _held(command: Command, config: Any) -> AbstractContextManager[None]:
+    """Rank 0 holds what a command fills until it is over; whoever finds it done by another has nothing to hold."""
+    holds = command.owns_out and started.rank() == 0 and not is_done(config)
+    return owned(config) if holds else nullcontext()
 
 
 def _checked(name: str, config: Any, overrides: Sequence[str], world_size: int) -> ModuleType:
@@ -158,7 +183,7 @@ def configured(name: str, arguments: Sequence[str]) -> Any:
     """The configuration of a command as typed. Raises ConfigError."""
     if COMMANDS[name].passes_on:
         return importlib.import_module(COMMANDS[name].module).configured(arguments)
-    return compose(name, with_paths_quoted(as_overrides(COMMANDS[name], arguments)))
+    return compose(name, as_overrides(COMMANDS[name], arguments))
 
 
 def preloads(command: Command) -> list[str]:
@@ -179,11 +204,20 @@ def as_overrides(command: Command, arguments: Sequence[str]) -> list[str]:
 
 
 def silence_libraries() -> None:
-    """The libraries' notes on what is not installed or deprecated are not the user's concern."""
-    for library in ("megatron", "torch", "vllm", "transformers"):
-        warnings.filterwarnings("ignore", module=rf"{library}\.")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    """The libraries' notes on what is not installed or deprecated are not the user's concern, nor what they log of a
+    failure before it is raised: whoever fails tells it once, at the end.
+
+    Warnings name the caller's file, which may be ours; so do those of processes that libraries start, which learn of
+    it from the environment. PYTHONWARNINGS=default brings them back.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    for name, level in _LOG_LEVELS.items():
+        os.environ.setdefault(name, level)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    for library in ("megatron", "torch.distributed", "torch.nn.parallel"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _run_rank(module: ModuleType, config: Any) -> int:

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import literal, quoted, with_paths_quoted
-from nla_megatron.config.run_directory import is_done, permanent_steps, run_record
+from nla_megatron.config.multirun import literal
+from nla_megatron.config.run_directory import is_done, is_free_directory, permanent_steps, run_record
 from nla_megatron.config.schema import CompareConfig
+from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
+from nla_megatron.contract.journal import read_object
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError
 from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_metric, direction, write_tables
@@ -90,7 +92,7 @@ class Place:
 
 def configured(arguments: Sequence[str]) -> CompareConfig:
     """`root=DIR out=DIR eval.rows=100`, where `eval.` begins what every evaluation is told. Raises ConfigError."""
-    words = with_paths_quoted(arguments)
+    words = list(arguments)
     config: CompareConfig = compose("compare", [word for word in words if not word.startswith(_FOR_EVAL)])
     passed = [word.removeprefix(_FOR_EVAL) for word in words if word.startswith(_FOR_EVAL)]
     return replace(config, overrides=[*config.overrides, *passed])
@@ -165,10 +167,10 @@ def run(config: CompareConfig) -> None:
 def _check_directory(config: CompareConfig) -> None:
     out, record = Path(config.out), Path(config.out) / RECORD
     if record.is_file():
-        found, expected = json.loads(record.read_text())["root"], str(Path(config.root).resolve())
+        found, expected = read_object(record, ("root",))["root"], str(Path(config.root).resolve())
         if found != expected:
             raise RunDirectoryError(f"{out} compares the runs under {found}", expected, "choose another out=")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_free_directory(out):
         raise RunDirectoryError(
             f"{out} is not empty and no comparison's directory", "a new or empty directory", "choose another out="
         )

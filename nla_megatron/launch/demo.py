@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import DemoConfig
 from nla_megatron.contract.files import write_json
+from nla_megatron.contract.journal import read_object, read_rows
 from nla_megatron.contract.splits import held_out
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch import commands
@@ -140,8 +140,8 @@ def _held_out_fraction(config: DemoConfig) -> float:
 def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
     """The headline figures, read from what the stages wrote."""
     out = Path(config.out)
-    before, after = (json.loads((out / name / "eval.json").read_text()) for name in ("eval_sft", "eval"))
-    steps = [json.loads(line) for line in (out / "rl" / "metrics.jsonl").read_text().splitlines()]
+    before, after = (read_object(out / name / "eval.json") for name in ("eval_sft", "eval"))
+    steps = read_rows(out / "rl" / "metrics.jsonl", ("step",))
     rl_stage = next(stage for stage in stages(out) if stage.name == "rl")
     rl = compose("rl", _overrides(config, rl_stage))
     evaluated = (before["injected"] + after["injected"], before["expected_injections"] + after["expected_injections"])
@@ -173,4 +173,4 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
 
 def _read_seconds(out: Path) -> dict[str, float]:
     path = out / "seconds.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

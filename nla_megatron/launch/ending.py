@@ -8,6 +8,7 @@ import time
 import traceback
 from typing import Any
 
+from nla_megatron.disk import named
 from nla_megatron.errors import NlaError
 from nla_megatron.parallel import started
 
@@ -19,6 +20,7 @@ def exit_code_after(error: Exception) -> int:
 
     Among connected ranks this does not return: an orderly exit would wait in a collective for those that are gone.
     """
+    error = named(error, None) or error
     code = error.exit_code if isinstance(error, NlaError) else 1
     store = _store()
     if store is None:

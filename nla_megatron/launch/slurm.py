@@ -7,7 +7,6 @@ How jobs stand is asked of `squeue` and of what they leave behind: clusters with
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 from nla_megatron.config.schema import LauncherConfig
 from nla_megatron.contract.files import write_json
+from nla_megatron.contract.journal import read_object
 from nla_megatron.errors import ConfigError, RunError
 from nla_megatron.launch import commands
 from nla_megatron.launch.jobs import QUEUED, Job, Outcome, begin, outcome_of, run_alone
@@ -176,7 +176,7 @@ def _exit_code(folder: Path, known: str) -> int | None:
 
 def _submitted(folder: Path) -> dict[str, str]:
     path = folder / _SUBMITTED
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(read_object(path)) if path.is_file() else {}
 
 
 def _first_address(nodes: str) -> str:

@@ -11,7 +11,6 @@ with more values it adds jobs, and those that are there keep their directories.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.compose import as_yaml, compose
-from nla_megatron.config.multirun import axes_of, label_of, points_of, quoted, with_paths_quoted
-from nla_megatron.config.run_directory import RECORD, is_done
+from nla_megatron.config.multirun import axes_of, label_of, points_of
+from nla_megatron.config.run_directory import RECORD, is_done, is_free_directory
 from nla_megatron.config.schema import SweepConfig
+from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
+from nla_megatron.contract.journal import read_object
 from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
 from nla_megatron.launch.commands import COMMANDS, as_overrides
 from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
@@ -32,6 +33,7 @@ from nla_megatron.parallel import started
 MANIFEST, LOGS, LAUNCHER_FILES = "sweep.json", "logs", "launcher"
 WAITING = "waiting"
 _OWN = "sweep."
+_ENTRIES = ("command", "jobs")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def configured(arguments: Sequence[str]) -> SweepConfig:
         out, subdir = [folder or "."], [out[0].removeprefix(folder).lstrip("/")]
     placed = [f"out={out[0]}"] if out else []
     own = [word for word in own if not word.startswith("subdir=")]
-    config: SweepConfig = compose("sweep", [*named, *with_paths_quoted([*own, *placed])])
+    config: SweepConfig = compose("sweep", [*named, *own, *placed])
     # Texts in the command's own grammar would not survive another reading of the sweep's.
     return replace(config, overrides=[*config.overrides, *rest], subdir=subdir[0] if subdir else config.subdir)
 
@@ -112,7 +114,7 @@ def planned(config: SweepConfig) -> list[SweepJob]:
         known = ", ".join(name for name in COMMANDS if name != "sweep")
         raise ConfigError(f"a sweep of {config.command!r}", f"one of {known}", "name the command to repeat")
     command = COMMANDS[config.command]
-    fixed, axes = axes_of(config.command, with_paths_quoted(as_overrides(command, config.overrides)))
+    fixed, axes = axes_of(config.command, as_overrides(command, config.overrides))
     names = _Names(config)
     make = partial(_planned, config, fixed)
     return [make(point, names.of(point)) for point in points_of(axes)]
@@ -135,7 +137,7 @@ class _Names:
 
     def __init__(self, config: SweepConfig):
         path = Path(config.out) / MANIFEST
-        jobs = json.loads(path.read_text())["jobs"] if path.is_file() else []
+        jobs = read_object(path, _ENTRIES)["jobs"] if path.is_file() else []
         self.known = {tuple(job["overrides"].items()): job["name"] for job in jobs}
         self.next = len(jobs)
 
@@ -170,12 +172,12 @@ def _check_distinct(jobs: Sequence[SweepJob]) -> None:
 def _check_directory(config: SweepConfig) -> None:
     out, manifest = Path(config.out), Path(config.out) / MANIFEST
     if not manifest.is_file():
-        if (out / RECORD).is_file() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        if (out / RECORD).is_file() or not is_free_directory(out):
             raise RunDirectoryError(
                 f"{out} is not empty and no sweep's directory", "a new or empty directory", "choose another out="
             )
         return
-    found = json.loads(manifest.read_text())["command"]
+    found = read_object(manifest, _ENTRIES)["command"]
     if found != config.command:
         raise RunDirectoryError(
             f"{out} holds a sweep of {found}", f"a sweep of {config.command}", "choose another out="
@@ -194,7 +196,7 @@ def _standing(one: SweepJob, before: dict[str, Any] | None) -> Outcome:
 
 def _read_manifest(config: SweepConfig) -> dict[str, dict[str, Any]]:
     path = Path(config.out) / MANIFEST
-    return {job["name"]: job for job in json.loads(path.read_text())["jobs"]} if path.is_file() else {}
+    return {job["name"]: job for job in read_object(path, _ENTRIES)["jobs"]} if path.is_file() else {}
 
 
 def _write_manifest(config: SweepConfig, jobs: Sequence[SweepJob], states: dict[str, Outcome]) -> None:

@@ -27,8 +27,9 @@ class Progress(Generic[T]):
         initial: int,
         active: bool,
         bar: bool,
+        unit: str,
     ):
-        self._description, self._iterable, self._total = description, iterable, total
+        self._description, self._iterable, self._total, self._unit = description, iterable, total, unit
         self._active, self._steps, self._closed = active, 0, False
         self._started = time.monotonic()
         self._bar: tqdm | None = None
@@ -36,7 +37,7 @@ class Progress(Generic[T]):
             from tqdm import tqdm
 
             self._bar = tqdm(
-                desc=description, total=total, initial=initial, file=sys.stderr, dynamic_ncols=True, unit="step"
+                desc=description, total=total, initial=initial, file=sys.stderr, dynamic_ncols=True, unit=f" {unit}"
             )
 
     def advance(self, steps: int = 1, **values: float | str) -> None:
@@ -55,7 +56,7 @@ class Progress(Generic[T]):
         if self._bar is not None:
             self._bar.close()
         elif self._active:
-            count = f"{self._steps} step" + ("" if self._steps == 1 else "s")
+            count = f"{self._steps:,} {self._unit}" + ("" if self._steps == 1 else "s")
             seconds = time.monotonic() - self._started
             print(
                 f"{self._description}: {'stopped after ' if failed else ''}{count} in {seconds:.1f} s", file=sys.stderr
@@ -93,6 +94,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     bar: bool | None = None,
+    unit: str = "step",
 ) -> Progress[None]: ...
 
 
@@ -105,6 +107,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     bar: bool | None = None,
+    unit: str = "step",
 ) -> Progress[T]: ...
 
 
@@ -116,6 +119,7 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     bar: bool | None = None,
+    unit: str = "step",
 ) -> Progress[T]:
     """Show how far a stage is, on stderr.
 
@@ -123,6 +127,7 @@ def progress(
         description: the stage's name.
         iterable: what to go through; without one, call `advance`.
         active: true on rank 0; the other ranks print nothing.
+        unit: what is counted, in the singular.
         total: the number of steps; by default the iterable's length, if it has one.
         initial: steps done before this start, after a resume.
         bar: draw a live bar. None draws it if stderr is a terminal and the environment variable CI is not set. Without
@@ -135,7 +140,7 @@ def progress(
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     drawn = (sys.stderr.isatty() and not _in_ci()) if bar is None else bar
-    return Progress(description, iterable, total=total, initial=initial, active=active, bar=drawn)
+    return Progress(description, iterable, total=total, initial=initial, active=active, bar=drawn, unit=unit)
 
 
 def _in_ci() -> bool:

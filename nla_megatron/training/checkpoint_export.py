@@ -7,12 +7,9 @@ exports them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import yaml
 
 from nla_megatron.config.compose import restored
 from nla_megatron.config.run_directory import (
@@ -23,10 +20,13 @@ from nla_megatron.config.run_directory import (
     configuration_of,
     is_done,
     mark_done,
+    read_record,
     run_record,
 )
 from nla_megatron.config.schema import CurriculumConfig, ExportConfig, RlConfig
 from nla_megatron.config.unread import Unread
+from nla_megatron.contract.journal import read_object
+from nla_megatron.conversion.completeness import check_whole
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile
 from nla_megatron.models.builder import check_layout
@@ -68,6 +68,7 @@ def run(config: ExportConfig, world: World) -> None:
         claim_run_directory("export", config)
     barrier(world)
     side = make_side(run_of(config), world)
+    check_whole(Path(config.checkpoint), world)
     load_modules(Path(config.checkpoint), side.learners)
     side.export()
     if world.is_main:
@@ -91,7 +92,7 @@ def run_of(config: ExportConfig) -> RlConfig:
     record = inside.parent / RECORD
     if not record.is_file():
         raise MissingFile(f"no {record}", f"the {RECORD} of the run that wrote {checkpoint}", "correct checkpoint=")
-    values = yaml.safe_load(record.read_text())
+    values = read_record(record.parent)
     if values["command"] != "rl":
         raise CheckpointError(
             f"{checkpoint}, of a run of {values['command']}", "a checkpoint of rl",
@@ -105,6 +106,6 @@ def run_of(config: ExportConfig) -> RlConfig:
             )
     # The way to the last step does not matter. Held-out rows do: without them a task would train on other rows.
     return replace(
-        recorded, parallel=config.parallel, steps=int(json.loads(state.read_text())["step"]),
+        recorded, parallel=config.parallel, steps=int(read_object(state, ("step",))["step"]),
         curriculum=CurriculumConfig(),
     )  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, SupportsFloat
 
+from nla_megatron.contract.journal import lines_of
+from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -111,7 +113,9 @@ class _JsonLinesSink:
     """One JSON line per step, flushed each step: a killed process loses at most the line it was writing."""
 
     def __init__(self, path: Path, first_step: int):
-        _drop_steps_from(path, first_step)
+        self._path = path
+        with room_on(path):
+            _drop_steps_from(path, first_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -120,11 +124,13 @@ class _JsonLinesSink:
         record.update((name, None if name in nonfinite else value) for name, value in scalars.items())
         if nonfinite:  # JSON has no NaN: null in the field, the name beside it
             record["nonfinite"] = nonfinite
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        with room_on(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self, failed: bool) -> None:
-        self._file.close()
+        with room_on(self._path):  # what a full disk has not taken is tried once more
+            self._file.close()
 
 
 def _drop_steps_from(path: Path, first_step: int) -> None:
@@ -140,24 +146,15 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
     os.replace(temporary, path)
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(step, line) of each line; a last line torn by a kill is left out, any other foreign line is an error."""
-    lines = path.read_bytes().split(b"\n")
-    lines = lines[:-1] if lines[-1] == b"" else lines
-    steps: list[tuple[int, str]] = []
-    for index, raw in enumerate(lines):
-        try:
-            text = raw.decode("utf-8")
-            steps.append((int(json.loads(text)["step"]), text))
-        except (ValueError, KeyError, TypeError) as error:
-            if index == len(lines) - 1:
-                break
+    for number, (line, row) in enumerate(lines_of(path, ("step",), torn=True)):
+        if not isinstance(row["step"], int):
             raise RunDirectoryError(
-                f"line {index + 1} of '{path}' is not a step: {raw[:80]!r}",
-                'one JSON object with a "step" per line',
-                "move the file away, or choose another output directory",
-            ) from error
-    return steps
+                f"the step {row['step']!r} of record {number + 1} in {path}", "a number",
+                "mend or remove the line, or choose another out=",
+            )  # fmt: skip
+        yield row["step"], line.decode("utf-8")
 
 
 class _TensorBoardSink:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.contract.files import atomic_path
+from nla_megatron.contract.journal import read_rows
 from nla_megatron.errors import MissingFile
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Rollout, RolloutBatch
+
+_FIELDS = [field.name for field in fields(Rollout)]
+_NEEDED = [field.name for field in fields(Rollout) if field.default is field.default_factory is MISSING]
 
 
 def _file(run_dir: str, step: int) -> Path:
@@ -50,10 +54,12 @@ class RolloutRecorder:
         """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile."""
         if self.config.rollout.replay is None:
             return None
-        return [_rollout(json.loads(line)) for line in _recorded(self.config, step).read_text().splitlines()]
+        return [_rollout(row) for row in read_rows(_recorded(self.config, step), _NEEDED)]
 
 
-def _rollout(fields: dict[str, Any]) -> Rollout:
+def _rollout(row: dict[str, Any]) -> Rollout:
     # JSON has lists where a rollout has tuples.
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    values: dict[str, Any] = {
+        key: tuple(row[key]) if isinstance(row[key], list) else row[key] for key in _FIELDS if key in row
+    }
     return Rollout(**values)

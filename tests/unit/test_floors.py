@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nla_megatron"
 FLOORS = (
     ("types", "errors"),
+    ("disk",),
     ("config", "contract", "geometry"),
     ("messages",),
     ("judging",),

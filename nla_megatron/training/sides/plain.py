@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
-from nla_megatron.contract.files import read_json_lines, write_json_lines
+from nla_megatron.contract.files import write_json_lines
+from nla_megatron.contract.journal import read_rows
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -153,7 +154,7 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
     folder = out / "evaluations"
     write_json_lines(folder / f"step_{done:08d}.jsonl", [{"step": done, **example} for example in examples])
     files = sorted(folder.glob("step_*.jsonl"))
-    before, after = (read_json_lines(file) for file in (files[0], files[-1]))
+    before, after = (read_rows(file, ("prompt",)) for file in (files[0], files[-1]))
     pairs = [
         {"prompt": first["prompt"], "before": first, "after": last}
         for first, last in zip(before, after, strict=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla_megatron.config.compose import compose
-from nla_megatron.config.multirun import Axis, axes_of, label_of, literal, points_of, quoted, with_paths_quoted
+from nla_megatron.config.multirun import Axis, axes_of, label_of, literal, points_of
+from nla_megatron.config.typed import quoted
 from nla_megatron.errors import ConfigError
 
 REQUIRED = ["av=av", "ar=ar", "data=data"]
@@ -91,11 +91,3 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_a_literal_is_read_back_as_it_was(value: Any) -> None:
     assert compose("rl", [*REQUIRED, "out=x", f"+task.options.given={literal(value)}"]).task.options["given"] == value
-
-
-def test_a_path_that_exists_needs_no_quotes(tmp_path: Path) -> None:
-    """A job's own directory has commas and equals signs in its name; it is given to later commands as it is."""
-    path = tmp_path / "000_optim.lr=0.1,seed=0" / "av"
-    path.mkdir(parents=True)
-    assert compose("rl", with_paths_quoted([f"av={path}", *REQUIRED[1:], "out=x"])).av == str(path)
-    assert with_paths_quoted(["seed=0,1", f"av={path},{path}"]) == ["seed=0,1", f"av={path},{path}"]

@@ -172,7 +172,7 @@ def test_the_numbers_on_the_page_are_the_numbers_of_the_summary(run_dir: Path) -
         "2 h 39 min",
         "3 h 10 min in all",
         "some/model <7b>",
-        "[1, 2]",
+        "1, 2",
         "my-run",
     ):
         assert text in page.text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nla_megatron.config.compose import compose
-from nla_megatron.contract.files import read_json_lines
+from nla_megatron.contract.journal import read_rows
 from nla_megatron.errors import ConfigError, LayoutError, MissingFile, NlaError
 from nla_megatron.tasks.text import Data, open_task
 from nla_megatron.training.sides import side_of
@@ -67,5 +67,5 @@ def test_responses_of_the_first_and_the_last_evaluation_stand_side_by_side(tmp_p
 def test_a_response_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
     for done in (0, 4):
         keep_examples(tmp_path, done, [{"prompt": "a\u2028b", "response": f"\x85{done}"}])
-    [pair] = read_json_lines(tmp_path / "before_after.jsonl")
+    [pair] = read_rows(tmp_path / "before_after.jsonl")
     assert (pair["prompt"], pair["before"]["response"], pair["after"]["response"]) == ("a\u2028b", "\x850", "\x854")

@@ -45,9 +45,10 @@ The syntax is [Hydra's](https://hydra.cc/docs/advanced/override_grammar/basic/).
 `'fractions={av_sft: 0.3, ar_sft: 0.3, rl: 0.4}'`. A provider's own options are not part of the schema and take a plus:
 `+provider.options.n_keywords=2`.
 
-Three things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
-`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, and only the training
-commands log scalars, so elsewhere only `logger.progress` counts.
+Four things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
+`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, `allow_unknown_config` by
+`pretrain`, `explain` and `judge`, which read no model, and only the training commands log scalars, so elsewhere only
+`logger.progress` counts.
 """
 
 RECIPES = """

@@ -16,6 +16,7 @@ from nla_megatron.config.compose import compose
 from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.config.unread import Unread, idle
+from nla_megatron.conversion.formats.config_keys import admitting
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
@@ -84,6 +85,8 @@ COMMANDS: dict[str, Command] = {
         "nla_megatron.launch.compare", False, "every run under a folder, evaluated and side by side", passes_on=True
     ),
 }
+_WITHOUT_A_MODEL = ("pretrain", "explain", "judge")
+"""Commands that read no model's config.json."""
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -108,6 +111,11 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     command = COMMANDS[name]
     config = configured(name, overrides)
     silence_libraries()
+    with admitting(getattr(config, "allow_unknown_config", ())):
+        return _execute(name, command, config, overrides)
+
+
+def _execute(name: str, command: Command, config: Any, overrides: Sequence[str]) -> int:
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
         return 0
@@ -149,6 +157,7 @@ def unread(name: str, config: Any) -> list[Unread]:
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     idle = [] if command.on_ranks or command.lays_out else [("parallel", f"in {name}")]
+    idle += [("allow_unknown_config", f"in {name}")] if name in _WITHOUT_A_MODEL else []
     return [*idle, *(module.unread(config) if hasattr(module, "unread") else ())]
 
 

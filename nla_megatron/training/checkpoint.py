@@ -51,6 +51,8 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, stage: str, world: World, keep: int, keep_every: int = 0):
         self.directory, self.stage, self.world = Path(run_dir) / CHECKPOINTS, stage, world
         self.keep, self.keep_every = keep, keep_every
+        self.found: dict[str, Any] = {}
+        """What the checkpoint that was resumed from says of itself."""
 
     def steps(self) -> dict[int, Path]:
         """Complete checkpoints by step, oldest first. A step that is there twice counts as permanent."""
@@ -114,6 +116,7 @@ class Checkpoints:
                     f"{key}={value!r}",
                     "resume with the run's own command, or use another out=",
                 )
+        self.found = state
         load_modules(directory, modules)
         for name, kept in memory.items():
             kept.load_state(state["memory"][name])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ColumnError, ConfigError
 from nla_megatron.interventions.checks import Marker
@@ -85,6 +86,7 @@ class SaeSide:
             )  # fmt: skip
         check_model(config.model)
         shape = read_shape(config.model)
+        check_directory(config.model, shape)
         check_layout(shape, config.parallel)
         interventions, form = check_steering(options, shape)
         if options.objective == "mse":

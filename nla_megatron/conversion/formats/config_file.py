@@ -1,0 +1,61 @@
+"""config.json of a model directory as every command reads it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nla_megatron.conversion.formats.config_keys import QUANTIZATION, without_empty
+from nla_megatron.conversion.formats.json_file import read_json
+from nla_megatron.conversion.formats.notes import say_once
+from nla_megatron.conversion.formats.weights import holds_floats_alone
+from nla_megatron.errors import MissingFile
+
+CONFIG = "config.json"
+_GENERATION = "generation_config.json"
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory: the entries that say something.
+
+    Nulls are absent, where they do not switch something off. So are notes of a quantisation where the weights beside
+    them are in floating point: the model was dequantised, and kept them.
+
+    Raises:
+        MissingFile, CheckpointError.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise MissingFile(
+            f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json"
+        )
+    config = without_empty(read_json(path))
+    notes = [key for key, value in config.items() if QUANTIZATION.fullmatch(key) and value]
+    if notes and holds_floats_alone(Path(directory)):
+        say_once(f"{path} has {', '.join(notes)}, and weights in floating point: read as a model that is not quantised")
+        return {key: value for key, value in config.items() if key not in notes}
+    return config
+
+
+def settled_directory(directory: str | Path) -> Path:
+    """Where other libraries find config.json as `read_config` reads it: the directory itself, or one of this process's
+    own where the file says more. Raises as `read_config`."""
+    config = read_config(directory)
+    if config == read_json(Path(directory) / CONFIG):
+        return Path(directory)
+    return _written(Path(directory), json.dumps(config, indent=2))
+
+
+@cache
+def _written(directory: Path, config: str) -> Path:
+    made = Path(tempfile.mkdtemp(prefix="nla_megatron_"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    (made / CONFIG).write_text(config + "\n")
+    if (directory / _GENERATION).is_file():
+        shutil.copyfile(directory / _GENERATION, made / _GENERATION)
+    return made

@@ -46,8 +46,8 @@ The syntax is [Hydra's](https://hydra.cc/docs/advanced/override_grammar/basic/).
 `+provider.options.n_keywords=2`.
 
 Four things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
-`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, `allow_unknown_config` by
-`pretrain`, `explain` and `judge`, which read no model, and only the training commands log scalars, so elsewhere only
+`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, `allow_unknown_config`
+by `pretrain`, `explain` and `judge`, which read no model, and only the training commands log scalars, so elsewhere only
 `logger.progress` counts.
 """
 

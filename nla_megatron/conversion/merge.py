@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nla_megatron.config.schema import MergeConfig
 from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.conversion.formats.config_keys import QUANTIZATION
 from nla_megatron.conversion.formats.weights import check_finite, weight_files
 from nla_megatron.conversion.hf import (
     HEAD_FILE,
@@ -134,9 +135,9 @@ class Merging:
         self.config, self.reader = read_config(base), SafetensorsReader(base)
         self.names = sorted(name for name in self.reader.names() if keep(name))
         self.unties = False
-        if quantised := self.config.get("quantization_config"):
+        for key in (key for key, value in self.config.items() if QUANTIZATION.fullmatch(key) and value):
             raise UnsupportedModel(
-                f"quantization_config={quantised!r} in {base}", "a base in floating point",
+                f"{key}={self.config[key]!r} in {base}", "a base in floating point",
                 "give the model from which the base was quantised",
             )  # fmt: skip
         if is_tied(self.config, self.reader):

@@ -111,9 +111,11 @@ def _options(
 
     plugin.check_version(vllm.__version__)
     plugin.register()
+    settled = str(settled_directory(model))
     return dict(
         model=model,
-        hf_config_path=str(settled_directory(model)),
+        hf_config_path=settled,
+        tokenizer=settled,
         load_format=plugin.register_loader(),
         dtype=config.dtype,
         max_model_len=min(config.max_model_len, shape.max_positions),

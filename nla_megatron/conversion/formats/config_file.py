@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nla_megatron.conversion.formats.config_keys import QUANTIZATION, without_empty
+from nla_megatron.conversion.formats.config_keys import QUANTIZATION, defaults_of, without_empty
 from nla_megatron.conversion.formats.json_file import read_json
 from nla_megatron.conversion.formats.notes import say_once
 from nla_megatron.conversion.formats.weights import holds_floats_alone
 from nla_megatron.errors import MissingFile
 
 CONFIG = "config.json"
-_GENERATION = "generation_config.json"
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -43,19 +42,27 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def settled_directory(directory: str | Path) -> Path:
-    """Where other libraries find config.json as `read_config` reads it: the directory itself, or one of this process's
-    own where the file says more. Raises as `read_config`."""
-    config = read_config(directory)
-    if config == read_json(Path(directory) / CONFIG):
+    """Where other libraries find the model with config.json as `read_config` reads it.
+
+    That is the directory itself, unless its config.json says what would lead them astray: notes of a quantisation, or
+    nulls that they refuse. Then it is one of this process's own, with links to the other files.
+
+    Raises:
+        MissingFile, CheckpointError: as `read_config`.
+    """
+    config, raw = read_config(directory), read_json(Path(directory) / CONFIG)
+    usual = defaults_of(str(raw.get("model_type"))) if any(raw[key] is None for key in raw if key not in config) else {}
+    if all(raw[key] is None and usual.get(key) is None for key in raw if key not in config):
         return Path(directory)
-    return _written(Path(directory), json.dumps(config, indent=2))
+    return _linked(Path(directory).resolve(), json.dumps(config, indent=2))
 
 
 @cache
-def _written(directory: Path, config: str) -> Path:
+def _linked(directory: Path, config: str) -> Path:
     made = Path(tempfile.mkdtemp(prefix="nla_megatron_"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
+    for path in directory.iterdir():
+        if path.is_file() and path.name != CONFIG:
+            (made / path.name).symlink_to(path)
     (made / CONFIG).write_text(config + "\n")
-    if (directory / _GENERATION).is_file():
-        shutil.copyfile(directory / _GENERATION, made / _GENERATION)
     return made

@@ -96,7 +96,7 @@ def _changes_nothing(key: str, value: Any, model_type: str) -> bool:
     if key.startswith("_") or key in _WITHOUT_EFFECT or _BY_NAME.fullmatch(key):
         return True
     # Asked last: transformers takes a second to import.
-    return key in _generation_options() or value == _defaults_of(model_type).get(key, _UNSAID)
+    return key in _generation_options() or value == defaults_of(model_type).get(key, _UNSAID)
 
 
 _UNSAID = object()
@@ -110,7 +110,7 @@ def _generation_options() -> frozenset[str]:
 
 
 @cache
-def _defaults_of(model_type: str) -> Mapping[str, Any]:
+def defaults_of(model_type: str) -> Mapping[str, Any]:
     """What transformers takes where a key is absent; a key with that value says nothing new."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -185,6 +185,8 @@ def test_a_quantised_base_is_refused(base: Path, adapters: dict[str, Path], tmp_
     quantised = tiny_model(tmp_path / "base")
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    weights = {name: one.to(torch.float8_e4m3fn) for name, one in load_file(quantised / "model.safetensors").items()}
+    save_file(weights, quantised / "model.safetensors")
     with pytest.raises(UnsupportedModel, match="quantization_config"):
         merge(quantised, adapters["plain"], tmp_path / "merged")
 

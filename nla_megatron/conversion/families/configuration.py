@@ -39,10 +39,6 @@ _COUNTS = (
 _NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
             "final_logit_softcapping")  # fmt: skip
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
-_HEADS_BY_DEFAULT = (
-    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-)  # fmt: skip
-"""Where a null of num_key_value_heads is as many as there are heads."""
 
 
 def refuse(found: str, expected: str) -> NoReturn:
@@ -68,10 +64,6 @@ def checked(
         if said.get(key, allowed[0]) not in allowed:
             refuse(f"{key}={said[key]!r}", f"{key} of {' or '.join(map(repr, allowed))}")
     check_known(said, _READ | _FIXED.keys() | set(read) | fixed.keys())
-    if said.get("num_key_value_heads", 0) is None:
-        del said["num_key_value_heads"]
-        if (config.get("architectures") or [None])[0] in _HEADS_BY_DEFAULT:
-            said["num_key_value_heads"] = said.get("num_attention_heads")
     _check_kinds(said)
     return {**_DEFAULTS, **defaults, **said}
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nla_megatron.conversion.formats.config_keys import QUANTIZATION, defaults_of, without_empty
+from nla_megatron.conversion.formats.config_keys import QUANTIZATION, takes_null, without_empty
 from nla_megatron.conversion.formats.json_file import read_json
 from nla_megatron.conversion.formats.notes import say_once
 from nla_megatron.conversion.formats.weights import holds_floats_alone
@@ -51,8 +51,8 @@ def settled_directory(directory: str | Path) -> Path:
         MissingFile, CheckpointError: as `read_config`.
     """
     config, raw = read_config(directory), read_json(Path(directory) / CONFIG)
-    usual = defaults_of(str(raw.get("model_type"))) if any(raw[key] is None for key in raw if key not in config) else {}
-    if all(raw[key] is None and usual.get(key) is None for key in raw if key not in config):
+    changed = [key for key in raw if key not in config or config[key] != raw[key]]
+    if all(raw[key] is None and takes_null(str(raw.get("model_type")), key) for key in changed):
         return Path(directory)
     return _linked(Path(directory).resolve(), json.dumps(config, indent=2))
 

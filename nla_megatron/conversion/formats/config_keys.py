@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -36,11 +37,15 @@ _BY_NAME = re.compile(
     # where it came from
     r"|(.*_)?(version|commit|revision|hash|sha|licen[cs]e|authors?|url|timestamp|citation|description|tags|languages?)"
     r"|(.*_)?name_or_path|(base_)?model_name|name|run_name|transformers\..*"
-    r"|(created|trained|converted|merged|(fine)?tuned|(de)?quanti[sz]ed|distilled)_(at|by|from|on|with)"
+    r"|(created|trained|converted|merged|(fine)?tuned|quanti[sz]ed|distilled)_(at|by|from|on|with)|dequanti[sz]ed.*"
     r"|(unsloth|tokenizer|mergekit|axolotl|trl|hub|finetuning|datasets?)_.*"
 )
-QUANTIZATION = re.compile(r"(de)?quant(i[sz](ed?|er|ation))?(_.*)?|compression_config|.*_quantization(_.*)?")
+QUANTIZATION = re.compile(r"quant(i[sz](ed?|er|ation))?(_.*)?|compression_config|.*_quantization(_.*)?")
 """What says that weights are quantised, or were. Weights in floating point say which."""
+_HEADS_BY_DEFAULT = (
+    "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+)  # fmt: skip
+"""Where a null of num_key_value_heads is as many as there are heads; an absent one is a number of the family's."""
 NULL_IS_OFF = frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"})
 """Keys that are on where they are absent: a null switches them off. Elsewhere null is as good as absent."""
 
@@ -59,15 +64,17 @@ def admitting(keys: Collection[str]) -> Iterator[None]:
 
 
 def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that say something: nulls go, but for those that switch something off or name no token.
-
-    A null of `num_key_value_heads` stays too: to most families it is the number of heads, where absent is a default.
-    """
-
-    def speaks(key: str) -> bool:
-        return key in NULL_IS_OFF or key == "num_key_value_heads" or key.endswith("token_id")
-
-    return {key: value for key, value in config.items() if value is not None or speaks(key)}
+    """The entries that say something: nulls go, but for those that switch something off or name no token."""
+    said = {
+        key: value
+        for key, value in config.items()
+        if value is not None or key in NULL_IS_OFF or key.endswith("token_id")
+    }
+    names = config.get("architectures")
+    if "num_key_value_heads" in config.keys() - said.keys() and isinstance(names, list):
+        if names[:1] and names[0] in _HEADS_BY_DEFAULT and "num_attention_heads" in said:
+            said["num_key_value_heads"] = said["num_attention_heads"]
+    return said
 
 
 def check_known(config: Mapping[str, Any], known: Collection[str]) -> None:
@@ -77,14 +84,14 @@ def check_known(config: Mapping[str, Any], known: Collection[str]) -> None:
         known: the keys that the family honours or has checked.
     """
     for key, value in config.items():
-        if key in known or key in _admitted or value in OFF:
+        if key in known or value in OFF or _BY_NAME.fullmatch(key):
             continue
         if QUANTIZATION.fullmatch(key):
             raise UnsupportedModel(
                 f"{key}={value!r} in config.json", "weights in floating point, without quantisation",
                 "take the original of the checkpoint, from which it was quantised",
             )  # fmt: skip
-        if not _changes_nothing(key, value, str(config.get("model_type"))):
+        if key not in _admitted and not _changes_nothing(key, value, str(config.get("model_type"))):
             raise UnsupportedModel(
                 f"{key}={value!r} in config.json", "keys whose meaning is known here",
                 f"if it changes nothing in what the model computes, add allow_unknown_config=[{key}] "
@@ -93,7 +100,7 @@ def check_known(config: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def _changes_nothing(key: str, value: Any, model_type: str) -> bool:
-    if key.startswith("_") or key in _WITHOUT_EFFECT or _BY_NAME.fullmatch(key):
+    if key.startswith("_") or key in _WITHOUT_EFFECT:
         return True
     # Asked last: transformers takes a second to import.
     return key in _generation_options() or value == defaults_of(model_type).get(key, _UNSAID)
@@ -115,3 +122,14 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return vars(CONFIG_MAPPING[model_type]()) if model_type in CONFIG_MAPPING else {}
+
+
+def takes_null(model_type: str, key: str) -> bool:
+    """Whether transformers reads a null of this key as it reads none: it is what the key has where it is absent."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return False
+    kind: Any = CONFIG_MAPPING[model_type]
+    named = {field.name: field.default for field in fields(kind)}
+    return named.get(key) is None

@@ -265,9 +265,6 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a wrong shape": (
         lambda at: edited_tensors(at, lambda have: have.update({NORM: torch.zeros(65)})), "CheckpointError", "(65,)",
     ),
-    "a weight that is not finite": (
-        lambda at: edited_tensors(at, lambda have: have[NORM][3].fill_(float("inf"))), "CheckpointError", NORM,
-    ),
     "a wrong dtype": (
         lambda at: edited_tensors(at, lambda have: have.update({NORM: torch.zeros(64, dtype=torch.int8)})),
         "CheckpointError", "torch.int8",
@@ -309,6 +306,14 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda at: edited_config(at, num_hidden_layers=11, layer_types=None), "CheckpointError", "layers.11",
     ),
 }  # fmt: skip
+
+
+def test_an_import_of_a_weight_that_is_not_finite_makes_no_checkpoint(hf: Path, tmp_path: Path) -> None:
+    """The weights are read while they are written: then it is known."""
+    shutil.copytree(hf, tmp_path / "bad")
+    edited_tensors(tmp_path / "bad", lambda have: have[NORM][3].fill_(float("inf")))
+    assert NORM in refused("CheckpointError", "import", f"hf={tmp_path / 'bad'}", f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mistake", BAD_HF)

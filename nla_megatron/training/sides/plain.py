@@ -89,11 +89,11 @@ class PlainSide:
                 "add held_out=, or task.options.held_out",
             )  # fmt: skip
         shape = read_shape(config.model)
-        check_directory(config.model, shape)
         limit = min(config.rollout.max_model_len, shape.max_positions)
         longest = task.check_length(config.rollout.max_new_tokens, limit)
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
+        check_directory(config.model, shape)
         return Prompts(task.rows, longest, task.measures)
 
     @staticmethod

@@ -86,9 +86,9 @@ class SaeSide:
             )  # fmt: skip
         check_model(config.model)
         shape = read_shape(config.model)
-        check_directory(config.model, shape)
         check_layout(shape, config.parallel)
         interventions, form = check_steering(options, shape)
+        check_directory(config.model, shape)
         if options.objective == "mse":
             return check_fit(config, options, interventions, form)
         task, held_out = _tasks(config, options)

@@ -51,9 +51,10 @@ may want quotes: `'model=a b'`. `null` is no text where that is allowed, `${seed
 around all of a value are taken off. In a sweep a comma separates values; one that belongs to a value is inside quotes,
 `"av='a,b',c"`, or in a path that is there.
 
-Three things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
-`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, and only the training
-commands log scalars, so elsewhere only `logger.progress` counts.
+Four things that every command has and not every command reads: `parallel` is refused by `explain`, `build`,
+`judge`, `merge` and `adopt`, which run in one process, `seed` by `export`, which draws nothing, `allow_unknown_config`
+by `pretrain`, `explain` and `judge`, which read no model, and only the training commands log scalars, so elsewhere only
+`logger.progress` counts.
 """
 
 RECIPES = """

@@ -25,8 +25,8 @@ _STEP = re.compile(r"step_\d+")
 _PARTIAL = f".{RECORD}.partial"  # a kill while the record is written leaves a directory that the same command can use
 # What may change between a run and its resumption: where and how fast it runs, never what it computes.
 _FREE = (
-    "parallel", "logger", "micro_batch_size", "save_every", "keep_checkpoints", "keep_every", "rollout.tp",
-    "rollout.expert_parallel", "rollout.record",
+    "parallel", "logger", "allow_unknown_config", "micro_batch_size", "save_every", "keep_checkpoints", "keep_every",
+    "rollout.tp", "rollout.expert_parallel", "rollout.record",
     "rollout.gpu_memory_utilization", "rollout.cpu_kv_cache_gib", "rollout.max_num_seqs",
     "rollout.max_num_batched_tokens", "rollout.max_logprob_gap", "rollout.kv_block_size", "rollout.prefix_caching",
     "rollout.compiled", "rollout.sleep", "endpoint.concurrency", "endpoint.max_retries", "endpoint.timeout",

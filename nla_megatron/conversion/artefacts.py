@@ -27,8 +27,18 @@ from nla_megatron.contract.sidecar import (
     write_model_sidecar,
 )
 from nla_megatron.contract.tokens import live_bos_policy
+from nla_megatron.conversion.formats.weights import weight_files
 from nla_megatron.conversion.heads import check_head
-from nla_megatron.conversion.hf import SHARD_BYTES, read_config, read_shape, truncated_config, write_value_head
+from nla_megatron.conversion.hf import (
+    HEAD_FILE,
+    INDEX,
+    SHARD_BYTES,
+    VALUE_HEAD,
+    read_config,
+    read_shape,
+    truncated_config,
+    write_value_head,
+)
 from nla_megatron.conversion.merge import TOKENIZER, Merging, carry, new_directory
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.projections import carry_projections
@@ -162,12 +172,15 @@ def _merge_ar(source: Path, base: Path, target: Path, dtype: torch.dtype | None)
 
 def _copy(source: Path, target: Path) -> None:
     """Weights by hard link where the file system can, all other files of a model by copy."""
-    for path in sorted(source.glob("*.safetensors")):
+    files, file_of = weight_files(source)
+    for path in (*files, *filter(Path.is_file, (source / name for name in (VALUE_HEAD, HEAD_FILE)))):
         try:
             os.link(path.resolve(), target / path.name)
         except OSError:  # another file system
             shutil.copyfile(path, target / path.name)
     carry(source, target, ("*.json", "*.model", "*.txt", "*.jinja"))
+    if file_of is None:  # an index that is none of these weights'
+        (target / INDEX).unlink(missing_ok=True)
     carry_projections(source, target)
 
 

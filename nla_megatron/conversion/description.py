@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from nla_megatron.conversion.families import family_of, rules_of
-from nla_megatron.conversion.hf import read_config, read_json, truncated_config
+from nla_megatron.conversion.hf import (
+    SafetensorsReader,
+    check_tensors,
+    check_vocabulary,
+    read_config,
+    read_json,
+    read_shape,
+    truncated_config,
+)
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec
 from nla_megatron.errors import ConfigError, MissingFile
@@ -61,6 +69,43 @@ def described(directory: Path, layers: int | None, is_ar: bool) -> Model:
         return Model(directory, config, shape, is_ar)
     cut = truncated_config(config, layers)
     return Model(directory, cut, family_of(cut).shape_from_config(cut), is_ar)
+
+
+def checked_weights(directory: str | Path, shape: ModelShape, *, with_head: bool) -> SafetensorsReader:
+    """The weights of a directory, after a look at their headers: those of `shape` are there, and nothing is beside them
+    that its config.json does not speak of.
+
+    Args:
+        shape: of the directory's model, or of its first blocks.
+        with_head: with final norm and output layer, which may be there in any case.
+
+    Raises:
+        MissingFile, CheckpointError: see `SafetensorsReader` and `check_tensors`.
+    """
+    reader = SafetensorsReader(directory)
+    wanted = [
+        TensorSpec(part.hf, torch.float32, rule.hf_shape(part))
+        for rule in rules_of(shape, with_head)
+        for part in rule.parts
+    ]
+    check_tensors(reader, wanted, places_of(directory))
+    return reader
+
+
+def places_of(directory: str | Path) -> set[str]:
+    """The names of all tensors for which the model of a config.json has a place; tied embeddings may be there twice."""
+    rules = rules_of(read_shape(directory), with_head=True)
+    return {"lm_head.weight", *(part.hf for rule in rules for part in rule.parts)}
+
+
+def check_directory(directory: str | Path, shape: ModelShape, *, with_head: bool = True) -> None:
+    """Everything about a model's directory that can be known without reading a weight.
+
+    Raises:
+        MissingFile, CheckpointError: as `checked_weights`, or a tokenizer with ids that the model has no row for.
+    """
+    checked_weights(directory, shape, with_head=with_head)
+    check_vocabulary(Path(directory), shape.vocab_size)
 
 
 def parameter_bytes(model: Model, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nla_megatron.conversion.description import HEAD, SIDECAR
+from nla_megatron.conversion.formats.weights import check_finite
 from nla_megatron.conversion.hf import VALUE_HEAD, check_vocabulary, copy_companions, write_index, write_value_head
 from nla_megatron.conversion.manifest import Record, write_manifest
 from nla_megatron.conversion.projections import carry_projections
@@ -85,7 +86,9 @@ class Export:
                 tensors = self.side.parts(rule, [part for part in rule.parts if part.hf in names])
                 self.work.flush_behind(shard.file, sum(spec.nbytes for spec in specs))
                 for spec in specs:
-                    told = file.write(spec.name, cast(tensors.pop(spec.name), spec))
+                    tensor = tensors.pop(spec.name)
+                    check_finite(tensor, spec.name, self.side.reader.directory)
+                    told = file.write(spec.name, cast(tensor, spec))
                     records.append(Record.of(spec, told, shard.file))
         finally:
             file.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.sidecar import ModelSidecar, model_sidecar_path, read_model_sidecar
+from nla_megatron.conversion.formats.weights import finite_tensors
 from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, read_shape, write_head
 from nla_megatron.conversion.safetensors_file import read_header
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, SidecarError
@@ -140,10 +141,8 @@ def head_of(
     Raises:
         MissingFile, CheckpointError: as `check_head`.
     """
-    from safetensors.torch import load_file
-
     path = check_head(directory, shape, spec, role)
-    return None if path is None else load_file(path)
+    return None if path is None else finite_tensors(path)
 
 
 def write_reconstructor_head(

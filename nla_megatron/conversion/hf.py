@@ -1,4 +1,7 @@
-"""Reading and writing Hugging Face directories: configuration, safetensors shards with their index, tokenizer files."""
+"""Hugging Face directories: the shape of the model in one, and writing weights, heads and what goes along with them.
+
+What a directory holds is decided in `conversion.formats`, whose readers are named here too.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +16,30 @@ from torch import Tensor
 
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.conversion.families import family_of
-from nla_megatron.conversion.safetensors_file import (
-    Placed,
-    Shard,
-    ShardFile,
-    TensorSpec,
-    index_of,
-    mapped,
-    plan_shards,
-    read_header,
+from nla_megatron.conversion.formats.config_file import read_config
+from nla_megatron.conversion.formats.json_file import read_json
+from nla_megatron.conversion.formats.token_ids import check_vocabulary
+from nla_megatron.conversion.formats.weights import (
+    HEAD_FILE,
+    INDEX,
+    VALUE_HEAD,
+    SafetensorsReader,
+    check_tensors,
+    check_tied,
+    finite_tensors,
 )
-from nla_megatron.errors import CheckpointError, MissingFile
+from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, index_of, plan_shards
 from nla_megatron.types import ModelShape
 
-INDEX = "model.safetensors.index.json"
-VALUE_HEAD = "value_head.safetensors"
-HEAD_FILE = "reconstructor_head.safetensors"
-"""The head of an AR that other trainers would not read as it is meant; `conversion.heads`."""
+__all__ = [
+    "HEAD_FILE", "INDEX", "MANIFEST", "SHARD_BYTES", "VALUE_HEAD", "SafetensorsReader", "check_tensors", "check_tied",
+    "check_vocabulary", "copy_companions", "read_config", "read_json", "read_shape", "read_value_head",
+    "truncated_config", "write_head", "write_index", "write_shards", "write_value_head",
+]  # fmt: skip
+
 MANIFEST = "conversion.json"
 SHARD_BYTES = 5_000_000_000
 _NOT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
-# Written by others beside the weights that a directory's index or model.safetensors holds.
-_NOT_OURS = (VALUE_HEAD, HEAD_FILE, "adapter_model.safetensors", "consolidated")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises CheckpointError where it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}", "a JSON object", "download or write this file again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a {type(found).__name__}", "a JSON object", "download or write this file again")
-    return found
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. Raises MissingFile, CheckpointError."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise MissingFile(
-            f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json"
-        )
-    return read_json(path)
 
 
 def read_shape(directory: str | Path) -> ModelShape:
@@ -64,178 +48,10 @@ def read_shape(directory: str | Path) -> ModelShape:
     return family_of(config).shape_from_config(config)
 
 
-class SafetensorsReader:
-    """The tensors of a Hugging Face directory; only the asked bytes are read.
-
-    Raises:
-        MissingFile: there is no checkpoint, or a shard that the index names is not there.
-        CheckpointError: a file is damaged, or index and shards disagree. Only headers are read to know it.
-    """
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self._files: dict[str, Path] = {}
-        self._placed: dict[str, Placed] = {}
-        index = self.directory / INDEX
-        if index.is_file():
-            self._read_indexed(_weight_map(index))
-        else:
-            self._read_all()
-
-    def _read_indexed(self, file_of: dict[str, str]) -> None:
-        for file in sorted(set(file_of.values())):
-            path = self.directory / file
-            if not path.is_file():
-                raise MissingFile(f"no {path}", f"the shard that {INDEX} names", "download the missing shard")
-            self._add(path)
-        for name, file in file_of.items():
-            if name not in self._placed or self._files[name].name != file:
-                raise CheckpointError(
-                    f"{INDEX} of {self.directory} with {name!r} in {file}",
-                    f"{self._files[name].name if name in self._files else 'a shard'} with that tensor",
-                    "download the index and the shards of one version",
-                )
-        if extra := sorted(set(self._placed) - set(file_of)):
-            raise CheckpointError(
-                f"{len(extra)} tensors in {self.directory} that {INDEX} does not name, first {extra[0]!r}",
-                "an index of every tensor", "download the index and the shards of one version",
-            )  # fmt: skip
-
-    def _read_all(self) -> None:
-        for path in sorted(self.directory.glob("*.safetensors")):
-            if not path.name.startswith(_NOT_OURS):
-                self._add(path)
-        if not self._placed:
-            raise MissingFile(
-                f"no *.safetensors in {self.directory}", "a Hugging Face checkpoint", "export it as safetensors"
-            )
-
-    def _add(self, path: Path) -> None:
-        for name, placed in read_header(path).items():
-            if name in self._placed:
-                raise CheckpointError(
-                    f"{name} in {self._files[name]} and in {path}", "each tensor once", "keep one of the two files"
-                )
-            self._placed[name], self._files[name] = placed, path
-
-    def names(self) -> set[str]:
-        return set(self._placed)
-
-    def spec(self, name: str) -> TensorSpec:
-        if name not in self._placed:
-            raise CheckpointError(
-                f"no tensor {name!r} in {self.directory}", "a complete checkpoint", "download or export it again"
-            )
-        return self._placed[name].spec
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.spec(name).shape
-
-    def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """`tensor[start:stop]` along `axis` (0 or 1): a map of the file, not a copy."""
-        spec = self.spec(name)
-        if axis == 0 and spec.shape:
-            row = spec.nbytes // max(spec.shape[0], 1)
-            stop = min(stop, spec.shape[0])
-            rows = TensorSpec(name, spec.dtype, (max(stop - start, 0), *spec.shape[1:]))
-            return mapped(self._files[name], self._placed[name].start + start * row, rows)
-        whole = mapped(self._files[name], self._placed[name].start, spec)
-        return whole[:, start:stop] if spec.shape else whole
-
-    def whole(self, name: str) -> Tensor:
-        """A tensor as a map of its file."""
-        return mapped(self._files[name], self._placed[name].start, self.spec(name))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{index} without a weight_map", "tensors and their files", "download the index again")
-    return found
-
-
-def check_tied(reader: SafetensorsReader) -> None:
-    """Raises CheckpointError where a checkpoint of tied embeddings has another output layer of its own."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if head not in reader.names():
-        return
-    pieces = (reader.whole(name).reshape(-1).split(1 << 24) for name in (embedding, head))
-    same = reader.shape(embedding) == reader.shape(head) and all(
-        torch.equal(one.float(), other.float()) for one, other in zip(*pieces, strict=True)
-    )
-    if not same:
-        raise CheckpointError(
-            f"{head} in {reader.directory}, other than {embedding}, with tie_word_embeddings in config.json",
-            "one tensor for both", "set tie_word_embeddings to false, or remove the one that the model does not use",
-        )  # fmt: skip
-
-
-def check_tensors(reader: SafetensorsReader, expected: Iterable[TensorSpec], optional: Iterable[str] = ()) -> None:
-    """Raises CheckpointError unless the directory holds exactly `expected`, in their shapes, and some of `optional`."""
-    specs = {spec.name: spec for spec in expected}
-    remedy = "check that config.json belongs to these weights"
-    if extra := sorted(reader.names() - set(specs) - set(optional)):
-        raise CheckpointError(
-            f"{len(extra)} tensors in {reader.directory} that the model has no place for, first {extra[0]!r}",
-            "exactly the tensors of its config.json", remedy,
-        )  # fmt: skip
-    for name, spec in specs.items():
-        found = reader.spec(name)
-        if found.shape != spec.shape:
-            raise CheckpointError(f"{name} of shape {found.shape} in {reader.directory}", f"shape {spec.shape}", remedy)
-        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise CheckpointError(
-                f"{name} of dtype {found.dtype} in {reader.directory}",
-                "float32, bfloat16, float16 or float64: quantised weights are not converted",
-                "take the original of the checkpoint",
-            )
-
-
-def check_vocabulary(directory: Path, vocab_size: int) -> None:
-    """Raises CheckpointError where the tokenizer knows ids that the model has no row for.
-
-    Placeholders of other modalities are never fed to a text model; tokenizers shared with a multimodal one have them.
-    """
-    unused = _placeholders(directory)
-    for file, ids_of in (("tokenizer.json", _fast_ids), ("vocab.json", dict), ("added_tokens.json", dict)):
-        path = directory / file
-        if not path.is_file():
-            continue
-        try:
-            ids = ids_of(read_json(path))
-            largest = max((number for token, number in ids.items() if token not in unused), default=0)
-        except (AttributeError, KeyError, TypeError):
-            raise CheckpointError(f"{path} without tokens and ids", "a tokenizer's file", "download it again") from None
-        if largest >= vocab_size:
-            raise CheckpointError(
-                f"token id {largest} in {path}", f"ids below the model's vocabulary of {vocab_size}",
-                "take the model's own tokenizer, or resize the model's embedding to the tokenizer",
-            )  # fmt: skip
-
-
-def _fast_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Tokens and ids of a tokenizer.json; unigram models number their tokens by their places."""
-    vocabulary = tokenizer["model"].get("vocab", ())
-    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {one[0]: at for at, one in enumerate(vocabulary)}
-    return ids | {one["content"]: one["id"] for one in tokenizer.get("added_tokens", ())}
-
-
-def _placeholders(directory: Path) -> set[str]:
-    path = directory / "tokenizer_config.json"
-    if not path.is_file():
-        return set()
-    config = read_json(path)
-    extra = config.get("extra_special_tokens")
-    named = {**config, **(extra if isinstance(extra, dict) else {})}
-    return {str(named[key]) for key in ("image_token", "audio_token", "video_token") if key in named}
-
-
 def read_value_head(directory: str | Path) -> Tensor | None:
     """The AR's (d, d) head; None in a directory that has none."""
-    from safetensors.torch import load_file
-
     path = Path(directory) / VALUE_HEAD
-    return load_file(path)["weight"] if path.is_file() else None
+    return finite_tensors(path)["weight"] if path.is_file() else None
 
 
 def write_value_head(directory: Path, weight: Tensor) -> None:

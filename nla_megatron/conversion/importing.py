@@ -46,7 +46,7 @@ class Import:
         check_stacked(self.dtypes)
         check_vocabulary(self.side.directory, self.side.model.shape.vocab_size)
         self.files = checkpoint_files(self.side.model, self.dtypes, shard_bytes)
-        shards = sorted(self.side.directory.glob("*.safetensors"))
+        shards = [*self.side.reader.files, *filter(Path.is_file, (self.side.head_file,))]
         self.work = Work(
             out,
             {

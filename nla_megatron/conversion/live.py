@@ -15,11 +15,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nla_megatron.contract.blocks import ReconstructorSpec
+from nla_megatron.conversion.description import checked_weights
 from nla_megatron.conversion.families import rules_of
 from nla_megatron.conversion.heads import head_of, resolved_spec
-from nla_megatron.conversion.hf import SafetensorsReader, check_tied
+from nla_megatron.conversion.hf import check_tied
 from nla_megatron.conversion.rules import Rule, by_name
-from nla_megatron.errors import CheckpointError
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.critic import Critic, build_critic
 from nla_megatron.models.lora import adapted, merged_local
@@ -106,10 +106,9 @@ def load_from_hf(model: Any, directory: str, shape: ModelShape, world: World, *,
     With `with_head=False` (an AR) deeper blocks, the final norm and the output layer may be there and are not read.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, or (for a whole model) left over.
+        MissingFile, CheckpointError: as `checked_weights`, or a weight that is not finite.
     """
-    reader, rules = SafetensorsReader(directory), by_name(rules_of(shape, with_head))
-    _check_tensors(reader, list(rules.values()), strict=with_head)
+    reader, rules = checked_weights(directory, shape, with_head=with_head), by_name(rules_of(shape, with_head))
     if with_head and shape.tied_embeddings:
         check_tied(reader)
     for name, parameter in global_parameters(model).items():
@@ -154,23 +153,6 @@ def load_critic(directory: str, shape: ModelShape, world: World, dtype: str) -> 
     model = build_critic(shape, world, dtype)
     load_from_hf(model, directory, shape, world, with_head=False)
     return model
-
-
-def _check_tensors(reader: SafetensorsReader, rules: list[Rule], strict: bool) -> None:
-    expected = {part.hf: rule.hf_shape(part) for rule in rules for part in rule.parts}
-    extra = sorted(reader.names() - set(expected) - {"lm_head.weight"}) if strict else []
-    if extra:
-        raise CheckpointError(
-            f"{len(extra)} tensors that the model has no place for, first {extra[0]!r}",
-            "exactly the tensors of its config.json", "check that config.json belongs to these weights",
-        )  # fmt: skip
-    for name, shape in expected.items():
-        if reader.shape(name) != shape:
-            raise CheckpointError(
-                f"{name} of shape {reader.shape(name)}",
-                f"shape {shape}",
-                "check that config.json belongs to these weights",
-            )
 
 
 class Exporter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from nla_megatron.config.lock import Lock
 from nla_megatron.config.schema import MergeConfig
-from nla_megatron.conversion.hf import SHARD_BYTES, SafetensorsReader, copy_companions, read_config, write_index
+from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.conversion.formats.config_keys import QUANTIZATION
+from nla_megatron.conversion.formats.weights import check_finite, weight_files
+from nla_megatron.conversion.hf import (
+    HEAD_FILE,
+    SHARD_BYTES,
+    VALUE_HEAD,
+    SafetensorsReader,
+    check_tied,
+    copy_companions,
+    read_config,
+    write_index,
+)
 from nla_megatron.conversion.manifest import Record, dtype_name, read_manifest, write_manifest
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, AdapterReader, PeftConfig, read_peft_config
 from nla_megatron.conversion.projections import carry_projections
@@ -24,7 +36,8 @@ from nla_megatron.errors import CheckpointError, RunDirectoryError, UnsupportedM
 from nla_megatron.models.builder import DTYPES
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
-_BESIDE = ("value_head.safetensors", "reconstructor_head.safetensors", "nla_meta.yaml")
+_BESIDE = (VALUE_HEAD, HEAD_FILE, "nla_meta.yaml")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def merge(
@@ -32,6 +45,8 @@ def merge(
     dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write `base` with `adapter` added to it as a directory of its own; both sources stay as they are.
+
+    Where the adapter has the output layer of tied embeddings, the result's are not tied: the embedding has no adapter.
 
     Every weight is W + scale * B A, computed in fp32 and rounded once, to `dtype` or (None) to its own. One tensor at
     a time is in memory.
@@ -45,6 +60,7 @@ def merge(
         DiskFull: no room.
         MissingFile, CheckpointError: the base lacks a weight that is adapted, or has it in another shape.
         UnsupportedModel: the adapter asks for what is not honoured, or the base is quantised.
+        CheckpointError: weights that are not finite, with the adapter or without it.
         RunDirectoryError: `out` is there already.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
@@ -74,8 +90,19 @@ def merge(
         work.publish()
 
 
+def is_tied(config: Mapping[str, Any], reader: SafetensorsReader) -> bool:
+    """Whether a model's output layer is its embedding: as config.json says, or its family where it does not."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    family = FAMILIES.get(str(next(iter(config.get("architectures") or ()), "")))
+    if family is not None:
+        return family.shape_from_config(config).tied_embeddings
+    return f"{HEAD}.weight" not in reader.names()
+
+
 def _plan(base: Path, adapter: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:
-    files = [*sorted(base.glob("*.safetensors")), adapter / CONFIG, adapter / WEIGHTS]
+    heads = (base / name for name in (VALUE_HEAD, HEAD_FILE))
+    files = [*weight_files(base)[0], *filter(Path.is_file, heads), adapter / CONFIG, adapter / WEIGHTS]
     return {
         "direction": "merge", "source": str(base.resolve()), "adapter": str(adapter.resolve()),
         "dtype": None if dtype is None else dtype_name(dtype), "shard_bytes": shard_bytes,
@@ -108,12 +135,26 @@ class Merging:
         self.base, self.pairs, self.adapter = base, pairs, adapter
         self.config, self.reader = read_config(base), SafetensorsReader(base)
         self.names = sorted(name for name in self.reader.names() if keep(name))
-        if quantised := self.config.get("quantization_config"):
+        self.unties = False
+        for key in (key for key, value in self.config.items() if QUANTIZATION.fullmatch(key) and value):
             raise UnsupportedModel(
-                f"quantization_config={quantised!r} in {base}", "a base in floating point",
+                f"{key}={self.config[key]!r} in {base}", "a base in floating point",
                 "give the model from which the base was quantised",
             )  # fmt: skip
+        if is_tied(self.config, self.reader):
+            check_tied(self.reader)
+            self._untie()
         self._check()
+
+    def _untie(self) -> None:
+        """An adapter of the output layer alone leaves the embedding as it is: the result has one of each."""
+        if HEAD in self.pairs.modules and f"{EMBEDDING}.weight" in self.names:
+            self.config, self.unties = {**self.config, "tie_word_embeddings": False}, True
+            self.names = sorted({*self.names, f"{HEAD}.weight"})
+
+    def _source(self, name: str) -> str:
+        """The base's tensor that is written under a name."""
+        return f"{EMBEDDING}.weight" if self.unties and name == f"{HEAD}.weight" else name
 
     def _check(self) -> None:
         if not self.pairs.modules:
@@ -127,7 +168,8 @@ class Merging:
                     f"{self.pairs.path} adapts {module}; {self.base} has no {module}.weight for it",
                     "the base model that the adapter was trained on", "give that model as base=",
                 )  # fmt: skip
-            self.pairs.check(module, self.adapter.rank_of(module), self.reader.shape(f"{module}.weight"))
+            shape = self.reader.shape(self._source(f"{module}.weight"))
+            self.pairs.check(module, self.adapter.rank_of(module), shape)
 
     def write(self, directory: Path, config: dict[str, Any], dtype: torch.dtype | None, shard_bytes: int) -> None:
         """Weights, config.json and the base's tokenizer files into an empty directory."""
@@ -140,8 +182,8 @@ class Merging:
 
     def specs(self, dtype: torch.dtype | None) -> list[TensorSpec]:
         """The merged tensors, sorted by name."""
-        held = [self.reader.spec(name) for name in self.names]
-        return [TensorSpec(spec.name, dtype or spec.dtype, spec.shape) for spec in held]
+        held = {name: self.reader.spec(self._source(name)) for name in self.names}
+        return [TensorSpec(name, dtype or spec.dtype, spec.shape) for name, spec in held.items()]
 
     def write_shard(self, directory: Path, shard: Shard) -> list[Record]:
         file = ShardFile(directory, shard)
@@ -152,10 +194,11 @@ class Merging:
 
     @torch.no_grad()
     def _merged(self, spec: TensorSpec) -> Tensor:
-        weight, module = self.reader.whole(spec.name), spec.name.removesuffix(".weight")
+        weight, module = self.reader.whole(self._source(spec.name)), spec.name.removesuffix(".weight")
         if module != spec.name and module in self.pairs.modules:
             A, B = (self.pairs.whole(module, matrix).float() for matrix in "AB")
             weight = weight.float() + (B @ A) * self.adapter.scale_of(module)
+            check_finite(weight, f"{spec.name} with the adapter", self.pairs.path)
         return cast(weight, spec)
 
 

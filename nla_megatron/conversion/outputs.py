@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron.conversion.checkpoint_plan import naming_metadata
+from nla_megatron.conversion.formats.config_file import settled_directory
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.conversion.source import HuggingFaceSide, MegatronSide
 from nla_megatron.errors import MissingFile
@@ -88,13 +89,14 @@ def _ids(side: HuggingFaceSide, text: str) -> list[int]:
 @torch.no_grad()
 def _by_transformers(side: HuggingFaceSide, ids: list[int], dtype: torch.dtype) -> Tensor:
     """Logits (T, V), or an AR's vector (1, D); fp32."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     kind: Any = AutoModel if side.model.is_ar else AutoModelForCausalLM
-    model = kind.from_pretrained(side.directory, dtype=dtype, attn_implementation="eager").eval()
+    config = AutoConfig.from_pretrained(settled_directory(side.directory))
+    model = kind.from_pretrained(side.directory, config=config, dtype=dtype, attn_implementation="eager").eval()
     tokens = torch.tensor(ids)[None]
     if not side.model.is_ar:
         return model(tokens).logits[0].float()

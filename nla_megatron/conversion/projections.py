@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar
+from nla_megatron.conversion.formats.weights import finite_tensors
 from nla_megatron.conversion.hf import write_head
 from nla_megatron.conversion.safetensors_file import read_header
 from nla_megatron.errors import CheckpointError, MissingFile
@@ -64,12 +65,10 @@ def read_projections(directory: str | Path, interventions: Sequence[Intervention
     Raises:
         MissingFile, CheckpointError: as `check_projections`.
     """
-    from safetensors.torch import load_file
-
     path = check_projections(directory, interventions, width)
     if path is None:
         return {}
-    tensors, made = load_file(path), _made(interventions, width)
+    tensors, made = finite_tensors(path), _made(interventions, width)
     for number, projection in made.items():
         projection.load_state_dict({name: tensors[f"{number}.{name}"] for name in projection.state_dict()})
     return made

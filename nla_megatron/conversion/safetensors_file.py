@@ -30,6 +30,7 @@ CHECKSUM = "xxh3_128"
 BLOCK = 1 << 20  # what is summed is still in the cache when it is written
 _LEAST_RUN = 16 << 10
 _DAMAGED = "download or export this file again"
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,12 @@ def read_header(path: Path) -> dict[str, Placed]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == _POINTER[:8]:
+            raise CheckpointError(
+                f"{path}, a pointer of git-lfs", "the file that it stands for", "run `git lfs pull` there"
+            )
+        length = int.from_bytes(start, "little")
         if size < 8 or not 2 <= length <= size - 8:
             raise CheckpointError(
                 f"{path} of {size} bytes with a header of {length}", "a whole safetensors file", _DAMAGED
@@ -78,7 +84,7 @@ def read_header(path: Path) -> dict[str, Placed]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         found = {name: _placed(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} with an unreadable header", "a safetensors file", _DAMAGED) from None
     end = 8 + length
     for one in sorted(found.values(), key=lambda one: (one.start, one.spec.nbytes)):

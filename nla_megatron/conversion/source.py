@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nla_megatron.conversion.checkpoint_plan import CheckpointPlan, checkpoint_plan
-from nla_megatron.conversion.description import HEAD, described, located
-from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, SafetensorsReader, check_tensors, check_tied
+from nla_megatron.conversion.description import HEAD, checked_weights, described, located
+from nla_megatron.conversion.formats.weights import check_finite
+from nla_megatron.conversion.hf import HEAD_FILE, VALUE_HEAD, check_tied
 from nla_megatron.conversion.rules import Part, Rule
 from nla_megatron.conversion.safetensors_file import TensorSpec, mapped, read_header
 from nla_megatron.conversion.torch_dist_reader import TorchDistReader
@@ -26,7 +27,7 @@ class HuggingFaceSide:
         layers: take an AR's backbone of that many blocks from a whole model.
 
     Raises:
-        MissingFile, CheckpointError, UnsupportedModel: see `SafetensorsReader` and `check_tensors`.
+        MissingFile, CheckpointError, UnsupportedModel: see `checked_weights`.
     """
 
     def __init__(self, directory: str | Path, layers: int | None = None):
@@ -39,22 +40,11 @@ class HuggingFaceSide:
             )  # fmt: skip
         has_head = self.head_file.is_file()
         self.model = described(self.directory, layers, is_ar=has_head or layers is not None)
-        self.reader = SafetensorsReader(self.directory)
-        expected = [
-            TensorSpec(part.hf, torch.float32, rule.hf_shape(part)) for rule in self.model.rules for part in rule.parts
-        ]
-        check_tensors(self.reader, expected, self._not_read())
+        self.reader = checked_weights(self.directory, self.model.shape, with_head=not self.model.is_ar)
         if self.model.shape.tied_embeddings and not self.model.is_ar:
             check_tied(self.reader)
         if has_head:
             self._check_head()
-
-    def _not_read(self) -> set[str]:
-        """An AR's directory may have what its backbone lacks; tied embeddings may be there twice."""
-        if not self.model.is_ar:
-            return {"lm_head.weight"} if self.model.shape.tied_embeddings else set()
-        whole = described(self.directory, None, is_ar=False)
-        return {"lm_head.weight", *(part.hf for rule in whole.rules for part in rule.parts)}
 
     def _check_head(self) -> None:
         width = self.model.shape.hidden_size
@@ -89,7 +79,9 @@ class HuggingFaceSide:
         if not self.head_file.is_file():
             return torch.eye(self.model.shape.hidden_size)
         placed = read_header(self.head_file)["weight"]
-        return mapped(self.head_file, placed.start, placed.spec).float()
+        head = mapped(self.head_file, placed.start, placed.spec).float()
+        check_finite(head, HEAD, self.head_file)
+        return head
 
 
 class MegatronSide:

@@ -25,7 +25,7 @@ from nla_megatron.contract.sidecar import (
 )
 from nla_megatron.contract.splits import assign_split, held_out
 from nla_megatron.contract.tables import Table, write_table
-from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.hf import check_vocabulary, read_shape
 from nla_megatron.errors import ConfigError, MissingFile, WidthError
 from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.nla_checks import MSE_SCALE, check_stack
@@ -69,6 +69,7 @@ def check(config: BuildConfig, world_size: int) -> None:
             f"{sidecar.extraction.d_model}, as its sidecar says",
             "extract the table again",
         )
+    check_vocabulary(Path(config.model), shape.vocab_size)
     check_run_directory("build", config)
 
 

@@ -38,10 +38,19 @@ def check(config: ExplainConfig, world_size: int) -> None:
             "the base table that `extract` writes",
             "run `nla-megatron extract`, or correct input=",
         )
-    pool = read_dataset_sidecar(config.input).pool
-    check_stack(Table.open(config.input, "base"), pool)
+    pool, table = read_dataset_sidecar(config.input).pool, Table.open(config.input, "base")
+    check_stack(table, pool)
+    check_vectors(table)
     make_provider(config.provider.name, **config.provider.options)
     check_run_directory("explain", config)
+
+
+def check_vectors(table: Table) -> None:
+    """Raises ColumnError where a row's vectors are not finite: no explanation of it would be of use."""
+    for start in range(0, table.n_rows, _ROWS_PER_BATCH):
+        rows = range(start, min(start + _ROWS_PER_BATCH, table.n_rows))
+        table.vectors(rows)
+        table.preceding(rows)
 
 
 def run(config: ExplainConfig) -> None:

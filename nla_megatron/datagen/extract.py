@@ -23,10 +23,11 @@ from nla_megatron.contract.blocks import CorpusSlice, DatasetExtraction
 from nla_megatron.contract.corpus import read_corpus
 from nla_megatron.contract.sidecar import DatasetSidecar, PoolSpec, write_dataset_sidecar
 from nla_megatron.contract.tables import write_table
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.datagen.sentences import sentences_of
-from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.errors import ConfigError, LayoutError, NotFinite
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.pipeline import forward_each
@@ -65,7 +66,9 @@ def check(config: ExtractConfig, world_size: int) -> None:
     """Everything that can be known before the first forward; raises a named error."""
     data_parallel_size(config.parallel, world_size)
     shape = read_shape(config.model)
-    check_layout(shape.truncated(layer_of(config, shape) + 1), config.parallel, "forward")
+    kept = shape.truncated(layer_of(config, shape) + 1)
+    check_layout(kept, config.parallel, "forward")
+    check_directory(config.model, kept, with_head=False)
     if config.parallel.ep > 1:
         raise LayoutError(
             f"parallel.ep={config.parallel.ep} for extraction", "parallel.ep=1",
@@ -217,6 +220,12 @@ def _activations(
 def _columns(chunk: list[Passage], kept: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
     """Of each position of the passages; `kept` (K, D) of each, for any K."""
     rows = [(passage, position) for passage in chunk for position in passage.positions]
+    for (passage, position), vectors_KD in zip(rows, kept, strict=True):
+        if not np.isfinite(vectors_KD).all():
+            raise NotFinite(
+                f"NaN or infinity in block {layer}'s activation at token {position} of document {passage.doc_id!r}",
+                "finite numbers", "compute in another dtype=, or look at the model's weights",
+            )  # fmt: skip
     before = [vectors_KD[:-1].reshape(-1) for vectors_KD in kept]
     return {
         columns.N_RAW_TOKENS: [position + 1 for _, position in rows],

@@ -13,6 +13,7 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig, TaskConfig
 from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.contract.journal import read_object
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.evaluation.answers_report import write_answers_report
@@ -50,7 +51,9 @@ def check_sampling(config: EvalConfig, world_size: int) -> None:
             f"samples={config.samples} with rollout.temperature=0", "a temperature above 0",
             "greedy samples are all alike: set rollout.temperature=1, or samples=1",
         )  # fmt: skip
-    check_rollout_layout(read_shape(config.model), config.rollout.tp, world_size, config.rollout.expert_parallel)
+    shape = read_shape(config.model)
+    check_rollout_layout(shape, config.rollout.tp, world_size, config.rollout.expert_parallel)
+    check_directory(config.model, shape)
 
 
 def check_rows(config: EvalConfig, task: TextTask) -> None:

@@ -84,6 +84,8 @@ def evaluation_words(run: Run, models: Mapping[str, str], data: str | None) -> l
     rows = data or run.values.get("held_out")
     words = [f"{key}={literal(directory)}" for key, directory in models.items()]
     words += [f"data={literal(str(rows))}"] if rows else []
+    allowed = run.values.get("allow_unknown_config")
+    words += [f"allow_unknown_config={literal(allowed)}"] if allowed else []
     task = _task(run)
     if task.name == "nla":
         return words

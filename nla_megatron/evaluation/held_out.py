@@ -22,8 +22,9 @@ from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.files import atomic_path, write_json
 from nla_megatron.contract.journal import read_object
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
-from nla_megatron.conversion.hf import read_shape
+from nla_megatron.conversion.hf import check_vocabulary, read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.conversion.projections import read_projections
 from nla_megatron.errors import ConfigError, MissingFile
@@ -54,8 +55,12 @@ def check(config: EvalConfig, world_size: int) -> None:
     task = NlaTask.open(config.data, "rl", config.av)
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
-    check_layout(_reader_shape(config, task), config.parallel, "forward")
-    check_rollout_layout(read_shape(config.av), config.rollout.tp, world_size, config.rollout.expert_parallel)
+    writer, reader = read_shape(config.av), _reader_shape(config, task)
+    check_layout(reader, config.parallel, "forward")
+    check_rollout_layout(writer, config.rollout.tp, world_size, config.rollout.expert_parallel)
+    check_directory(config.av, writer)
+    check_directory(config.ar, reader, with_head=False)
+    check_vocabulary(Path(config.av), reader.vocab_size)  # whose tokens the AR reads
     for name in (columns.EXPLANATION, columns.TEXT):
         task.table.column(name)
     if config.compare is not None and not (Path(config.compare) / ROWS).is_file():

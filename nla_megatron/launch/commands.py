@@ -17,6 +17,7 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
+from nla_megatron.conversion.formats.config_keys import admitting
 from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError
 from nla_megatron.launch.ending import exit_code_after
@@ -98,6 +99,8 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 _LOG_LEVELS = {"TORCH_CPP_LOG_LEVEL": "ERROR", "VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+_WITHOUT_A_MODEL = ("pretrain", "explain", "judge")
+"""Commands that read no model's config.json."""
 MULTIRUN = ("-m", "--multirun")
 
 
@@ -122,6 +125,11 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     command = COMMANDS[name]
     config = configured(name, overrides)
     silence_libraries()
+    with admitting(getattr(config, "allow_unknown_config", ())):
+        return _execute(name, command, config, overrides)
+
+
+def _execute(name: str, command: Command, config: Any, overrides: Sequence[str]) -> int:
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
         return 0
@@ -176,6 +184,7 @@ def unread(name: str, config: Any) -> list[Unread]:
     idle = [] if command.on_ranks or command.lays_out else [("parallel", f"in {name}")]
     if not (name == "export" or (name == "rl" and config.task.name == "nla") or getattr(config, "role", "") == "both"):
         idle.append(("parallel.ar_stages", f"in {name}, where no AR learns beside an AV"))
+    idle += [("allow_unknown_config", f"in {name}")] if name in _WITHOUT_A_MODEL else []
     return [*idle, *(module.unread(config) if hasattr(module, "unread") else ())]
 
 

@@ -103,6 +103,15 @@ def _several(positions: int | Sequence[int]) -> tuple[int, ...]:
     return (positions,) if isinstance(positions, int) else tuple(positions)
 
 
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raises ColumnError for a token that the model has no row for: it would be one that only fills the matrix up."""
+    if largest >= vocab_size:
+        raise ColumnError(
+            f"token id {largest} among the rows of a batch", f"ids below the model's vocabulary of {vocab_size}",
+            "take the model's own tokenizer, or resize the model's embedding to the tokenizer",
+        )  # fmt: skip
+
+
 def shares(lengths: Sequence[int], world: World, micro_batch_size: int) -> list[list[int]]:
     """This DP rank's microbatches as row indices, -1 where a microbatch is only filled up.
 

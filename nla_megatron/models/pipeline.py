@@ -12,7 +12,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nla_megatron.models.batching import Batch, microbatches
+from nla_megatron.models.batching import Batch, check_ids, microbatches
 from nla_megatron.models.builder import chunks_of
 from nla_megatron.models.interventions import check_parts
 from nla_megatron.parallel.collectives import sum_over_world
@@ -92,6 +92,8 @@ def forward_rows(
 def _run(model: Any, parts: Sequence[Microbatch], finish: Callable, forward_only: bool) -> None:
     chunks = chunks_of(model)
     check_parts(chunks[0], parts)
+    shape = getattr(chunks[0], "module", chunks[0]).shape
+    check_ids(max(int(part.ids.max()) for part in parts), shape.vocab_size)
 
     def forward_step(
         remaining: Iterator[Microbatch], chunk: Any

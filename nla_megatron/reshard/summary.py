@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.schema import ParallelConfig, PlanConfig
+from nla_megatron.conversion.formats.config_file import settled_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.builder import check_layout, check_rollout_layout
@@ -29,8 +30,9 @@ def vllm_config(directory: str | Path, dtype: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
-        model=str(directory), skip_tokenizer_init=True, enforce_eager=True, dtype=dtype, load_format="dummy"
-    ).create_engine_config()
+        model=str(directory), hf_config_path=str(settled_directory(directory)), skip_tokenizer_init=True,
+        enforce_eager=True, dtype=dtype, load_format="dummy",
+    ).create_engine_config()  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Engine:
         if project is None and any(each.mode == "project" for each in interventions):
             raise ConfigError("mode project without a projection", "Engine(project=...)", "pass the trainer's")
         limit = min(config.max_model_len, shape.max_positions)
-        self.terms = Terms(interventions, shape.hidden_size, limit, marker)
+        self.terms = Terms(interventions, shape.hidden_size, limit, marker, shape.vocab_size)
         self.config, self.world, self.eos_id, self.tied = config, world, eos_id, shape.tied_embeddings
         self.project = project
         self.replicas, self.replica = world.size // config.tp, world.rank // config.tp

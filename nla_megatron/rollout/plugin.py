@@ -1,4 +1,4 @@
-"""What vLLM is given of ours: an operator and a worker class. Nothing of vLLM's source is changed.
+"""What vLLM is given of ours: an operator, a worker class, a loader. Nothing of vLLM's source is changed.
 
 vLLM calls `register` in each of its processes where the package is installed (the entry point `vllm.general_plugins`);
 the engine calls it too, so it also works from a checkout.
@@ -20,6 +20,13 @@ NAME = "nla_megatron"
 def register() -> None:
     """Make the operator known, before a model or a compiled graph that names it is loaded. May be called again."""
     from nla_megatron.rollout import op  # noqa: F401
+
+
+def register_loader() -> str:
+    """Make our reader of model directories known; returns what vLLM calls it. May be called again."""
+    from nla_megatron.rollout.loader import FORMAT
+
+    return FORMAT
 
 
 def check_installed() -> None:

@@ -12,6 +12,7 @@ from nla_megatron.errors import ColumnError, ConfigError, InjectionError, Layout
 from nla_megatron.interventions.checks import Marker, check_brought, check_positions, check_vectors
 from nla_megatron.interventions.placement import filled, taken
 from nla_megatron.interventions.spec import Intervention
+from nla_megatron.models.batching import check_ids
 from nla_megatron.rollout.accounting import Asked, salt_of
 from nla_megatron.types import Rollout
 
@@ -106,6 +107,7 @@ class Terms:
     hidden_size: int
     max_model_len: int
     marker: Marker | None = None
+    vocab_size: int | None = None
 
     def check(self, requests: Sequence[PromptRequest], samples: int, new_tokens: Sequence[int]) -> None:
         """Everything that is known without the vectors; `new_tokens` of each request.
@@ -113,6 +115,7 @@ class Terms:
         Raises:
             InjectionError: a position outside the prompt, or without the marker and its neighbours.
             LayoutError: a prompt that leaves no room for `new_tokens`.
+            ColumnError: tokens that the model has no row for.
             ConfigError: no samples, several greedy ones, or strengths that are not numbers.
         """
         for request, new in zip(requests, new_tokens, strict=True):
@@ -128,6 +131,8 @@ class Terms:
                     f"1 or more, and at most {self.max_model_len} in all",
                     "lower rollout.max_new_tokens or raise rollout.max_model_len",
                 )  # fmt: skip
+            if self.vocab_size is not None:
+                check_ids(max(request.prompt_ids), self.vocab_size)
             for intervention, strengths in zip(self.interventions, self._strengths(request, 0), strict=True):
                 if strengths is not None:
                     positions = _positions(request, intervention)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nla_megatron.conversion.formats.config_file import settled_directory
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
@@ -110,8 +111,12 @@ def _options(
 
     plugin.check_version(vllm.__version__)
     plugin.register()
+    settled = str(settled_directory(model))
     return dict(
         model=model,
+        hf_config_path=settled,
+        tokenizer=settled,
+        load_format=plugin.register_loader(),
         dtype=config.dtype,
         max_model_len=min(config.max_model_len, shape.max_positions),
         max_num_seqs=config.max_num_seqs,

@@ -57,6 +57,8 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, stage: str, world: World, keep: int, keep_every: int = 0):
         self.directory, self.stage, self.world = Path(run_dir) / CHECKPOINTS, stage, world
         self.keep, self.keep_every = keep, keep_every
+        self.found: dict[str, Any] = {}
+        """What the checkpoint that was resumed from says of itself."""
 
     def _place(self, step: int) -> Path:
         permanent = self.keep_every > 0 and step % self.keep_every == 0
@@ -128,6 +130,7 @@ class Checkpoints:
                     f"{key}={value!r}",
                     "resume with the run's own command, or use another out=",
                 )
+        self.found = state
         load_modules(directory, modules)
         for name, kept in memory.items():
             kept.load_state(state["memory"][name])

@@ -27,6 +27,7 @@ from nla_megatron.config.schema import CurriculumConfig, ExportConfig, RlConfig
 from nla_megatron.config.unread import Unread
 from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.completeness import check_whole
+from nla_megatron.conversion.formats.config_keys import admitting
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile
 from nla_megatron.models.builder import check_layout
@@ -45,6 +46,11 @@ def check(config: ExportConfig, world_size: int) -> None:
         check_run_directory("export", config)
         return
     run = run_of(config)
+    with admitting(run.allow_unknown_config):
+        _check(config, run, world_size)
+
+
+def _check(config: ExportConfig, run: RlConfig, world_size: int) -> None:
     side = side_of(run)
     if side.alone(run) is not None:
         raise ConfigError(
@@ -67,10 +73,13 @@ def run(config: ExportConfig, world: World) -> None:
     if world.is_main:
         claim_run_directory("export", config)
     barrier(world)
-    side = make_side(run_of(config), world)
-    check_whole(Path(config.checkpoint), world)
-    load_modules(Path(config.checkpoint), side.learners)
-    side.export()
+    of_run = run_of(config)
+    # What the run was allowed to pass over is in the models that it began with.
+    with admitting(of_run.allow_unknown_config):
+        side = make_side(of_run, world)
+        check_whole(Path(config.checkpoint), world)
+        load_modules(Path(config.checkpoint), side.learners)
+        side.export()
     if world.is_main:
         mark_done(config)
 

@@ -12,6 +12,7 @@ from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World
 from nla_megatron.training.checkpoint import Checkpoints, Memory, Stateful
 from nla_megatron.training.metrics import make_logger
+from nla_megatron.training.tally import check_learns, recorded, restore
 
 _SHOWN = ("loss", "reward", "av_loss", "ar_loss")
 """What a progress bar says of a step."""
@@ -25,6 +26,8 @@ def train(
 ) -> None:  # fmt: skip
     """Run the remaining steps of a stage, saving every `save_every` and `keep_every` steps and at the end.
 
+    Raises NotFinite, on all ranks, where what should learn skipped every update: nothing is saved as finished then.
+
     Args:
         on_resume: called after weights came from a checkpoint, before the first step.
         memory: what carries numbers from step to step, beside the modules.
@@ -36,6 +39,7 @@ def train(
     schedule: dict[str, Any] = {"steps": config.steps, "seed": config.seed}
     start = checkpoints.resume(modules, schedule, memory or {})
     if start:
+        restore(modules, checkpoints.found.get("updates", {}), start)
         on_resume()
     logger = make_logger(config.logger, config.out, name, active=world.is_main, resume_step=start or None)
     bar = progress(name, active=world.is_main, total=config.steps, initial=start, bar=config.logger.progress)
@@ -43,9 +47,10 @@ def train(
         for number in range(start, config.steps):
             scalars = step(number)
             logger.log(number, scalars)
+            check_learns(modules, last=number + 1 == config.steps)
             bar.advance(1, **{key: scalars[key] for key in _SHOWN if key in scalars})
             if _is_saved(config, number + 1):
-                checkpoints.save(number + 1, modules, schedule, memory or {})
+                checkpoints.save(number + 1, modules, {**schedule, "updates": recorded(modules)}, memory or {})
 
 
 def _is_saved(config: TrainingStageConfig, step: int) -> bool:

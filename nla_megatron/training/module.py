@@ -22,6 +22,7 @@ from nla_megatron.training.optimizer import (
     materialise_state,
     separate_steps,
 )
+from nla_megatron.training.tally import Tally
 from nla_megatron.types import Microbatch
 
 
@@ -58,7 +59,7 @@ class TrainModule:
             chunk.config.finalize_model_grads_func = finalize_model_grads
         with megatron_device():
             self.wrapped = [DistributedDataParallel(chunk.config, options, chunk) for chunk in self.chunks]
-        self.optimizer = build_optimizer(self.wrapped, config, DTYPES[dtype])
+        self.optimizer, self.tally = build_optimizer(self.wrapped, config, DTYPES[dtype]), Tally()
 
     def update(
         self,
@@ -96,6 +97,7 @@ class TrainModule:
             finite = norm == norm and norm != float("inf")
             if finite:
                 self.optimizer.step()
+        self.tally.count(skipped=not finite)
         return Update(statistics, norm, rate, skipped=not finite)
 
     def rows(self, batch: Batch, collect: Collect, width: int | None = None) -> Tensor:

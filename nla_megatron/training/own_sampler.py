@@ -52,7 +52,8 @@ class PolicySampler:
         self.config, self.side, self.world = config.rollout, side, world
         self.micro_batch_size = config.micro_batch_size
         limit = min(config.rollout.max_model_len, side.shape.max_positions)
-        self.terms = Terms(tuple(side.interventions), side.shape.hidden_size, limit, side.marker)
+        shape = side.shape
+        self.terms = Terms(tuple(side.interventions), shape.hidden_size, limit, side.marker, shape.vocab_size)
         self.eos_id, self.changed = int(side.tokenizer.eos_token_id), 0
 
     def generate(

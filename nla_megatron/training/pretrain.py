@@ -13,6 +13,7 @@ from nla_megatron.config.schema import PretrainConfig
 from nla_megatron.contract.corpus import read_corpus
 from nla_megatron.contract.splits import held_out
 from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.conversion.hf import check_vocabulary
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.builder import check_layout
@@ -55,6 +56,7 @@ def check(config: PretrainConfig, world_size: int) -> None:
         raise MissingFile(f"no {config.corpus}", "a corpus of documents", "correct corpus=")
     tokenizer = load_tokenizer(config.tokenizer)
     check_layout(shape_of(config, len(tokenizer)), config.parallel)
+    check_vocabulary(Path(config.tokenizer), len(tokenizer))
     check_run_directory("pretrain", config)
 
 

@@ -15,6 +15,7 @@ from nla_megatron.config.schema import ArConfig, LoraConfig, OptimConfig, SftCon
 from nla_megatron.config.unread import Unread
 from nla_megatron.contract.blocks import ReconstructorSpec
 from nla_megatron.contract.sidecar import ModelSidecar
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.heads import is_reconstructor, reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf, load_reconstructor
@@ -70,6 +71,7 @@ def check(config: SftConfig, world_size: int) -> None:
     for part in parts(config):
         task = part.task(config)
         shape = model_shape(part.role, part.model, task, config.reconstructor)
+        check_directory(part.model, shape, with_head=part.role == "av")
         second = (config.role, part.role) == ("both", "ar")
         layout = beside_av(config.parallel) if second else config.parallel
         check_layout(shape, layout, stages="ar_stages" if second else "stages")

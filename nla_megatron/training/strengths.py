@@ -29,6 +29,7 @@ from nla_megatron.parallel.world import World
 from nla_megatron.training.module import Update
 from nla_megatron.training.optimizer import learning_rate
 from nla_megatron.training.reference import MovingCopy
+from nla_megatron.training.tally import Tally
 from nla_megatron.types import Steering
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,7 +61,7 @@ class StrengthPolicy:
         self.optimizer = torch.optim.AdamW(
             self.predictor.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay
         )
-        self._unsteered = False
+        self._unsteered, self.tally = False, Tally()
 
     @torch.no_grad()
     def strengths(self, prompts: Sequence[Ids], step: int | None) -> Tensor:
@@ -123,6 +124,7 @@ class StrengthPolicy:
         finite = norm == norm and norm != float("inf")
         if finite:
             self.optimizer.step()
+        self.tally.count(skipped=not finite)
         return Update(statistics, norm, rate, skipped=not finite)
 
     def _agree_on_gradients(self) -> None:

@@ -199,6 +199,9 @@ class StageConfig:
     seed: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logger: LoggerOptions = field(default_factory=LoggerOptions)
+    allow_unknown_config: list[str] = field(default_factory=list)
+    """Keys of a model's config.json that are not known here and are to be passed over. Those that are known to change
+    what the model computes stay refused."""
 
     @property
     def layout(self) -> ParallelConfig:

@@ -40,10 +40,11 @@ _NOT_CONVERTED = {
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """Raises UnsupportedModel by name for an architecture without a table."""
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in FAMILIES:
+    names = config.get("architectures") or ["none"]
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(names, list) or not isinstance(name, str) or name not in FAMILIES:
         known = f"one of {', '.join(FAMILIES)}", "add a table to conversion/families"
-        expected, remedy = _NOT_CONVERTED.get(name, known)
+        expected, remedy = _NOT_CONVERTED.get(str(name), known)
         raise UnsupportedModel(f"architecture {name!r} in config.json", expected, remedy)
     return FAMILIES[name]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
+from nla_megatron.conversion.formats.config_keys import OFF, check_known, without_empty
 from nla_megatron.errors import UnsupportedModel
 from nla_megatron.types import ModelShape, RopeScaling
 
@@ -16,6 +17,7 @@ _READ = frozenset({
     "vocab_size", "rope_parameters", "rope_scaling", "rope_theta", "rms_norm_eps", "tie_word_embeddings",
     "max_position_embeddings",
 })  # fmt: skip
+_DEFAULTS = {"rope_theta": 10_000.0}
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
@@ -23,30 +25,20 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
 }
 """What every family must leave so, if it says it at all."""
-_WITHOUT_EFFECT = frozenset({
-    # names, versions, token ids
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "name_or_path", "tokenizer_class",
-    "prefix", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "label2id", "num_labels", "problem_type",
-    "finetuning_task", "task_specific_params", "unsloth_version", "unsloth_fixed",
-    # how others run, initialise or train it
-    "initializer_range", "use_cache", "cache_implementation", "attn_implementation", "gradient_checkpointing",
-    "torchscript", "use_bfloat16", "return_dict", "output_attentions", "output_hidden_states", "tf_legacy_loss",
-    "chunk_size_feed_forward", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "is_decoder",
-    # how it generates
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
-    "remove_invalid_values", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-})  # fmt: skip
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor", "truncate"),
 }
-_OFF: tuple[Any, ...] = (None, False, [], {}, "")
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "sliding_window", "max_window_layers",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
+            "final_logit_softcapping")  # fmt: skip
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
 
 
 def refuse(found: str, expected: str) -> NoReturn:
@@ -56,7 +48,7 @@ def refuse(found: str, expected: str) -> NoReturn:
 def checked(
     config: Mapping[str, Any], defaults: Mapping[str, Any], read: Collection[str], fixed: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """The configuration with a family's defaults filled in.
+    """The configuration with a family's defaults filled in, where a key is absent or null.
 
     Args:
         defaults: what transformers assumes where a key is absent.
@@ -64,19 +56,32 @@ def checked(
         fixed: keys that the Megatron side does not honour, and the values that ask for nothing.
 
     Raises:
-        UnsupportedModel: a fixed key has another value, or a key that nobody knows is set.
+        UnsupportedModel: a fixed key has another value, a value is of another kind than its key's, or a key that nobody
+            knows is set.
     """
+    said = without_empty(config)
     for key, allowed in (_FIXED | dict(fixed)).items():
-        if config.get(key, allowed[0]) not in allowed:
-            refuse(f"{key}={config[key]!r}", f"{key} of {' or '.join(map(repr, allowed))}")
-    known = _READ | _FIXED.keys() | _WITHOUT_EFFECT | set(read) | fixed.keys()
-    for key, value in config.items():
-        if key not in known and not key.startswith("_") and value not in _OFF:
-            raise UnsupportedModel(
-                f"{key}={value!r} in config.json", "keys whose meaning is known here",
-                "remove the key if it changes nothing in what the model computes",
-            )  # fmt: skip
-    return {**defaults, **config}
+        if said.get(key, allowed[0]) not in allowed:
+            refuse(f"{key}={said[key]!r}", f"{key} of {' or '.join(map(repr, allowed))}")
+    check_known(said, _READ | _FIXED.keys() | set(read) | fixed.keys())
+    _check_kinds(said)
+    return {**_DEFAULTS, **defaults, **said}
+
+
+def _check_kinds(said: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel for values that are not even of the kind that their keys have."""
+    for key in (key for key in said if said[key] is not None):
+        value, number = said[key], isinstance(said[key], int | float) and not isinstance(said[key], bool)
+        if key in _COUNTS and not (number and isinstance(value, int) and value >= (key != "max_window_layers")):
+            refuse(f"{key}={value!r}", "a whole number above 0")
+        if key in _NUMBERS and not (number and 0 < value < float("inf")):
+            refuse(f"{key}={value!r}", "a number above 0")
+        if key in _SWITCHES and not isinstance(value, bool):
+            refuse(f"{key}={value!r}", "true or false")
+        if key in ("rope_parameters", "rope_scaling") and not isinstance(value, dict):
+            refuse(f"{key}={value!r}", "an object")
+        if key == "layer_types" and not isinstance(value, list):
+            refuse(f"{key}={value!r}", "a list, of one entry for each block")
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
@@ -89,13 +94,16 @@ def base_shape(config: Mapping[str, Any], architecture: str, rope: Mapping[str, 
     """The fields that all families have, from a `checked` configuration; `rope` where it is not the usual one."""
     heads, hidden = required(config, "num_attention_heads"), required(config, "hidden_size")
     theta, scaling = read_rope(config, _rope_of(config) if rope is None else rope)
+    groups = required(config, "num_key_value_heads")
+    if heads % groups:
+        refuse(f"num_attention_heads={heads} with num_key_value_heads={groups}", "a multiple of the key/value heads")
     return ModelShape(
         family=architecture,
         num_layers=required(config, "num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=required(config, "intermediate_size"),
         num_heads=heads,
-        num_kv_heads=required(config, "num_key_value_heads"),
+        num_kv_heads=groups,
         head_dim=config.get("head_dim") or hidden // heads,
         vocab_size=required(config, "vocab_size"),
         rope_theta=theta,
@@ -113,7 +121,7 @@ def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def one_rope(new: Mapping[str, Any], old: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rotary parameters under transformers' new key and under its old one, where both must say the same."""
-    renamed = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+    renamed = {"rope_type" if key == "type" else key: value for key, value in old.items() if value is not None}
     # Which of two that differ is meant depends on the version of transformers.
     if new and any(new.get(key) != value for key, value in renamed.items()):
         refuse(f"rope_parameters={new!r} and rope_scaling={old!r}", "one of the two")
@@ -125,13 +133,16 @@ def read_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[float
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("type") not in (None, kind):
         refuse(f"rope_type={kind!r} and type={rope['type']!r}", "one of the two")
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         refuse(f"rope_type={kind!r}", f"one of {', '.join(_ROPE_KEYS)}")
     known = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[kind]}
     for key, value in rope.items():
-        if key not in known and value not in _OFF and (key, value) != ("partial_rotary_factor", 1):
+        if key not in known and value not in OFF and (key, value) != ("partial_rotary_factor", 1):
             refuse(f"{key}={value!r} of {kind} rope", f"{', '.join(sorted(known))} only")
-    theta = float(required({"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}, "rope_theta"))
+    for key in ("rope_theta", *_ROPE_KEYS[kind]):
+        if rope.get(key) is not None and not isinstance(rope[key], int | float):
+            refuse(f"{key}={rope[key]!r} of {kind} rope", "a number")
+    theta = float(required(config if rope.get("rope_theta") is None else rope, "rope_theta"))
     if kind == "default":
         return theta, None
     options: dict[str, Any] = {key: rope[key] for key in _ROPE_KEYS[kind] if rope.get(key) is not None}

@@ -52,6 +52,9 @@ def _ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     new = config.get("rope_parameters") or {}
     if new and not new.keys() <= {"full_attention", "sliding_attention"}:
         refuse(f"rope_parameters={new!r}", "full_attention and sliding_attention in it")
+    for kind, value in new.items():
+        if not isinstance(value, dict | None):
+            refuse(f"{kind}={value!r} in rope_parameters", "an object")
     rope = dict(one_rope(new.get("full_attention") or {}, config.get("rope_scaling") or {}))
     local = dict(new.get("sliding_attention") or {})
     return rope, {"rope_theta": config["rope_local_base_freq"], **local}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nla_megatron import geometry
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.conversion.description import check_directory
+from nla_megatron.conversion.hf import check_vocabulary
 from nla_megatron.errors import ConfigError
 from nla_megatron.models.batching import Batch
 from nla_megatron.models.builder import beside_av, check_layout
@@ -96,6 +98,9 @@ class NlaSide:
         task.check_model(config.av, "av")
         task.check_model(config.ar, "ar")
         ar_shape = model_shape("ar", config.ar, task)
+        check_directory(config.av, model_shape("av", config.av, task))
+        check_directory(config.ar, ar_shape, with_head=False)
+        check_vocabulary(Path(config.av), ar_shape.vocab_size)  # whose tokens the AR reads
         check_layout(ar_shape, beside_av(config.parallel), stages="ar_stages")
         check_lora(config.ar_lora, ar_shape, config.parallel, "ar_lora")
         if config.eval_every and config.held_out is None:

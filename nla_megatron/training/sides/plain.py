@@ -12,6 +12,7 @@ from torch import Tensor
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.contract.files import write_json_lines
 from nla_megatron.contract.journal import read_rows
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -88,10 +89,12 @@ class PlainSide:
                 f"eval_every={config.eval_every} without held-out rows", "rows that nobody trains on",
                 "add held_out=, or task.options.held_out",
             )  # fmt: skip
-        limit = min(config.rollout.max_model_len, read_shape(config.model).max_positions)
+        shape = read_shape(config.model)
+        limit = min(config.rollout.max_model_len, shape.max_positions)
         longest = task.check_length(config.rollout.max_new_tokens, limit)
         if held_out is not None:
             held_out.check_length(config.rollout.max_new_tokens, limit)
+        check_directory(config.model, shape)
         return Prompts(task.rows, longest, task.measures)
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ColumnError, ConfigError
 from nla_megatron.interventions.checks import Marker
@@ -87,6 +88,7 @@ class SaeSide:
         shape = read_shape(config.model)
         check_layout(shape, config.parallel)
         interventions, form = check_steering(options, shape)
+        check_directory(config.model, shape)
         if options.objective == "mse":
             return check_fit(config, options, interventions, form)
         task, held_out = _tasks(config, options)

@@ -241,16 +241,22 @@ def without_a_chunk(checkpoint: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
+def indexed(directory: Path, index: str) -> None:
+    """The weights in a file that counts only where the index names it."""
+    (directory / "model.safetensors").rename(directory / "one.safetensors")
+    (directory / INDEX).write_text(index)
+
+
 NORM = "model.norm.weight"
 BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a truncated file": (lambda at: cut_short(at / "model.safetensors"), "CheckpointError", "cut short"),
     "an index of a missing shard": (
-        lambda at: (at / INDEX).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})),
+        lambda at: indexed(at, json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})),
         "MissingFile", "model-00001-of-00002.safetensors",
     ),
     "an index that names the wrong file": (
-        lambda at: (at / INDEX).write_text(json.dumps({"weight_map": {"x": "model.safetensors"}})),
-        "CheckpointError", "'x' in model.safetensors",
+        lambda at: indexed(at, json.dumps({"weight_map": {"x": "one.safetensors"}})),
+        "CheckpointError", "'x' in one.safetensors",
     ),
     "a tensor too many": (
         lambda at: edited_tensors(at, lambda have: have.update(extra=torch.zeros(1))), "CheckpointError", "'extra'",
@@ -283,8 +289,8 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "CheckpointError", "no place for",
     ),
     "a damaged config": (lambda at: cut_short(at / "config.json", 20), "CheckpointError", "config.json: "),
-    "a damaged index": (lambda at: (at / INDEX).write_text('{"weight_map": {'), "CheckpointError", f"{INDEX}: "),
-    "an index without a map": (lambda at: (at / INDEX).write_text("{}"), "CheckpointError", "without a weight_map"),
+    "a damaged index": (lambda at: indexed(at, '{"weight_map": {'), "CheckpointError", f"{INDEX}: "),
+    "an index without a map": (lambda at: indexed(at, "{}"), "CheckpointError", "without a weight_map"),
     "a damaged tokenizer": (lambda at: cut_short(at / "tokenizer.json"), "CheckpointError", "tokenizer.json: "),
     "a damaged head": (lambda at: (at / "value_head.safetensors").touch(), "CheckpointError", "value_head"),
     "tied embeddings that differ": (
@@ -300,6 +306,14 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda at: edited_config(at, num_hidden_layers=11, layer_types=None), "CheckpointError", "layers.11",
     ),
 }  # fmt: skip
+
+
+def test_an_import_of_a_weight_that_is_not_finite_makes_no_checkpoint(hf: Path, tmp_path: Path) -> None:
+    """The weights are read while they are written: then it is known."""
+    shutil.copytree(hf, tmp_path / "bad")
+    edited_tensors(tmp_path / "bad", lambda have: have[NORM][3].fill_(float("inf")))
+    assert NORM in refused("CheckpointError", "import", f"hf={tmp_path / 'bad'}", f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mistake", BAD_HF)

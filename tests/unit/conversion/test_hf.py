@@ -115,6 +115,7 @@ def test_several_files_without_an_index_are_searched(tmp_path: Path) -> None:
     write_shards(tmp_path, list(TENSORS.items())[:2])
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
     write_shards(tmp_path, list(TENSORS.items())[2:])
+    (tmp_path / "model.safetensors").rename(tmp_path / "two.safetensors")
     write_value_head(tmp_path, torch.eye(3))
     assert SafetensorsReader(tmp_path).names() == set(TENSORS), "the value head is no weight of the model"
 
@@ -148,7 +149,8 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, TENSORS.items())
-    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    shutil.copyfile(tmp_path / "one.safetensors", tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="each tensor once"):
         SafetensorsReader(tmp_path)
 

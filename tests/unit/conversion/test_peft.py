@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from nla_megatron.conversion.merge import merge
 from nla_megatron.conversion.peft import attach, load_adapter, save_adapter
 from nla_megatron.conversion.peft_format import CONFIG, WEIGHTS, PeftConfig, read_peft_config
 from nla_megatron.conversion.safetensors_file import checksum
+from nla_megatron.conversion.source import HuggingFaceSide
 from nla_megatron.errors import CheckpointError, DiskFull, MissingFile, NlaError, RunDirectoryError, UnsupportedModel
 from nla_megatron.models.lora_spec import LoraSpec
 from nla_megatron.models.verbalizer import build_verbalizer
@@ -30,6 +32,7 @@ from nla_megatron.parallel.world import World
 from tests.support.ranks import ROOT, environment
 from tests.support.tiny import tiny_model
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 REGEX = r".*\.self_attn\.(q_proj|k_proj|v_proj|o_proj)|.*\.mlp\.(gate_proj|up_proj|down_proj)"
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
@@ -181,10 +184,60 @@ def test_a_damaged_adapter_is_refused(base: Path, adapters: dict[str, Path], tmp
             merge(base, bad, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_adapter_of_a_tied_output_layer_leaves_the_embedding_as_it_is(
+    stored: bool, base: Path, tmp_path: Path
+) -> None:
+    """The result computes what `peft` computes without merging, and is a model that is read again."""
+    if stored:
+        base = Path(shutil.copytree(base, tmp_path / "base"))
+        weights = load_file(base / "model.safetensors")
+        save_file({**weights, HEAD: weights[EMBEDDING].clone()}, base / "model.safetensors", {"format": "pt"})
+    torch.manual_seed(3)
+    options = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    reference = get_peft_model(AutoModelForCausalLM.from_pretrained(base), options)
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = reference(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    assert torch.equal(tensors(tmp_path / "merged")[EMBEDDING], tensors(base)[EMBEDDING])
+    side = HuggingFaceSide(tmp_path / "merged")
+    assert not side.model.shape.tied_embeddings and HEAD in side.specs()
+
+
+def test_a_tied_base_with_another_output_layer_is_refused_as_conversion_refuses_it(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    bad = Path(shutil.copytree(base, tmp_path / "base"))
+    weights = load_file(bad / "model.safetensors")
+    save_file({**weights, HEAD: weights[EMBEDDING] + 1}, bad / "model.safetensors", {"format": "pt"})
+    for read in (lambda: merge(bad, adapters["plain"], tmp_path / "merged"), lambda: HuggingFaceSide(bad)):
+        with pytest.raises(CheckpointError, match="other than model.embed_tokens.weight"):
+            read()
+
+
+def test_a_merge_whose_sum_is_not_finite_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    bad = altered(adapters["plain"], tmp_path / "adapter")
+    weights = load_file(bad / WEIGHTS)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, bad / WEIGHTS)
+    with pytest.raises(CheckpointError, match="NaN or infinity in .* with the adapter"):
+        merge(base, bad, tmp_path / "merged")
+
+
 def test_a_quantised_base_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     quantised = tiny_model(tmp_path / "base")
     config = json.loads((quantised / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    weights = {name: one.to(torch.float8_e4m3fn) for name, one in load_file(quantised / "model.safetensors").items()}
+    save_file(weights, quantised / "model.safetensors")
     with pytest.raises(UnsupportedModel, match="quantization_config"):
         merge(quantised, adapters["plain"], tmp_path / "merged")
 

@@ -21,7 +21,7 @@ from nla_megatron.contract import columns
 from nla_megatron.contract.sidecar import PoolSpec, read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table
 from nla_megatron.datagen import explain
-from nla_megatron.errors import ConfigError, MissingFile, ProviderError, SidecarError
+from nla_megatron.errors import ColumnError, ConfigError, MissingFile, ProviderError, SidecarError
 from tests.support.messages_server import MessagesServer, Received, Reply
 from tests.support.ranks import ROOT
 from tests.support.tiny import tiny_rows, tiny_table
@@ -63,6 +63,17 @@ def keywords(tmp_path: Path, model_dir: Path) -> Callable[..., ExplainConfig]:
         return ExplainConfig(out=str(tmp_path / "out"), input=str(source), **changes)
 
     return make
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_named_before_anything_is_paid_for(
+    value: float, tmp_path: Path, model_dir: Path
+) -> None:
+    rows = tiny_rows(64, documents=4, rows_per_document=2)
+    rows[columns.VECTOR][5, 7] = value
+    source = tiny_table(tmp_path / "base.parquet", model_dir, "base", rows)
+    with pytest.raises(ColumnError, match="not finite in row 5"):
+        explain.check(ExplainConfig(out=str(tmp_path / "out"), input=str(source)), 1)
 
 
 def test_each_row_gets_the_explanation_of_its_text(keywords: Callable[..., ExplainConfig]) -> None:

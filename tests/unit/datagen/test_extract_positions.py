@@ -8,15 +8,26 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import ExtractConfig
-from nla_megatron.datagen.extract import Passage, _passages, kept_at, kept_of, layer_of, pooled_at, sample_positions
+from nla_megatron.contract import columns
+from nla_megatron.datagen.extract import (
+    Passage,
+    _columns,
+    _passages,
+    kept_at,
+    kept_of,
+    layer_of,
+    pooled_at,
+    sample_positions,
+)
 from nla_megatron.datagen.sentences import sentence_starts, sentences_of
-from nla_megatron.errors import ConfigError
+from nla_megatron.errors import ConfigError, NotFinite
 from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.tiny import SHAPE
 
@@ -207,3 +218,14 @@ def test_no_row_keeps_a_position_of_another_sentence(model_dir: Path, long_docum
             assert begins or kept in (config.pool_window, at + 1), text
             seen.add(kept)
     assert len(seen) > 8
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_an_activation_that_is_not_finite_is_named_with_its_document_and_token(value: float, model_dir: Path) -> None:
+    passages_of_two = [Passage("a", (3, 4, 5), (1,)), Passage("b", (3, 4, 5), (0, 2))]
+    kept = [np.zeros((1, 8), dtype=np.float32) for _ in range(3)]
+    tokenizer = load_tokenizer(str(model_dir))
+    assert len(_columns(passages_of_two, kept, 2, tokenizer)[columns.TEXT]) == 3
+    kept[2][0, 5] = value
+    with pytest.raises(NotFinite, match="block 2's activation at token 2 of document 'b'"):
+        _columns(passages_of_two, kept, 2, tokenizer)

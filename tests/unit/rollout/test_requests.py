@@ -194,3 +194,10 @@ def test_a_request_that_brings_more_or_fewer_vectors_than_positions_is_refused()
     more = replace(requests[1], more_positions=(2, 4))
     with pytest.raises(ColumnError, match=r"1 of 3 vectors cannot be injected; the first, of request group 1"):
         terms.asked([more], 1, lambda rows: vectors[list(rows)], None, 0)
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for_is_refused() -> None:
+    terms = Terms((), 8, 100, vocab_size=600)
+    terms.check([PromptRequest(0, 0, (1, 599), None, 0)], 1, [4])
+    with pytest.raises(ColumnError, match="token id 600"):
+        terms.check([PromptRequest(0, 0, (1, 600, 2), None, 0)], 1, [4])

@@ -24,7 +24,7 @@ from nla_megatron.tasks.sae_rows import names_of, read_targets
 from nla_megatron.training.sides.sae import SaeSide
 from nla_megatron.training.steering import fit
 from tests.support.hooked import write_sae
-from tests.support.tiny import SHAPE, tiny_config
+from tests.support.tiny import SHAPE, tiny_model
 
 FEATURES = [3, 7]
 TARGETS = [{"prompt": f"Document {number} tells", "target_strengths": [number / 4, -1.0]} for number in range(6)]
@@ -34,7 +34,7 @@ TARGETS = [{"prompt": f"Document {number} tells", "target_strengths": [number / 
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's directory, SAEs, prompts, rows with targets, and exported predictors."""
     folder = tmp_path_factory.mktemp("sae")
-    tiny_config(folder / "model")
+    tiny_model(folder / "model")
     write_sae(folder / "sae", SHAPE.hidden_size)
     write_sae(folder / "narrow", 32)
     elsewhere = folder / "elsewhere"

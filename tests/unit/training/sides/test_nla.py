@@ -25,7 +25,9 @@ from nla_megatron.training.sides.nla import NlaSide
 from tests.support.tiny import tiny_model_sidecar, tiny_rows, tiny_table
 
 
-def test_the_longest_prompt_is_that_of_the_most_activations_of_either_table(model_dir: Path, tmp_path: Path) -> None:
+def test_the_longest_prompt_is_that_of_the_most_activations_of_either_table(
+    model_dir: Path, directory: Path, tmp_path: Path
+) -> None:
     """Up to two in the one and up to three in the other, of one build."""
     tables = {
         count: tiny_table(tmp_path / f"{count}.parquet", model_dir, "rl", tiny_rows(64, positions=count, fewest=1))
@@ -34,7 +36,7 @@ def test_the_longest_prompt_is_that_of_the_most_activations_of_either_table(mode
     table = read_dataset_sidecar(tables[3])
     write_dataset_sidecar(tables[2], replace(read_dataset_sidecar(tables[2]), pool=PoolSpec("stack", 3, 1)))
     for role in ("av", "ar"):
-        shutil.copytree(model_dir, tmp_path / role)
+        shutil.copytree(directory, tmp_path / role)
         sidecar = read_model_sidecar(tiny_model_sidecar(tmp_path / role, model_dir, role))
         write_model_sidecar(tmp_path / role, replace(sidecar, tokens=table.tokens, pool=table.pool))
     save_file({"weight": torch.eye(64)}, tmp_path / "ar" / VALUE_HEAD)

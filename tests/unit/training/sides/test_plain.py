@@ -20,8 +20,8 @@ def test_text_tasks_have_the_plain_side(task: str) -> None:
     assert side_of(compose("rl", ["out=x", f"task={task}"])) is PlainSide  # type: ignore[comparison-overlap]
 
 
-def test_the_check_tells_how_many_prompts_there_are_and_the_longest(model_dir: Path, tmp_path: Path) -> None:
-    config = compose("rl", [f"out={tmp_path}", "task=lexical", f"model={model_dir}", "rollout.max_new_tokens=20"])
+def test_the_check_tells_how_many_prompts_there_are_and_the_longest(directory: Path, tmp_path: Path) -> None:
+    config = compose("rl", [f"out={tmp_path}", "task=lexical", f"model={directory}", "rollout.max_new_tokens=20"])
     task = open_task(config.task, Data(), config.model, 0)
     assert task is not None
     found = PlainSide.check(config, 1)

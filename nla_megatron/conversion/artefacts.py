@@ -13,7 +13,6 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
     write_model_sidecar,
 )
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.contract.tokens import live_bos_policy
 from nla_megatron.conversion.heads import check_head
 from nla_megatron.conversion.hf import SHARD_BYTES, read_config, read_shape, truncated_config, write_value_head
@@ -117,13 +117,12 @@ def _checked(sidecar: ModelSidecar, directory: Path, resolve: bool) -> ModelSide
     Args:
         resolve: write the policy `tokenizer` as `none` where the tokenizer adds nothing, as our own tables do.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     if resolve and sidecar.bos_policy == "tokenizer":
         sidecar = replace(sidecar, bos_policy=live_bos_policy(tokenizer))
-    prompt_contract(sidecar).check(tokenizer)
-    return sidecar
+    contract = prompt_contract(sidecar)
+    contract.check(tokenizer)
+    return replace(sidecar, av_prompt=contract.fixed(tokenizer).form) if sidecar.role == "av" else sidecar
 
 
 def _given(base: str | Path | None, source: Path) -> Path:

@@ -180,7 +180,7 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
     mask_BT = batch.fields["mask"].bool()
     for targets_T, mask_T, response, text in zip(next_token_targets(ids_BT), mask_BT, responses, texts, strict=True):
         assert targets_T[mask_T].tolist() == response
-        assert task.tokenizer.decode(targets_T[mask_T], skip_special_tokens=True) == text
+        assert task.tokenizer.decode(targets_T[mask_T], skip_special=True) == text
     assert batch.positions == [(task.marker_position,)] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
     assert batch.vectors is not None
     np.testing.assert_array_equal(batch.vectors([1, 0]), task.table.vectors([9, 4]))
@@ -189,8 +189,8 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
 def test_the_gold_response_ends_with_the_end_token(tables: dict[str, Path], model_dir: Path) -> None:
     task = NlaTask.open(str(tables["av_sft"]), "av_sft", str(model_dir))
     ids = task.gold_response_ids(4)
-    assert ids[-1] == task.tokenizer.eos_token_id and task.tokenizer.eos_token_id not in ids[:-1]
-    text = str(task.tokenizer.decode(ids, skip_special_tokens=True))
+    assert ids[-1] == task.tokenizer.fast.eos_token_id and task.tokenizer.fast.eos_token_id not in ids[:-1]
+    text = str(task.tokenizer.decode(ids, skip_special=True))
     assert explanations_of([rollout(text)]) == [task.gold_explanations[4]]
 
 

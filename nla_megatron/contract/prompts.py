@@ -42,9 +42,9 @@ help to predict how the text goes on, the last of them about its final token, in
 
 Write your explanation inside <explanation> tags, and nothing outside of them."""
 AV_PLAIN_TEMPLATE = """A language model was reading a text. Between <concept> tags stands an activation vector: its \
-state at the last token that it had read. Between <explanation> tags follows what the vector says about that text: two or \
-three features that help to predict how the text goes on, the last of them about its final token, in about 80 to 100 \
-words.
+state at the last token that it had read. Between <explanation> tags follows what the vector says about that text: \
+two or three features that help to predict how the text goes on, the last of them about its final token, in about 80 \
+to 100 words.
 
 <concept><INJECT></concept>
 

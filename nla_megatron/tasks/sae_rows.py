@@ -21,7 +21,7 @@ from nla_megatron.tasks.text import PromptStyle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nla_megatron.contract.tokenizer import ModelTokenizer
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 TARGETS = "target_strengths"
 
@@ -35,7 +35,7 @@ class TargetRows:
 
 
 def read_targets(
-    path: str, options: SaeOptions, tokenizer: ModelTokenizer, count: int, config: PredictorConfig,
+    path: str, options: SaeOptions, tokenizer: AnyTokenizer, count: int, config: PredictorConfig,
     key: str = "data",
 ) -> TargetRows:  # fmt: skip
     """The rows of a file with `target_strengths`.

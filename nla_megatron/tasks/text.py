@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import TaskConfig
 from nla_megatron.contract.chat import parse_day
-from nla_megatron.contract.tokenizer import ModelTokenizer, wrapped
+from nla_megatron.contract.tokenizer import wrapped
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.rollout.requests import PromptRequest
@@ -114,9 +114,9 @@ class TextTask(ABC):
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of the values that `measure` gives."""
 
-    def __init__(self, tokenizer: ModelTokenizer, style: PromptStyle):
-        self.tokenizer, self.style = tokenizer, style
-        tokenizer.check_ends()
+    def __init__(self, tokenizer: AnyTokenizer, style: PromptStyle):
+        self.tokenizer, self.style = wrapped(tokenizer), style
+        self.tokenizer.check_ends()
         self._prompt_ids: dict[int, tuple[int, ...]] = {}
 
     @classmethod

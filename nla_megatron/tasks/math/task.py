@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla_megatron.config.options import bind
-from nla_megatron.contract.tokenizer import ModelTokenizer, load_tokenizer
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.errors import ConfigError
 from nla_megatron.tasks.math.answers import equal
 from nla_megatron.tasks.math.curriculum import Mixture, Source, Stage
@@ -20,6 +20,8 @@ from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 _OPTIONS = "task.options"
 DEFAULT_PROMPT: dict[str, Any] = {
@@ -74,11 +76,11 @@ class MathTask(TextTask):
 
     measures = ("correct", "format", "answer_found", "thinking_tokens")
 
-    def __init__(self, tokenizer: ModelTokenizer, options: MathOptions, problems: Mixture):
+    def __init__(self, tokenizer: AnyTokenizer, options: MathOptions, problems: Mixture):
         style = bind(PromptStyle, {**DEFAULT_PROMPT, **options.prompt}, f"{_OPTIONS}.prompt")
         super().__init__(tokenizer, style)
         self.options, self.problems = options, problems
-        ending = tokenizer.decode(self.prompt_ids(0)).rstrip()
+        ending = self.tokenizer.decode(self.prompt_ids(0)).rstrip()
         self.tags = Tags(options.think_open, options.think_close, ending.endswith(options.think_open))
 
     @classmethod

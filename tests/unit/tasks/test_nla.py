@@ -22,11 +22,12 @@ from nla_megatron.contract.sidecar import (
     write_dataset_sidecar,
     write_model_sidecar,
 )
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, next_token_targets
 from nla_megatron.models.pipeline import Collect
-from nla_megatron.tasks.nla import NlaTask, explanations_of, load_tokenizer
+from nla_megatron.tasks.nla import NlaTask, explanations_of
 from nla_megatron.types import Rollout
 from tests.support.tiny import LAYER, tiny_config, tiny_model_sidecar, tiny_rows, tiny_table, tiny_tokenizer
 
@@ -253,10 +254,10 @@ def test_a_tokenizer_that_needs_auto_is_loaded_alike(model_dir: Path, tmp_path: 
             (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     config = (tmp_path / "tokenizer_config.json").read_text()
     plain = load_tokenizer(str(model_dir))
-    (tmp_path / "tokenizer_config.json").write_text(config.replace(type(plain).__name__, "Qwen2TokenizerFast"))
+    (tmp_path / "tokenizer_config.json").write_text(config.replace(type(plain.fast).__name__, "Qwen2TokenizerFast"))
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     text = "<concept>㈎</concept> in a tuple"
-    assert load_tokenizer(str(tmp_path))(text)["input_ids"] == plain(text)["input_ids"]
+    assert load_tokenizer(tmp_path).encode(text, special=True) == plain.encode(text, special=True)
 
 
 def test_several_blocks_of_a_sidecar_are_several_interventions(model_dir: Path, tmp_path: Path) -> None:

@@ -130,8 +130,8 @@ def test_requests_have_no_position_and_seeds_of_their_own(task: LexicalTask) -> 
 
 def test_the_loss_takes_every_response_token_its_end_token_too(task: LexicalTask) -> None:
     """Also where the end token is the padding token, as base models have it."""
-    task.tokenizer.pad_token = task.tokenizer.eos_token
-    end = task.tokenizer.eos_token_id
+    fast = task.tokenizer.fast
+    fast.pad_token, end = fast.eos_token, fast.eos_token_id
     rollouts = [
         Rollout(0, 0, 0, (5, 6, 7), (8, 9, end), (0.0,) * 3, "", True),
         Rollout(1, 0, 1, (5, 6), (end,), (0.0,), "", True),

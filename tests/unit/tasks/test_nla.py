@@ -276,7 +276,8 @@ def test_a_vector_enters_at_every_marker_of_its_prompt(model_dir: Path, tmp_path
     data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
     sidecar, template = read_dataset_sidecar(data), "Explain <concept><INJECT></concept> or <concept><INJECT></concept>"
     assert sidecar.prompt_templates is not None
-    write_dataset_sidecar(data, replace(sidecar, prompt_templates=replace(sidecar.prompt_templates, av=template)))
+    templates = replace(sidecar.prompt_templates, av=template)
+    write_dataset_sidecar(data, replace(sidecar, prompt_templates=templates, av_prompt=None))
     task = NlaTask.open(str(data), "rl", str(model_dir))
     first, second = task.marker_positions
     assert [task.prompt_ids[at - 1 : at + 2] for at in (first, second)] == [
@@ -337,7 +338,14 @@ def test_models_of_single_activations_are_not_used_for_several(
         stacked.check_model(str(directory), "av")
     model, sidecar = read_model_sidecar(directory), stacked.sidecar
     write_model_sidecar(
-        directory, replace(model, prompt_templates=sidecar.prompt_templates, tokens=sidecar.tokens, pool=sidecar.pool)
+        directory,
+        replace(
+            model,
+            prompt_templates=sidecar.prompt_templates,
+            tokens=sidecar.tokens,
+            pool=sidecar.pool,
+            av_prompt=sidecar.av_prompt,
+        ),
     )
     assert stacked.check_model(str(directory), "av").pool == PoolSpec("stack", 3)
 
@@ -440,7 +448,14 @@ def test_models_of_a_fixed_number_are_not_used_for_any_number(
     for task, other in ((varying, stacked), (stacked, varying)):
         mine = task.sidecar
         write_model_sidecar(
-            directory, replace(model, prompt_templates=mine.prompt_templates, tokens=mine.tokens, pool=mine.pool)
+            directory,
+            replace(
+                model,
+                prompt_templates=mine.prompt_templates,
+                tokens=mine.tokens,
+                pool=mine.pool,
+                av_prompt=mine.av_prompt,
+            ),
         )
         assert task.check_model(str(directory), "av").pool == mine.pool
         with pytest.raises(SidecarError, match="prompt contract"):

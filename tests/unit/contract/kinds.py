@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from functools import cache
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -27,8 +28,9 @@ TURNS = (
 _QWEN = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _bytes(special: list[str], more: Iterable[str] = (), split: str | None = None, nfc: bool = False) -> Tokenizer:
-    """Byte-level BPE. `more`: texts whose every character becomes a token by merges, as a large vocabulary has them."""
+@cache
+def _bytes_file(special: str, more: str = "", split: str | None = None, nfc: bool = False) -> str:
+    """Byte-level BPE. `more`: characters that become tokens by merges, as those of a large vocabulary do."""
     core = Tokenizer(models.BPE())
     steps = [] if split is None else [pre_tokenizers.Split(Regex(split), behavior="isolated")]
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,13 +41,14 @@ def _bytes(special: list[str], more: Iterable[str] = (), split: str | None = Non
         core.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=700, special_tokens=special.split(), initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator([*TEXTS, *(f"{each} " * 3000 for each in more)], trainer)
-    return core
+    core.train_from_iterator([*TEXTS, *(f"{each}1" * 3000 for each in more)], trainer)
+    return str(core.to_str())
 
 
-def _pieces(special: list[str], more: str = "", legacy: bool = True) -> Tokenizer:
+@cache
+def _pieces_file(special: str, more: str = "", legacy: bool = True) -> str:
     """SentencePiece's BPE as converted: spaces become "▁" (one is put in front), bytes are the fallback."""
     core = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     replace = normalizers.Replace(" ", "▁")
@@ -55,13 +58,21 @@ def _pieces(special: list[str], more: str = "", legacy: bool = True) -> Tokenize
     spelled = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [text.replace(" ", "▁") for text in " ".join(TEXTS).split("\n")]
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=["<unk>", *special, *spelled], show_progress=False, max_token_length=8
+        vocab_size=900, special_tokens=["<unk>", *special.split(), *spelled], show_progress=False, max_token_length=8
     )
     core.train_from_iterator([*words, *more], trainer)
     # Fallback bytes are ordinary tokens of the vocabulary, not special ones.
     content = json.loads(core.to_str())
     content["added_tokens"] = [one for one in content["added_tokens"] if not one["content"].startswith("<0x")]
-    return Tokenizer.from_str(json.dumps(content))
+    return json.dumps(content)
+
+
+def _bytes(*what: Any, **more: Any) -> Tokenizer:
+    return Tokenizer.from_str(_bytes_file(*what, **more))
+
+
+def _pieces(*what: Any, **more: Any) -> Tokenizer:
+    return Tokenizer.from_str(_pieces_file(*what, **more))
 
 
 def _begin(core: Tokenizer, bos: str) -> None:
@@ -71,7 +82,7 @@ def _begin(core: Tokenizer, bos: str) -> None:
 
 
 def qwen(chat: str | None = CHATML, marker: bool = True) -> PreTrainedTokenizerFast:
-    core = _bytes(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [MARKER] if marker else [], _QWEN, nfc=True)
+    core = _bytes("<|endoftext|> <|im_start|> <|im_end|>", MARKER if marker else "", _QWEN, nfc=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=chat
     )
@@ -79,12 +90,12 @@ def qwen(chat: str | None = CHATML, marker: bool = True) -> PreTrainedTokenizerF
 
 def smollm() -> PreTrainedTokenizerFast:
     """Too few tokens for the marker's range; box drawings are among them, since code is."""
-    core = _bytes(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>"], ["█ ═ ►", "é ü"])
+    core = _bytes("<|endoftext|> <|im_start|> <|im_end|> <reponame>", "█═►")
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=CHATML)
 
 
 def gpt2() -> PreTrainedTokenizerFast:
-    core = _bytes(["<|endoftext|>"])
+    core = _bytes("<|endoftext|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
     )
@@ -92,7 +103,7 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 def llama2(more: str = "給", chat: str | None = INST) -> PreTrainedTokenizerFast:
     """No symbol but those of English text; one letter of Chinese; bytes for everything else."""
-    core = _pieces(["<s>", "</s>"], more)
+    core = _pieces("<s> </s>", more)
     _begin(core, "<s>")
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat
@@ -100,7 +111,7 @@ def llama2(more: str = "給", chat: str | None = INST) -> PreTrainedTokenizerFas
 
 
 def mistral() -> PreTrainedTokenizerFast:
-    core = _pieces(["<s>", "</s>", "[INST]", "[/INST]"], "♪")
+    core = _pieces("<s> </s> [INST] [/INST]", "♪")
     _begin(core, "<s>")
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
@@ -108,7 +119,7 @@ def mistral() -> PreTrainedTokenizerFast:
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    core = _pieces(["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], legacy=False)
+    core = _pieces("<eos> <bos> <start_of_turn> <end_of_turn>", legacy=False)
     core.add_tokens([AddedToken(f"<unused{number}>", normalized=False) for number in range(3)])
     _begin(core, "<bos>")
     return PreTrainedTokenizerFast(

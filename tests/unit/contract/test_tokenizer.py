@@ -59,7 +59,7 @@ def test_the_wrapper_alone_asks_tokenizers_for_templates_and_ends() -> None:
     ("kind", "marker"),
     [
         ("qwen", MARKER),  # the range that other trainers use
-        ("smollm", "►"),  # a symbol, since nothing of the range is one token
+        ("smollm", "═"),  # a symbol, since nothing of the range is one token
         ("gpt2", "\x7f"),  # a tokenizer of bytes has every control character
         ("llama2", "給"),  # a letter, since it has no symbol
         ("mistral", "♪"),
@@ -192,7 +192,8 @@ def test_a_vocabulary_and_merges_alone_are_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
     merges = [each if isinstance(each, str) else " ".join(each) for each in content["model"]["merges"]]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    configured(tmp_path, tokenizer_class="Qwen2Tokenizer", unk_token=None, eos_token="<|im_end|>")
+    added = {str(one.pop("id")): one for one in content["added_tokens"]}
+    configured(tmp_path, tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added)
     loaded = load_tokenizer(tmp_path)
     assert PromptContract.derive(loaded).av_prompt_ids(loaded) == PromptContract.derive(qwen()).av_prompt_ids(qwen())
 

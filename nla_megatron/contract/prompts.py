@@ -171,9 +171,16 @@ class PromptContract:
         try:
             self._check(tokenizer)
         except (MarkerError, SidecarError) as error:
-            if (remedy := self._read_otherwise(tokenizer)) is None:
+            if self.literal(tokenizer) is None:
                 raise
-            raise type(error)(error.found, error.expected, remedy) from error
+            import transformers
+
+            raise type(error)(
+                error.found, error.expected,
+                f"transformers {transformers.__version__} makes {type(tokenizer.fast).__name__} anew by its own rules; "
+                "tokenizer.json as it stands gives the recorded ids: set tokenizer_class to PreTrainedTokenizerFast in "
+                f"{tokenizer.directory}/tokenizer_config.json (`adopt` does so)",
+            ) from error  # fmt: skip
 
     def _check(self, tokenizer: ModelTokenizer) -> None:
         live = PromptContract.derive(
@@ -199,22 +206,17 @@ class PromptContract:
                 "with this one",
             )  # fmt: skip
 
-    def _read_otherwise(self, tokenizer: ModelTokenizer) -> str | None:
-        """What to do where it is transformers that reads the tokenizer's file otherwise than it stands there."""
-        literal = tokenizer.as_it_stands()
-        if literal is None:
-            return None
-        try:
-            self._check(literal)
-        except NlaError:
-            return None
-        import transformers
+    def literal(self, tokenizer: ModelTokenizer) -> ModelTokenizer | None:
+        """The tokenizer read as its file stands, where that gives what is recorded and `tokenizer` does not."""
+        other = tokenizer.as_it_stands()
+        return other if other is not None and self._holds(other) and not self._holds(tokenizer) else None
 
-        return (
-            f"transformers {transformers.__version__} makes {type(tokenizer.fast).__name__} anew by rules of its own; "
-            f"tokenizer.json as it stands gives the recorded ids: set tokenizer_class to PreTrainedTokenizerFast in "
-            f"{tokenizer.directory}/tokenizer_config.json"
-        )
+    def _holds(self, tokenizer: ModelTokenizer) -> bool:
+        try:
+            self._check(tokenizer)
+        except NlaError:
+            return False
+        return True
 
     def with_suffix_of(self, other: PromptContract) -> PromptContract:
         """The same contract with as many of the AR prompt's last ids recorded as `other` has, where both agree.

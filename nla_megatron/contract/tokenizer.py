@@ -236,6 +236,12 @@ def as_it_stands(directory: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
+def keep_as_it_stands(directory: Path) -> None:
+    """From now on the tokenizer of a directory is read as `as_it_stands` says, by whoever loads it."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**_json(path), "tokenizer_class": _PLAIN_TOKENIZERS[0]}, indent=2) + "\n")
+
+
 def read_backend(path: Path) -> Tokenizer:
     """A `tokenizer.json` for counting, without what it says of padding and truncation. Raises ConfigError."""
     from tokenizers import Tokenizer

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
     write_model_sidecar,
 )
-from nla_megatron.contract.tokenizer import load_tokenizer
+from nla_megatron.contract.tokenizer import keep_as_it_stands, load_tokenizer
 from nla_megatron.contract.tokens import live_bos_policy
 from nla_megatron.conversion.heads import check_head
 from nla_megatron.conversion.hf import SHARD_BYTES, read_config, read_shape, truncated_config, write_value_head
@@ -121,6 +122,13 @@ def _checked(sidecar: ModelSidecar, directory: Path, resolve: bool) -> ModelSide
     if resolve and sidecar.bos_policy == "tokenizer":
         sidecar = replace(sidecar, bos_policy=live_bos_policy(tokenizer))
     contract = prompt_contract(sidecar)
+    if (literal := contract.literal(tokenizer)) is not None:
+        keep_as_it_stands(directory)
+        tokenizer = literal
+        print(
+            "tokenizer: transformers makes it anew and splits what was trained as one token; the copy's "
+            "tokenizer_config.json has it read as tokenizer.json stands", file=sys.stderr,
+        )  # fmt: skip
     contract.check(tokenizer)
     return replace(sidecar, av_prompt=contract.fixed(tokenizer).form) if sidecar.role == "av" else sidecar
 

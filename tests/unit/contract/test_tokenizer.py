@@ -17,7 +17,7 @@ from nla_megatron.contract.chat import render
 from nla_megatron.contract.markers import INJECT, choose_marker
 from nla_megatron.contract.prompts import AR_TEMPLATE, AV_PLAIN_TEMPLATE, AV_TEMPLATE, PromptContract
 from nla_megatron.contract.sidecar import DatasetSidecar, prompt_contract, read_dataset_sidecar, write_dataset_sidecar
-from nla_megatron.contract.tokenizer import load_tokenizer, read_backend, wrapped
+from nla_megatron.contract.tokenizer import keep_as_it_stands, load_tokenizer, read_backend, wrapped
 from nla_megatron.errors import ConfigError, MarkerError, MissingFile, SidecarError
 from tests.unit.contract.kinds import CHATML, KINDS, MARKER, gemma, gpt2, llama2, mistral, qwen, smollm
 
@@ -390,5 +390,7 @@ def test_a_tokenizer_that_transformers_makes_anew_is_noticed_with_the_way_to_rea
     configured(saved(made, tmp_path, config={"model_type": "qwen2"}), tokenizer_class="Qwen2Tokenizer")
     with pytest.raises(MarkerError, match=r"transformers 5\S+ makes Qwen2Tokenizer anew[\s\S]*PreTrainedTokenizerFast"):
         contract.check(load_tokenizer(tmp_path))
-    configured(tmp_path, tokenizer_class="PreTrainedTokenizerFast")
+    assert contract.literal(load_tokenizer(tmp_path)) is not None
+    keep_as_it_stands(tmp_path)
     contract.check(load_tokenizer(tmp_path))
+    assert contract.literal(load_tokenizer(tmp_path)) is None, "nothing is amiss any more"

@@ -75,13 +75,15 @@ class NlaTask:
         Raises:
             MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
             MissingFile, CheckpointError: an AV without the projections that its sidecar names, or with others.
-            ConfigError: a curriculum over blocks that the model lacks.
+            ConfigError: a curriculum over blocks that the model lacks, or a tokenizer without an end for responses.
         """
         if not Path(data).is_file():
             raise MissingFile(
                 f"no {data}", f"the {stage} table that `build` writes", "run `nla-megatron build`, or correct data="
             )
         sidecar, tokenizer = read_dataset_sidecar(data), load_tokenizer(model)
+        if stage != "ar_sft":  # an AR reads texts and writes none
+            tokenizer.check_ends()
         if sidecar.injection is None:
             raise SidecarError(
                 f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again"

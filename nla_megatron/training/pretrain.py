@@ -50,6 +50,7 @@ def check(config: PretrainConfig, world_size: int) -> None:
     if not Path(config.corpus).is_file():
         raise MissingFile(f"no {config.corpus}", "a corpus of documents", "correct corpus=")
     tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.check_ends()
     check_layout(shape_of(config, len(tokenizer)), config.parallel)
     check_run_directory("pretrain", config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from nla_megatron.contract.sidecar import (
     write_model_sidecar,
 )
 from nla_megatron.contract.tokenizer import load_tokenizer
-from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.errors import ColumnError, ConfigError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, next_token_targets
 from nla_megatron.models.pipeline import Collect
@@ -258,6 +260,20 @@ def test_a_tokenizer_that_needs_auto_is_loaded_alike(model_dir: Path, tmp_path: 
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     text = "<concept>㈎</concept> in a tuple"
     assert load_tokenizer(tmp_path).encode(text, special=True) == plain.encode(text, special=True)
+
+
+def test_an_av_whose_responses_nothing_ends_is_refused_before_it_starts(model_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model_dir, tmp_path / "endless"))
+    for name, key in (
+        ("tokenizer_config", "eos_token"),
+        ("config", "eos_token_id"),
+        ("generation_config", "eos_token_id"),
+    ):
+        path = directory / f"{name}.json"
+        if path.is_file():
+            path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    assert "no end token" in refusal(ConfigError, data, "rl", directory)
 
 
 def test_several_blocks_of_a_sidecar_are_several_interventions(model_dir: Path, tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 from nla_megatron.contract import columns
 from nla_megatron.contract.prompts import PromptContract, extract_explanation
 from nla_megatron.contract.sidecar import InjectionSpec, prompt_contract, read_model_sidecar
 from nla_megatron.contract.tables import Table
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.heads import head_of, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.interventions.maths import add, norm_add, replace
@@ -33,10 +34,6 @@ from nla_megatron.types import Microbatch
 
 FORMULAS = {"norm_add": norm_add, "add": add, "replace": replace}
 PROJECTION_FILE = "injection/projection.safetensors"
-
-
-def load_tokenizer(directory: Path) -> Any:
-    return AutoTokenizer.from_pretrained(directory)
 
 
 def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
@@ -58,7 +55,7 @@ def write(directory: Path, vectors_KD: Tensor, max_new_tokens: int) -> str:
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return tokenizer.decode(out[0, len(prompt) :].tolist(), skip_special=True)
 
 
 @torch.no_grad()

@@ -38,6 +38,25 @@ class PromptTemplates:
 
 
 @dataclass(frozen=True)
+class AvPromptSpec:
+    """`av_prompt`, our extension: how the AV's message becomes the text that it reads, and that text.
+
+    `format`: chat, in the tokenizer's chat template, or plain, the message alone. `text`: what comes of it, with
+    `<INJECT>`, so that the prompt stays the same whenever and by whomever it is used. `date`: the day that the chat
+    template was told, where it writes one. `chat_options`: variables of the chat template.
+    """
+
+    format: str = "chat"
+    text: str | None = None
+    date: str | None = None
+    chat_options: dict[str, Any] | None = None
+
+    def same_prompt(self, other: AvPromptSpec) -> bool:
+        """Whether both give one prompt; a text that is not recorded may be any."""
+        return self.format == other.format and (None in (self.text, other.text) or self.text == other.text)
+
+
+@dataclass(frozen=True)
 class CorpusSlice:
     """`extraction.corpus_slice`: documents `start` to `start + length` of the corpus."""
 

@@ -66,6 +66,7 @@ def model_of_dataset(dataset: DatasetSidecar, directory: Path) -> ModelSidecar:
         tokens=dataset.tokens,
         prompt_templates=dataset.prompt_templates,
         bos_policy=dataset.bos_policy,
+        av_prompt=dataset.av_prompt,
         injection=dataset.injection,
         trained_on=(dataset.dataset_id,) if dataset.dataset_id else (),
         created_at=dataset.created_at,

@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from nla_megatron.contract.blocks import InjectionSpec, PoolSpec, PromptTemplates, as_yaml_block
+from nla_megatron.contract.blocks import AvPromptSpec, InjectionSpec, PoolSpec, PromptTemplates, as_yaml_block
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.errors import MissingFile, SidecarError
@@ -125,7 +126,12 @@ def model_yaml(sidecar: ModelSidecar) -> dict[str, Any]:
 
 def _leave_unused(block: dict[str, Any]) -> None:
     """A single block needs no list of blocks, a vector that enters as it is no projection, a fixed number no bounds."""
-    for name, keys in {"injection": ("layers", "projection"), "pool": ("least", "within")}.items():
+    optional = {
+        "injection": ("layers", "projection"),
+        "pool": ("least", "within"),
+        "av_prompt": ("text", "date", "chat_options"),
+    }
+    for name, keys in optional.items():
         for key in keys:
             if block[name] is not None and block[name][key] is None:
                 del block[name][key]
@@ -183,6 +189,8 @@ def _one_of(path: Path, key: str, value: object, allowed: tuple[str | None, ...]
 
 
 def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> None:
+    if sidecar.av_prompt is not None:
+        _check_av_prompt(path, sidecar.av_prompt, sidecar.prompt_templates)
     if sidecar.pool is not None:
         _one_of(path, "pool.method", sidecar.pool.method, ("mean", "stack"))
         _at_least(path, "pool.window", sidecar.pool.window, 2 if sidecar.pool.method == "stack" else 1)
@@ -197,6 +205,22 @@ def _check_extensions(sidecar: DatasetSidecar | ModelSidecar, path: Path) -> Non
                 "different blocks, the first of them that of 'injection.layer'", _REMEDY,
             )  # fmt: skip
         _check_projection(path, sidecar.injection)
+
+
+def _check_av_prompt(path: Path, spec: AvPromptSpec, templates: PromptTemplates | None) -> None:
+    _one_of(path, "av_prompt.format", spec.format, ("chat", "plain"))
+    if spec.date is not None:
+        try:
+            date.fromisoformat(spec.date)
+        except ValueError:
+            raise SidecarError(
+                f"'av_prompt.date' in {str(path)!r} is {spec.date!r}", "a day as 2026-01-31", _REMEDY
+            ) from None
+    if spec.text is not None and templates is not None and spec.text.count(INJECT) != templates.av.count(INJECT):
+        raise SidecarError(
+            f"'av_prompt.text' in {str(path)!r} has {INJECT} {spec.text.count(INJECT)} times",
+            f"as often as the AV template, {templates.av.count(INJECT)} times", _REMEDY,
+        )  # fmt: skip
 
 
 def _check_projection(path: Path, injection: InjectionSpec) -> None:

@@ -2,7 +2,7 @@
 
 A data set's stands at `{parquet}.nla_meta.yaml`, a model's at `{directory}/nla_meta.yaml`. The layout (`layout.py`)
 is shared with other NLA trainers, whose readers pass over what we add at the top level: `injection`, `bos_policy`,
-`pool`, `baseline` and `reconstructor`.
+`av_prompt`, `pool`, `baseline` and `reconstructor`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nla_megatron.contract import layout
 from nla_megatron.contract.blocks import (
     ApiSummaries,
+    AvPromptSpec,
     BaselineSpec,
     CorpusSlice,
     DatasetExtraction,
@@ -35,10 +36,11 @@ from nla_megatron.errors import SidecarError, WidthError
 from nla_megatron.types import DATASET_SIDECAR
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 __all__ = [
-    "ApiSummaries", "BaselineSpec", "CorpusSlice", "DatasetExtraction", "DatasetSidecar", "InjectionSpec",
+    "ApiSummaries", "AvPromptSpec", "BaselineSpec", "CorpusSlice", "DatasetExtraction", "DatasetSidecar",
+    "InjectionSpec",
     "ModelExtraction", "ModelSidecar", "PoolSpec", "ProjectionSpec", "PromptTemplates", "ReconstructorSpec", "Tokens",
     "check_dataset", "dataset_sidecar_path", "model_sidecar_path", "prompt_contract", "read_dataset_sidecar",
     "read_model_sidecar", "write_dataset_sidecar", "write_model_sidecar",
@@ -55,6 +57,7 @@ class DatasetSidecar:
         extraction: model, layer, width and corpus of the activations.
         dataset_id: empty: derived from the other fields when written.
         tokens, prompt_templates, bos_policy: the `PromptContract`; all set in the training stages.
+        av_prompt: how the AV's message becomes its prompt, and that; None in files of other trainers.
         injection: how the AV that this data is meant for receives the vector.
         pool: what rows keep of several positions; None where each is of one.
         baseline: what FVE compares with; None in tables of other trainers, and in those built before there was one.
@@ -68,6 +71,7 @@ class DatasetSidecar:
     tokens: Tokens | None = None
     prompt_templates: PromptTemplates | None = None
     bos_policy: str | None = None
+    av_prompt: AvPromptSpec | None = None
     injection: InjectionSpec | None = None
     pool: PoolSpec | None = None
     baseline: BaselineSpec | None = None
@@ -97,6 +101,7 @@ class ModelSidecar:
         d_model: its hidden size.
         extraction: block index K of the activations, and the scales.
         tokens, prompt_templates, bos_policy: the `PromptContract`. `bos_policy` is None only in foreign files.
+        av_prompt: how the AV's message becomes its prompt, and that; None in files of other trainers.
         injection: how the AV receives the vector; None for an AR, and in files of other trainers.
         pool: of the rows that it was trained on; None where each is of one position.
         reconstructor: how an AR reads; None for an AV, and for the AR that other trainers have too.
@@ -111,6 +116,7 @@ class ModelSidecar:
     tokens: Tokens
     prompt_templates: PromptTemplates
     bos_policy: str | None = None
+    av_prompt: AvPromptSpec | None = None
     injection: InjectionSpec | None = None
     pool: PoolSpec | None = None
     reconstructor: ReconstructorSpec | None = None
@@ -257,12 +263,12 @@ def prompt_contract(sidecar: DatasetSidecar | ModelSidecar) -> PromptContract:
         ar_suffix_ids=tokens.critic_suffix_ids or (),
         bos_policy=sidecar.bos_policy,
         repeats=PoolSpec.bounds_of(sidecar.pool),
+        # A chat template that writes the day is told that of the file, where nothing else is recorded.
+        form=sidecar.av_prompt or AvPromptSpec(date=sidecar.created_at[:10] or None),
     )
 
 
-def check_dataset(
-    sidecar: DatasetSidecar, *, d_model: int, layer_index: int, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def check_dataset(sidecar: DatasetSidecar, *, d_model: int, layer_index: int, tokenizer: AnyTokenizer) -> None:
     """Compare a data set with the model it is about to be used with.
 
     Raises:
@@ -290,6 +296,7 @@ def _recorded(contract: PromptContract) -> dict[str, Any]:
         "tokens": Tokens(contract.marker, contract.marker_id, contract.left_id, contract.right_id, suffix_ids),
         "prompt_templates": PromptTemplates(contract.templates_av, contract.templates_ar),
         "bos_policy": contract.bos_policy,
+        "av_prompt": contract.form if contract.form != AvPromptSpec(date=contract.form.date) else None,
     }
 
 

@@ -11,9 +11,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
     write_model_sidecar,
 )
+from nla_megatron.contract.tokenizer import keep_as_it_stands, load_tokenizer
 from nla_megatron.contract.tokens import live_bos_policy
 from nla_megatron.conversion.formats.weights import weight_files
 from nla_megatron.conversion.heads import check_head
@@ -127,13 +128,19 @@ def _checked(sidecar: ModelSidecar, directory: Path, resolve: bool) -> ModelSide
     Args:
         resolve: write the policy `tokenizer` as `none` where the tokenizer adds nothing, as our own tables do.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     if resolve and sidecar.bos_policy == "tokenizer":
         sidecar = replace(sidecar, bos_policy=live_bos_policy(tokenizer))
-    prompt_contract(sidecar).check(tokenizer)
-    return sidecar
+    contract = prompt_contract(sidecar)
+    if (literal := contract.literal(tokenizer)) is not None:
+        keep_as_it_stands(directory)
+        tokenizer = literal
+        print(
+            "tokenizer: transformers makes it anew and splits what was trained as one token; the copy's "
+            "tokenizer_config.json has it read as tokenizer.json stands", file=sys.stderr,
+        )  # fmt: skip
+    contract.check(tokenizer)
+    return replace(sidecar, av_prompt=contract.fixed(tokenizer).form) if sidecar.role == "av" else sidecar
 
 
 def _given(base: str | Path | None, source: Path) -> Path:

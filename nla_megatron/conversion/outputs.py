@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.checkpoint_plan import naming_metadata
 from nla_megatron.conversion.formats.config_file import settled_directory
 from nla_megatron.conversion.live import load_from_hf
@@ -75,14 +76,12 @@ def compare_outputs(
 
 
 def _ids(side: HuggingFaceSide, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
     if not any(side.directory.glob("tokenizer*")):
         raise MissingFile(
             f"no tokenizer in {side.directory}", "the model's tokenizer, for the text that both sides read",
             "copy it there, or compare the weights alone with logits=false",
         )  # fmt: skip
-    ids = AutoTokenizer.from_pretrained(side.directory)(text).input_ids
+    ids = load_tokenizer(side.directory).encode(text, special=True)
     return list(ids)[: side.model.shape.max_positions]
 
 

@@ -14,8 +14,9 @@ from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.baseline import write_baseline
 from nla_megatron.contract.markers import several_markers
-from nla_megatron.contract.prompts import AR_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
+from nla_megatron.contract.prompts import AR_TEMPLATE, AV_PLAIN_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
 from nla_megatron.contract.sidecar import (
+    AvPromptSpec,
     DatasetSidecar,
     InjectionSpec,
     PoolSpec,
@@ -25,9 +26,9 @@ from nla_megatron.contract.sidecar import (
 )
 from nla_megatron.contract.splits import assign_split, held_out
 from nla_megatron.contract.tables import Table, write_table
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.hf import check_vocabulary, read_shape
 from nla_megatron.errors import ConfigError, MissingFile, WidthError
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.nla_checks import MSE_SCALE, check_stack
 
 HELD_OUT = "held_out"
@@ -146,13 +147,15 @@ def injection_of(spec: InterventionConfig) -> InjectionSpec:
 
 def _contract(config: BuildConfig, pool: PoolSpec | None) -> PromptContract:
     templates = config.templates
+    own = AV_PLAIN_TEMPLATE if templates.format == "plain" else AV_TEMPLATE
     return PromptContract.derive(
         load_tokenizer(config.model),
-        templates.av or several_markers(AV_TEMPLATE, templates.positions),
+        templates.av or several_markers(own, templates.positions),
         templates.ar or AR_TEMPLATE,
         templates.marker,
         positions=templates.positions,
         repeats=PoolSpec.bounds_of(pool),
+        form=AvPromptSpec(templates.format, date=templates.date, chat_options=templates.chat_options or None),
     )
 
 

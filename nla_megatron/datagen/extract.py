@@ -7,7 +7,7 @@ parts are joined in order. Which positions are sampled depends on (seed, doc_id)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from nla_megatron.contract.blocks import CorpusSlice, DatasetExtraction
 from nla_megatron.contract.corpus import read_corpus
 from nla_megatron.contract.sidecar import DatasetSidecar, PoolSpec, write_dataset_sidecar
 from nla_megatron.contract.tables import write_table
+from nla_megatron.contract.tokenizer import Encoded, ModelTokenizer, load_tokenizer
 from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
@@ -35,7 +36,6 @@ from nla_megatron.models.reconstructor import build_backbone
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.types import Microbatch, ModelShape
 
 TABLE = "base.parquet"
@@ -116,16 +116,18 @@ def _documents(config: ExtractConfig) -> list[tuple[str, str]]:
 
 def _passages(config: ExtractConfig, documents: Sequence[tuple[str, str]]) -> Iterator[Passage]:
     tokenizer = load_tokenizer(config.model)
-    special = set(tokenizer.all_special_ids)
+    special = tokenizer.special_ids
     if not documents:
         return
     by_sentence = config.pool_within == "sentence"
-    encoded = tokenizer(
-        [text for _, text in documents], add_special_tokens=True, return_offsets_mapping=by_sentence
-    )  # fmt: skip
+    texts = [text for _, text in documents]
+    if by_sentence:
+        encoded = tokenizer.encode_located(texts, special=True)
+    else:
+        encoded = [Encoded(ids, []) for ids in tokenizer.encode_each(texts, special=True)]
     for number, (doc_id, text) in enumerate(documents):
-        ids = encoded["input_ids"][number]
-        sentences = sentences_of(text, encoded["offset_mapping"][number]) if by_sentence else [0] * len(ids)
+        ids = encoded[number].ids
+        sentences = sentences_of(text, encoded[number].offsets) if by_sentence else [0] * len(ids)
         starts = range(0, len(ids), config.max_length) if config.long_documents == "window" else [0]
         for start in starts:
             window = ids[start : start + config.max_length]
@@ -150,7 +152,7 @@ def kept_at(config: ExtractConfig, sentences: Sequence[int]) -> list[int]:
 
 
 def sample_positions(
-    config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: set[int], kept: Sequence[int] = ()
+    config: ExtractConfig, doc_id: str, start: int, ids: Sequence[int], special: Set[int], kept: Sequence[int] = ()
 ) -> tuple[int, ...]:
     """Ascending positions of one passage: those that qualify, drawn by a generator keyed by (seed, doc_id, start).
 
@@ -217,7 +219,7 @@ def _activations(
                 yield _columns(chunk, [kept for row in range(len(chunk)) for kept in found[row]], layer, tokenizer)
 
 
-def _columns(chunk: list[Passage], kept: list[np.ndarray], layer: int, tokenizer: Any) -> dict[str, Any]:
+def _columns(chunk: list[Passage], kept: list[np.ndarray], layer: int, tokenizer: ModelTokenizer) -> dict[str, Any]:
     """Of each position of the passages; `kept` (K, D) of each, for any K."""
     rows = [(passage, position) for passage in chunk for position in passage.positions]
     for (passage, position), vectors_KD in zip(rows, kept, strict=True):
@@ -229,9 +231,7 @@ def _columns(chunk: list[Passage], kept: list[np.ndarray], layer: int, tokenizer
     before = [vectors_KD[:-1].reshape(-1) for vectors_KD in kept]
     return {
         columns.N_RAW_TOKENS: [position + 1 for _, position in rows],
-        columns.TEXT: tokenizer.batch_decode(
-            [passage.ids[: position + 1] for passage, position in rows], skip_special_tokens=True
-        ),
+        columns.TEXT: [tokenizer.decode(passage.ids[: position + 1], skip_special=True) for passage, position in rows],
         columns.VECTOR: np.stack([vectors_KD[-1] for vectors_KD in kept]),
         columns.PRECEDING: before if chunk[0].kept else np.stack(before),
         columns.LAYER: [layer] * len(rows),

@@ -74,7 +74,7 @@ def run(config: EvalConfig, world: World) -> None:
     barrier(world)
     task = held_out_task(config, config.task)
     engine = Engine(
-        config.model, read_shape(config.model), config.rollout, (), world, int(task.tokenizer.eos_token_id), config.seed
+        config.model, read_shape(config.model), config.rollout, (), world, task.tokenizer.end_ids, config.seed
     )
     requests = task.requests(_chosen_rows(config, task), config.seed, 0)
     rollouts: list[Rollout] = []

@@ -90,10 +90,10 @@ def run(config: EvalConfig, world: World) -> None:
     if world.is_main and (note := baseline.note(task)) is not None:
         print(note, file=sys.stderr, flush=True)
     reader = _reader(config, task, world)
-    eos_id = int(task.tokenizer.eos_token_id)
+    ends = task.tokenizer.end_ids
     shape, places = read_shape(config.av), task.interventions
     project = projector(read_projections(config.av, places, shape.hidden_size))
-    engine = Engine(config.av, shape, config.rollout, places, world, eos_id, config.seed, task.marker, project)
+    engine = Engine(config.av, shape, config.rollout, places, world, ends, config.seed, task.marker, project)
     work: dict[str, Callable[[], Condition]] = {
         "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
         "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),

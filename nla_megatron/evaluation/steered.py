@@ -88,7 +88,7 @@ def run(config: EvalConfig, world: World) -> None:
     requests = task.requests(rows, config.seed, 0)
     strengths_NS = strengths_of(steering, [request.prompt_ids for request in requests], config, world)
     engine = Engine(
-        config.model, shape, config.rollout, steering.interventions, world, int(task.tokenizer.eos_token_id),
+        config.model, shape, config.rollout, steering.interventions, world, task.tokenizer.end_ids,
         config.seed,
     )  # fmt: skip
     asked = steered(requests, strengths_NS, steering.interventions)

@@ -12,6 +12,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
+from nla_megatron.contract.tokenizer import read_backend
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.rewards.outcome import well_formed
 from nla_megatron.rewards.terms import Term, named_values, register
@@ -82,13 +83,11 @@ class LengthTerm(Term):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        from tokenizers import Tokenizer
-
         path = Path(str(self.options.tokenizer))
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingFile(f"no {path}", "a fast tokenizer's tokenizer.json", "correct the option tokenizer")
-        return Tokenizer.from_file(str(path))
+        return read_backend(path)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.peft_format import PeftConfig
 from nla_megatron.errors import ConfigError, HalfLoaded
 from nla_megatron.interventions.checks import Marker, check_layers
@@ -48,6 +49,7 @@ class Engine:
 
     Args:
         intervention: the configuration's one, or any number of `Intervention`.
+        end_ids: the ids that end a response, each of which it stops at.
         marker: what must stand at every position; None where any token may.
         project: what the mode `project` does to the vectors; it may be another before each batch.
 
@@ -62,7 +64,7 @@ class Engine:
         config: RolloutConfig,
         intervention: InterventionConfig | Intervention | Sequence[Intervention],
         world: World,
-        eos_id: int,
+        end_ids: int | Sequence[int],
         seed: int,
         marker: Marker | None = None,
         project: Project | None = None,
@@ -74,7 +76,8 @@ class Engine:
             raise ConfigError("mode project without a projection", "Engine(project=...)", "pass the trainer's")
         limit = min(config.max_model_len, shape.max_positions)
         self.terms = Terms(interventions, shape.hidden_size, limit, marker, shape.vocab_size)
-        self.config, self.world, self.eos_id, self.tied = config, world, eos_id, shape.tied_embeddings
+        self.config, self.world, self.tied = config, world, shape.tied_embeddings
+        self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
         self.project = project
         self.replicas, self.replica = world.size // config.tp, world.rank // config.tp
         self.llm = start(model, shape, config, interventions, world, seed)
@@ -83,7 +86,7 @@ class Engine:
         self.ledger = Ledger(interventions)
         self.reports: tuple[Report, ...] = ()
         self.policy: Any = None
-        self.tokenizer = self.llm.get_tokenizer()
+        self.tokenizer = load_tokenizer(model)
         self.half_loaded = False
 
     @contextmanager
@@ -178,7 +181,7 @@ class Engine:
                 [next(iter(step.values())).logprob for step in sample.logprobs],
                 sample.finish_reason == "stop",
                 self.tokenizer,
-                self.eos_id,
+                self.end_ids,
             )  # fmt: skip
             for request, output in zip(mine, outputs, strict=True)
             for index, sample in enumerate(output.outputs)
@@ -196,7 +199,7 @@ class Engine:
             top_k=self.config.top_k,
             seed=request.seed,
             logprobs=0,
-            stop_token_ids=[self.eos_id],
+            stop_token_ids=list(self.end_ids),
             stop=self.config.stop or None,
             detokenize=bool(self.config.stop),
             # A stop text may be a special token's.
@@ -234,7 +237,7 @@ class Engine:
             logprobs = [step[token].logprob for step, token in zip(steps, rollout.response_ids, strict=True)]
             scored.append(
                 requests[index].answered(
-                    rollout.sample, rollout.response_ids, logprobs, rollout.finished, self.tokenizer, self.eos_id
+                    rollout.sample, rollout.response_ids, logprobs, rollout.finished, self.tokenizer, self.end_ids
                 )
             )
         return self._exchange(scored, wrong, expected=len(recorded))

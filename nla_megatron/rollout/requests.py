@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nla_megatron.contract.tokenizer import ModelTokenizer, wrapped
 from nla_megatron.errors import ColumnError, ConfigError, InjectionError, LayoutError
 from nla_megatron.interventions.checks import Marker, check_brought, check_positions, check_vectors
 from nla_megatron.interventions.placement import filled, taken
@@ -18,6 +19,7 @@ from nla_megatron.types import Rollout
 
 if TYPE_CHECKING:
     from nla_megatron.config.schema import InterventionConfig
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 Vectors = Callable[[Sequence[int]], np.ndarray]
 """Rows of the data table -> activations (N, D) fp32, or (N, K, D) where a row brings several, its own the last and NaN
@@ -65,10 +67,11 @@ class PromptRequest:
         return () if self.position is None else (self.position, *self.more_positions)
 
     def answered(
-        self, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool, tokenizer: Any, eos_id: int
-    ) -> Rollout:
-        """A response to it; the end token is part of its ids, and not of its text."""
-        ended = bool(ids) and ids[-1] == eos_id
+        self, sample: int, ids: Sequence[int], logprobs: Sequence[float], finished: bool, tokenizer: ModelTokenizer,
+        end_ids: Sequence[int],
+    ) -> Rollout:  # fmt: skip
+        """A response to it; the token of `end_ids` that ended it is part of its ids, and not of its text."""
+        ended = bool(ids) and ids[-1] in end_ids
         return Rollout(
             group=self.group,
             sample=sample,
@@ -238,14 +241,12 @@ def shares(weights: Sequence[int], replicas: int) -> list[list[int]]:
     return [sorted(each) for each in dealt]
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+def encode(tokenizer: AnyTokenizer, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt; a text that writes the first token out, as chat templates do, gets no second one."""
+    tokenizer = wrapped(tokenizer)
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif prompt and isinstance(prompt[0], dict):
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        return tuple(int(each) for each in prompt)  # type: ignore[arg-type]
-    doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id is not None
-    return tuple(ids[1:] if doubled else ids)
+        return tuple(tokenizer.beginning(prompt, special=True).ids)
+    if prompt and isinstance(prompt[0], dict):
+        turns: Any = prompt
+        return tuple(tokenizer.beginning(tokenizer.render(turns).text, special=False).ids)
+    return tuple(int(each) for each in prompt)  # type: ignore[arg-type]

@@ -15,15 +15,16 @@ import torch
 
 from nla_megatron.config.options import bind
 from nla_megatron.contract.splits import held_out as is_held_out
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.errors import ColumnError, ConfigError
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.rows import read_rows
 from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, spread
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 _OPTIONS = "task.options"
 _SENTENCE = re.compile(r"(?:(?<=\s)|^)[A-Z](?!\S*[\"'()\[\]])[^.!?\n]{20,}?[.!?](?=\s|$)")
@@ -60,7 +61,7 @@ class LexicalTask(TextTask):
 
     measures = ("words", "unique_words")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: LexicalOptions, prompts: Sequence[str]):
+    def __init__(self, tokenizer: AnyTokenizer, options: LexicalOptions, prompts: Sequence[str]):
         super().__init__(tokenizer, bind(PromptStyle, options.prompt, f"{_OPTIONS}.prompt"))
         self.prompts = tuple(prompts)
 

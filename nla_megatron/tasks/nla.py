@@ -6,12 +6,10 @@ Legend: N rows or rollouts, B rows of a microbatch, T tokens, D hidden.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from nla_megatron.contract.sidecar import (
     read_model_sidecar,
 )
 from nla_megatron.contract.tables import Table
+from nla_megatron.contract.tokenizer import ModelTokenizer, load_tokenizer
 from nla_megatron.conversion.heads import is_reconstructor
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.projections import check_projections
@@ -44,31 +43,8 @@ from nla_megatron.tasks.curriculum import Curriculum
 from nla_megatron.tasks.nla_checks import MSE_SCALE, check_blocks, check_markers, check_table, differing, scale_name
 from nla_megatron.types import Microbatch, Rollout
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-_PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 RowRunner = Callable[[Batch, Collect], Tensor]
 """Numbers per row of a batch: `TrainModule.rows`, or `models.pipeline.forward_rows` with a model in it."""
-
-
-def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face directory. Raises MissingFile."""
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise MissingFile(
-            f"no tokenizer.json in {directory}",
-            "a Hugging Face directory with a fast tokenizer",
-            "copy the tokenizer there",
-        )
-    # AutoTokenizer imports every model to find a special class; a plain one says so itself, and loads in a second.
-    config = Path(directory) / "tokenizer_config.json"
-    if config.is_file() and json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_TOKENIZERS:
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(directory)
-    from transformers import AutoTokenizer
-
-    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(directory))
 
 
 @dataclass(frozen=True)
@@ -89,7 +65,7 @@ class NlaTask:
     table: Table
     sidecar: DatasetSidecar
     contract: PromptContract
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: ModelTokenizer
     curriculum: Curriculum
 
     @classmethod
@@ -99,13 +75,15 @@ class NlaTask:
         Raises:
             MissingFile, ColumnError, WidthError, SidecarError, MarkerError.
             MissingFile, CheckpointError: an AV without the projections that its sidecar names, or with others.
-            ConfigError: a curriculum over blocks that the model lacks.
+            ConfigError: a curriculum over blocks that the model lacks, or a tokenizer without an end for responses.
         """
         if not Path(data).is_file():
             raise MissingFile(
                 f"no {data}", f"the {stage} table that `build` writes", "run `nla-megatron build`, or correct data="
             )
         sidecar, tokenizer = read_dataset_sidecar(data), load_tokenizer(model)
+        if stage != "ar_sft":  # an AR reads texts and writes none
+            tokenizer.check_ends()
         if sidecar.injection is None:
             raise SidecarError(
                 f"no injection in the sidecar of {data}", "injection{method, layer, scale}", "build the table again"
@@ -132,7 +110,7 @@ class NlaTask:
         return cls(
             table=table,
             sidecar=sidecar,
-            contract=prompt_contract(sidecar),
+            contract=prompt_contract(sidecar).fixed(tokenizer),
             tokenizer=tokenizer,
             curriculum=steps,
         )
@@ -153,6 +131,8 @@ class NlaTask:
         pairs["extraction.mse_scale"] = (scale_name(model), MSE_SCALE)
         pairs["pool"] = (model.pool, self.sidecar.pool)
         if role == "av":
+            same = recorded.form.same_prompt(self.contract.form)
+            pairs["av_prompt"] = (self.contract.form if same else recorded.form, self.contract.form)
             pairs["injection"] = (model.injection, self.sidecar.injection)
         for key, (found, expected) in pairs.items():
             if found != expected:

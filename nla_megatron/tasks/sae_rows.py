@@ -20,7 +20,8 @@ from nla_megatron.tasks.text import PromptStyle
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 TARGETS = "target_strengths"
 
@@ -34,7 +35,7 @@ class TargetRows:
 
 
 def read_targets(
-    path: str, options: SaeOptions, tokenizer: PreTrainedTokenizerFast, count: int, config: PredictorConfig,
+    path: str, options: SaeOptions, tokenizer: AnyTokenizer, count: int, config: PredictorConfig,
     key: str = "data",
 ) -> TargetRows:  # fmt: skip
     """The rows of a file with `target_strengths`.

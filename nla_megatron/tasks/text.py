@@ -9,22 +9,26 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from nla_megatron.config.registry import Registry
 from nla_megatron.config.schema import TaskConfig
+from nla_megatron.contract.chat import parse_day
+from nla_megatron.contract.tokenizer import wrapped
 from nla_megatron.errors import ConfigError, LayoutError
 from nla_megatron.models.batching import Batch, response_mask
-from nla_megatron.rollout.requests import PromptRequest, encode
+from nla_megatron.rollout.requests import PromptRequest
 from nla_megatron.tasks.lengths import longest_row
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 PROMPT = "{prompt}"
+_ANY_DAY = "2000-01-01"  # for templates that do not ask
 _SHUFFLE = 8  # tells the order of held-out rows from other uses of the seed
 
 
@@ -35,7 +39,9 @@ class PromptStyle:
     `chat`: with the tokenizer's chat template; None is where it has one. `system`: a system message; "" is none.
     `template`: the user's message, with `{prompt}` once. `plain`: the same for models without a chat template, the
     whole text before the response. `chat_options`: variables of the chat template, such as `enable_thinking`.
-    `prefill`: what the response begins with, given to the model as part of the prompt.
+    `prefill`: what the response begins with, given to the model as part of the prompt. `system_role`: system, or user:
+    the system message's text at the head of the user's, for chat templates that take no system message. `date`: the day
+    (2026-01-31) that a chat template which writes one is told, today and when the run goes on.
     """
 
     chat: bool | None = None
@@ -44,6 +50,8 @@ class PromptStyle:
     plain: str = PROMPT
     chat_options: dict[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    system_role: str = "system"
+    date: str = ""
 
     def __post_init__(self) -> None:
         for key in ("template", "plain"):
@@ -52,32 +60,37 @@ class PromptStyle:
                     f"{key}={getattr(self, key)!r}", f"a text with {PROMPT} once",
                     f"write {PROMPT} where the prompt goes",
                 )  # fmt: skip
+        if self.system_role not in ("system", "user"):
+            raise ConfigError(f"system_role={self.system_role!r}", "system or user", "set system_role to one of them")
+        if self.date:
+            parse_day(self.date, "date")
 
-    def ids(self, tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    def ids(self, tokenizer: AnyTokenizer, text: str) -> tuple[int, ...]:
         """The prompt's token ids. Special tokens are the chat template's, or the tokenizer's own where there is none;
         a beginning is never written twice, and an end never.
 
         Raises:
-            ConfigError: `chat` with a tokenizer that has no chat template.
+            ConfigError: a chat template that is not there or fails, or that writes the day and is told none.
         """
-        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
-        if not chat:
-            ids = encode(tokenizer, self.plain.replace(PROMPT, text) + self.prefill)
-            return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-        if not tokenizer.chat_template:
+        tokenizer = wrapped(tokenizer)
+        if not (tokenizer.has_chat if self.chat is None else self.chat):
+            return tuple(tokenizer.beginning(self.plain.replace(PROMPT, text) + self.prefill, special=True).ids)
+        rendered = tokenizer.render(self._messages(text), self.chat_options, parse_day(self.date or _ANY_DAY, "date"))
+        if rendered.dated and not self.date:
             raise ConfigError(
-                f"task.options.prompt.chat=true with {tokenizer.name_or_path}, which has no chat template",
-                "a model with one", "set task.options.prompt.chat=false",
+                f"the chat template of {tokenizer.name} writes today's date, so prompts would change when a run goes "
+                "on tomorrow, or is evaluated then", "a day that stays",
+                f"set task.options.prompt.date={date.today().isoformat()}",
             )  # fmt: skip
-        messages = [{"role": "user", "content": self.template.replace(PROMPT, text)}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
-        templated: Any = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.chat_options
-        )
-        written: list[int] = tokenizer(templated + self.prefill, add_special_tokens=False)["input_ids"]
-        doubled = len(written) > 1 and written[0] == written[1] == tokenizer.bos_token_id is not None
-        return tuple(written[1:] if doubled else written)
+        return tuple(tokenizer.beginning(rendered.text + self.prefill, special=False).ids)
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        question = self.template.replace(PROMPT, text)
+        if self.system and self.system_role == "user":
+            question = f"{self.system}\n\n{question}"
+        alone = not self.system or self.system_role == "user"
+        system = [] if alone else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": question}]
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,9 @@ class TextTask(ABC):
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of the values that `measure` gives."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, style: PromptStyle):
-        self.tokenizer, self.style = tokenizer, style
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"tokenizer {tokenizer.name_or_path} has no end token", "an eos_token, which ends responses",
-                "name one in tokenizer_config.json",
-            )  # fmt: skip
+    def __init__(self, tokenizer: AnyTokenizer, style: PromptStyle):
+        self.tokenizer, self.style = wrapped(tokenizer), style
+        self.tokenizer.check_ends()
         self._prompt_ids: dict[int, tuple[int, ...]] = {}
 
     @classmethod
@@ -176,13 +185,9 @@ class TextTask(ABC):
     def response_text(self, rollout: Rollout) -> str:
         """A response without the special token that ended it, whichever of the model's that was."""
         ids = rollout.response_ids
-        if ids and ids[-1] in self._special_ids:
-            return str(self.tokenizer.decode(list(ids[:-1])))
+        if ids and ids[-1] in self.tokenizer.special_ids:
+            return self.tokenizer.decode(ids[:-1])
         return rollout.text
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
 
     def check_length(self, max_new_tokens: int, limit: int) -> int:
         """The longest prompt in tokens, which leaves room for its response.

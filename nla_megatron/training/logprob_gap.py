@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.contract.files import write_json_lines
+from nla_megatron.contract.tokenizer import ModelTokenizer
 from nla_megatron.errors import RolloutError
 from nla_megatron.parallel.world import World
 from nla_megatron.types import Rollout
@@ -32,7 +33,7 @@ class Apart:
     gap: float
     token: int
 
-    def record(self, tokenizer: Any) -> dict[str, Any]:
+    def record(self, tokenizer: ModelTokenizer) -> dict[str, Any]:
         """A line of the file; the rollout's own fields are those of `rollout.record`."""
         text = tokenizer.decode([self.rollout.response_ids[self.token]])
         found = {"gap": self.gap, "token": self.token, "token_text": text}
@@ -42,7 +43,7 @@ class Apart:
 class GapCheck:
     """Stops a step above `rollout.max_logprob_gap`; `logprob_gap/step_*.jsonl` in the run's directory says where."""
 
-    def __init__(self, config: RlConfig, tokenizer: Any, world: World):
+    def __init__(self, config: RlConfig, tokenizer: ModelTokenizer, world: World):
         self.limit, self.out, self.tokenizer, self.world = config.rollout.max_logprob_gap, config.out, tokenizer, world
 
     def __call__(

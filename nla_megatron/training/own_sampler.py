@@ -54,7 +54,7 @@ class PolicySampler:
         limit = min(config.rollout.max_model_len, side.shape.max_positions)
         shape = side.shape
         self.terms = Terms(tuple(side.interventions), shape.hidden_size, limit, side.marker, shape.vocab_size)
-        self.eos_id, self.changed = int(side.tokenizer.eos_token_id), 0
+        self.end_ids, self.changed = side.tokenizer.end_ids, 0
 
     def generate(
         self, requests: Sequence[PromptRequest], vectors: Vectors, samples: int, training_step: int = 0
@@ -112,7 +112,7 @@ class PolicySampler:
         ):
             response.ids.append(int(token))
             response.logprobs.append(logprob)
-            response.finished = int(token) == self.eos_id or self._stopped(response.ids)
+            response.finished = int(token) in self.end_ids or self._stopped(response.ids)
 
     def _pick(self, response: _Response, logits_V: Tensor) -> tuple[int, float]:
         """A token and its log-prob in the full distribution, at temperature 1 where the likeliest is asked for."""
@@ -153,7 +153,7 @@ class PolicySampler:
 
     def _rollout(self, response: _Response) -> Rollout:
         return response.request.answered(
-            response.sample, response.ids, response.logprobs, response.finished, self.side.tokenizer, self.eos_id
+            response.sample, response.ids, response.logprobs, response.finished, self.side.tokenizer, self.end_ids
         )
 
     def _batch_of(self, rollouts: list[Rollout], requests: Sequence[PromptRequest]) -> RolloutBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from nla_megatron.config.run_directory import check_run_directory, mark_done
 from nla_megatron.config.schema import PretrainConfig
 from nla_megatron.contract.corpus import read_corpus
 from nla_megatron.contract.splits import held_out
+from nla_megatron.contract.tokenizer import ModelTokenizer, load_tokenizer
 from nla_megatron.conversion.families import FAMILIES
 from nla_megatron.conversion.hf import check_vocabulary
 from nla_megatron.errors import ConfigError, MissingFile
@@ -19,15 +19,11 @@ from nla_megatron.models.batching import Batch, response_mask
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World, data_parallel_size
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.training.export import export
 from nla_megatron.training.loop import train
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import ModelShape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def shape_of(config: PretrainConfig, vocab_size: int) -> ModelShape:
@@ -55,6 +51,7 @@ def check(config: PretrainConfig, world_size: int) -> None:
     if not Path(config.corpus).is_file():
         raise MissingFile(f"no {config.corpus}", "a corpus of documents", "correct corpus=")
     tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.check_ends()
     check_layout(shape_of(config, len(tokenizer)), config.parallel)
     check_vocabulary(Path(config.tokenizer), len(tokenizer))
     check_run_directory("pretrain", config)
@@ -88,16 +85,16 @@ def run(config: PretrainConfig, world: World) -> None:
     if config.export:
         hf_config = {
             **FAMILIES[shape.family].config_from_shape(shape),
-            **{name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")},
+            **tokenizer.config_ids(),
         }
         export(model, config.tokenizer, Path(config.out) / "hf", world, config=hf_config)
     if world.is_main:
         mark_done(config)
 
 
-def token_stream(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def token_stream(config: PretrainConfig, tokenizer: ModelTokenizer) -> np.ndarray:
     """All training documents, shuffled, one after another with an end token between: (tokens,) int32."""
     documents = [text for doc_id, text in read_corpus(config.corpus) if not held_out(doc_id, config.held_out)]
     order = np.random.default_rng([config.seed, 2]).permutation(len(documents))
-    encoded = tokenizer([documents[index] for index in order], add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded])
+    encoded = tokenizer.encode_each([documents[index] for index in order])
+    return np.concatenate([np.asarray([*ids, tokenizer.end_id], dtype=np.int32) for ids in encoded])

@@ -60,7 +60,7 @@ class PolicyEngine(Engine):
     def __init__(self, config: RlConfig, side: Side, world: World):
         super().__init__(
             side.directory, side.shape, rollout_of(config, side.shape), side.interventions, world,
-            int(side.tokenizer.eos_token_id), config.seed, marker=side.marker, project=projector({}),
+            side.tokenizer.end_ids, config.seed, marker=side.marker, project=projector({}),
         )  # fmt: skip
         self.model = side.model
         self.hand_over = self._weights(side) if side.model is not None else self.forget

@@ -9,6 +9,7 @@ import torch
 
 from nla_megatron.config.run_directory import mark_done
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.errors import ConfigError
@@ -18,7 +19,6 @@ from nla_megatron.models.strength import PredictorConfig
 from nla_megatron.models.strength_files import read_weights, write_predictor
 from nla_megatron.models.verbalizer import build_verbalizer
 from nla_megatron.parallel.world import World
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import SaeOptions, predictor_config, sae_options
 from nla_megatron.tasks.sae_rows import TargetRows, read_targets
 from nla_megatron.training.data_order import rows_of_step

@@ -42,7 +42,7 @@ def main(result: str, scratch: str, tp: str) -> None:
     task = open_task(TaskConfig("lexical"), Data(), str(directory), 0)
     assert task is not None
     engine = Engine(
-        str(directory), read_shape(directory), config, (), world, int(task.tokenizer.eos_token_id), 0
+        str(directory), read_shape(directory), config, (), world, task.tokenizer.end_ids, 0
     )  # fmt: skip
     requests = task.requests(ROWS, 0, 3)
     batch = engine.generate(requests, no_vectors, SAMPLES)

@@ -26,11 +26,12 @@ from nla_megatron.contract.sidecar import (
     write_model_sidecar,
 )
 from nla_megatron.contract.tables import Table
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.hf import HEAD_FILE
 from nla_megatron.conversion.projections import PROJECTION_FILE
 from nla_megatron.evaluation.held_out import deranged
 from nla_megatron.interventions.projection import Projection
-from nla_megatron.tasks.nla import NlaTask, load_tokenizer
+from nla_megatron.tasks.nla import NlaTask
 from tests.support.hooked import Change, Hooked, norm_add
 from tests.support.ranks import command
 from tests.support.tiny import (
@@ -160,12 +161,12 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_extract_stacks_the_hidden_states_of_transformers(stacked: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(stacked / "base"), load_tokenizer(str(stacked / "base"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stacked / "base"), load_tokenizer(stacked / "base")
     table = Table.open(stacked / "extract" / "base.parquet", "base")
     assert (table.n_rows, table.positions) == (48, 3)
     rows = zip(table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), table.inputs(range(48)), strict=True)
     for doc_id, stop, vectors_KD in rows:
-        ids = tokenizer(topics[doc_id.split(":")[-1]][:300])["input_ids"][:48]
+        ids = tokenizer.encode(topics[doc_id.split(":")[-1]][:300], special=True)[:48]
         with torch.no_grad():
             states_TD = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
         np.testing.assert_allclose(vectors_KD, states_TD[stop - 3 : stop], atol=1e-4)
@@ -239,11 +240,11 @@ def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_extract_keeps_the_hidden_states_of_as_many_positions_as_there_are(varying: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(varying / "base"), load_tokenizer(str(varying / "base"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(varying / "base"), load_tokenizer(varying / "base")
     table = Table.open(varying / "extract" / "base.parquet", "base")
     assert read_dataset_sidecar(varying / "extract" / "base.parquet").pool == PoolSpec("stack", 3, 1)
     assert set(table.activations) == {1, 2, 3}
-    ids = {name: tokenizer(topics[name][:80])["input_ids"] for name in sorted(topics)[:12]}
+    ids = {name: tokenizer.encode(topics[name][:80], special=True) for name in sorted(topics)[:12]}
     rows = zip(
         table.column(columns.DOC_ID), table.column(columns.N_RAW_TOKENS), table.column(columns.TEXT), strict=True
     )

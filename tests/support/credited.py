@@ -122,8 +122,8 @@ class WrittenSampler:
         dull, finished = request.row % 4 == 0, (request.row % 4, sample) != (1, 1)
         rng = np.random.default_rng([request.row, 0 if dull and not self.nla else sample])
         text = " ".join(rng.choice(_WORDS, rng.integers(2, 16)))
-        ids = self.tokenizer(wrap_explanation(text) if self.nla and not dull else text, add_special_tokens=False)
-        written = [*ids["input_ids"], self.tokenizer.eos_token_id] if finished else ids["input_ids"][:-2]
+        ids = self.tokenizer.encode(wrap_explanation(text) if self.nla and not dull else text)
+        written = [*ids, self.tokenizer.end_id] if finished else ids[:-2]
         logprobs = rng.uniform(-7, -5, len(written)).tolist()
         return Rollout(
             group=request.group, sample=0 if request.greedy else sample, row=request.row, prompt_ids=request.prompt_ids,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from nla_megatron.config.schema.checks import at_least, one_of
 from nla_megatron.errors import ConfigError
@@ -165,6 +166,15 @@ class TemplateConfig:
     av: str | None = None
     ar: str | None = None
     marker: str | None = None
+    """A single token that stands for the activation. None: a character of U+3200..U+33FF, or where the tokenizer has
+    none that is one token, another rare character or a reserved token."""
+    format: str = "chat"
+    """chat: the AV's prompt is a user's message in the tokenizer's chat template. plain: it is the template alone, for
+    a base model, which has no chat template; its end is where the response begins."""
+    date: str | None = None
+    """The day (2026-01-31) that a chat template which writes one is told; the tables keep the prompt. None: today."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking`; `chat_template` names one of several templates."""
     positions: int = 1
     """How often the marker stands in the AV's prompt: the same vector at each, or of a table of `pool=stack` each one
     at its own, and then as many. A template of your own holds `<INJECT>` so many times, each between the same
@@ -172,3 +182,9 @@ class TemplateConfig:
 
     def __post_init__(self) -> None:
         at_least("templates.positions", self.positions, 1)
+        one_of("templates.format", self.format, ("chat", "plain"))
+        if self.format == "plain" and (self.date is not None or self.chat_options):
+            raise ConfigError(
+                f"templates.date={self.date} and chat_options={self.chat_options} with templates.format=plain",
+                "neither: they are a chat template's", "leave them out, or set templates.format=chat",
+            )  # fmt: skip

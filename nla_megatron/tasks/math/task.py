@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nla_megatron.config.options import bind
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.errors import ConfigError
 from nla_megatron.tasks.math.answers import equal
 from nla_megatron.tasks.math.curriculum import Mixture, Source, Stage
 from nla_megatron.tasks.math.problems import make_provider
 from nla_megatron.tasks.math.responses import Tags, read_response
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, spread
 from nla_megatron.types import Measured, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+
+    from nla_megatron.contract.tokenizer import AnyTokenizer
 
 _OPTIONS = "task.options"
 DEFAULT_PROMPT: dict[str, Any] = {
@@ -75,11 +76,11 @@ class MathTask(TextTask):
 
     measures = ("correct", "format", "answer_found", "thinking_tokens")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: MathOptions, problems: Mixture):
+    def __init__(self, tokenizer: AnyTokenizer, options: MathOptions, problems: Mixture):
         style = bind(PromptStyle, {**DEFAULT_PROMPT, **options.prompt}, f"{_OPTIONS}.prompt")
         super().__init__(tokenizer, style)
         self.options, self.problems = options, problems
-        ending = str(tokenizer.decode(list(self.prompt_ids(0)))).rstrip()
+        ending = self.tokenizer.decode(self.prompt_ids(0)).rstrip()
         self.tags = Tags(options.think_open, options.think_close, ending.endswith(options.think_open))
 
     @classmethod
@@ -120,7 +121,7 @@ class MathTask(TextTask):
         )
 
     def _tokens(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+        return len(self.tokenizer.encode(text)) if text else 0
 
     def figures(self, measured: Measured) -> dict[str, Any]:
         """`accuracy`, `accuracy_strict` (right and in the format), `format_rate`, `answer_found`, `truncated`, lengths

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from nla_megatron.config.schema import RlConfig
+from nla_megatron.contract.tokenizer import ModelTokenizer
 from nla_megatron.interventions.checks import Marker
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch
@@ -62,7 +63,7 @@ class Side(Protocol):
         """Prompts to draw from."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> ModelTokenizer: ...
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:

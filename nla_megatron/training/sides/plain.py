@@ -56,7 +56,7 @@ class PlainSide:
     def __init__(self, config: RlConfig, world: World):
         self.config, self.world, self.directory = config, world, config.model
         self.task, self.held_out = _open(config)
-        self.tokenizer: Any = self.task.tokenizer
+        self.tokenizer = self.task.tokenizer
         self.n_rows = self.task.rows
         self.vectors: Vectors = no_vectors
         self.shape = read_shape(config.model)

@@ -73,9 +73,7 @@ def test_a_marker_that_stands_in_the_template_already_is_passed_over(make_tokeni
     assert choose_marker(make_tokenizer(added=("㈎", "㈜")), f"㈎ <concept>{INJECT}</concept>") == "㈜"
 
 
-def test_a_tokenizer_without_a_single_token_marker_is_refused(split_marker_tokenizer: Tok) -> None:
-    with pytest.raises(MarkerError, match=r"U\+3200"):
-        PromptContract.derive(split_marker_tokenizer, AV_TEMPLATE, AR_TEMPLATE)
+def test_a_given_marker_of_several_tokens_is_refused(split_marker_tokenizer: Tok) -> None:
     with pytest.raises(MarkerError, match=MARKER):
         PromptContract.derive(split_marker_tokenizer, AV_TEMPLATE, AR_TEMPLATE, marker=MARKER)
 
@@ -96,10 +94,10 @@ def test_a_marker_that_is_unknown_or_decodes_to_another_text_is_refused(make_tok
 def test_a_marker_at_the_edge_or_twice_is_refused(make_tokenizer: Callable[..., Tok]) -> None:
     bare = make_tokenizer(chat="{{ messages[0]['content'] }}")
     with pytest.raises(MarkerError, match="position 0"):
-        marker_neighbours(bare, f"{INJECT} text", MARKER)
+        PromptContract.derive(bare, f"{INJECT} text", marker=MARKER)
     echo = make_tokenizer(chat="{{ messages[0]['content'] }} {{ messages[0]['content'] }}")
     with pytest.raises(MarkerError, match="2 times"):
-        marker_neighbours(echo, f"a {INJECT} b", MARKER)
+        PromptContract.derive(echo, f"a {INJECT} b", marker=MARKER)
 
 
 def test_neighbours_are_the_ids_beside_the_marker(tokenizer: Tok, contract: PromptContract) -> None:

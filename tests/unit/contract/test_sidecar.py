@@ -134,7 +134,7 @@ def test_the_dataset_layout_is_what_strict_readers_know(parquet: Path) -> None:
         assert set(raw[block]) == keys
     assert raw["extraction"]["norm"] == "none"
     assert raw["extraction"]["corpus_slice"] == {"start": 0, "length": 100}
-    assert set(raw) == TOP | {"injection", "bos_policy"}
+    assert set(raw) == TOP | {"injection", "bos_policy", "av_prompt"}
     assert raw["injection"] == {"method": "norm_add", "layer": 1, "scale": 1.0}
     assert set(raw["prompt_templates"]) == {"actor", "critic"}
 

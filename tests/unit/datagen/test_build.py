@@ -22,10 +22,11 @@ from nla_megatron.contract.sidecar import (
     write_dataset_sidecar,
 )
 from nla_megatron.contract.tables import Table
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.datagen import build
 from nla_megatron.errors import ConfigError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
-from nla_megatron.tasks.nla import NlaTask, load_tokenizer
+from nla_megatron.tasks.nla import NlaTask
 from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, LAYER, tiny_config, tiny_rows, tiny_table
 
 DOCUMENTS, ROWS_PER_DOCUMENT = 40, 3

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nla_megatron.config.schema import ExtractConfig
 from nla_megatron.contract import columns
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.datagen.extract import (
     Passage,
     _columns,
@@ -28,7 +29,6 @@ from nla_megatron.datagen.extract import (
 )
 from nla_megatron.datagen.sentences import sentence_starts, sentences_of
 from nla_megatron.errors import ConfigError, NotFinite
-from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.tiny import SHAPE
 
 CONFIG = ExtractConfig(min_position=5, positions_per_doc=4, max_length=40)
@@ -87,7 +87,7 @@ def test_rows_do_not_depend_on_order_or_sharding(model_dir: Path, long_documents
 def test_long_documents_are_cut_or_go_on_in_windows(model_dir: Path) -> None:
     tokenizer = load_tokenizer(str(model_dir))
     doc_id, text = DOCUMENTS[3]
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer.encode(text, special=True)
     assert len(ids) > 2 * CONFIG.max_length
     [cut] = passages(model_dir, [DOCUMENTS[3]], "truncate")
     assert list(cut.ids) == ids[:40]
@@ -100,9 +100,9 @@ def test_long_documents_are_cut_or_go_on_in_windows(model_dir: Path) -> None:
 
 def test_special_tokens_of_the_tokenizer_are_never_sampled(model_dir: Path) -> None:
     tokenizer = load_tokenizer(str(model_dir))
-    text = f"{tokenizer.eos_token} word " * 200
+    text = f"{tokenizer.fast.eos_token} word " * 200
     found = passages(model_dir, [("doc", text)], "window")
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.fast.all_special_ids)
     assert special & {token for one in found for token in one.ids}
     assert not special & {one.ids[at] for one in found for at in one.positions}
 

@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nla_megatron.contract.prompts import PromptContract, choose_marker
-from nla_megatron.contract.tokens import encode
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.datagen.tokenizer import WHOLE_TOKENS, train_tokenizer
-from nla_megatron.tasks.nla import load_tokenizer
 from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def tokenizer(model_dir: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(str(model_dir))
+    return load_tokenizer(model_dir).fast
 
 
 def test_the_size_is_what_was_asked_for(tmp_path: Path) -> None:
     assert train_tokenizer(["many words make many merges; " * 3] * 20, 280, tmp_path) == 280
-    assert len(load_tokenizer(str(tmp_path))) == 280
+    assert len(load_tokenizer(tmp_path)) == 280
 
 
 @pytest.mark.parametrize("token", WHOLE_TOKENS)
@@ -37,7 +36,7 @@ def test_marker_and_tags_are_one_token_wherever_they_stand(tokenizer: PreTrained
 
 @given(st.text())
 def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
 def test_plain_text_gets_no_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nla_megatron.config.schema import InterventionConfig
+from nla_megatron.contract.tokenizer import wrapped
 from nla_megatron.errors import ColumnError, InjectionError, VersionError
 from nla_megatron.interventions.schedules import Schedule
 from nla_megatron.interventions.spec import Intervention
@@ -63,6 +64,13 @@ def test_a_chat_begins_once_and_ids_stay_what_they_are(tokenizer: Any) -> None:
     assert chat[0] == bos and chat.count(bos) == 1
     assert tokenizer.decode(chat[1:]).strip() == "user: with"
     assert encode(tokenizer, [bos, bos, 7]) == (bos, bos, 7)
+
+
+def test_whichever_end_a_response_has_is_no_part_of_its_text(tokenizer: Any) -> None:
+    asked, words = PromptRequest(0, 0, (1, 2), None, 0), tokenizer("with", add_special_tokens=False)["input_ids"]
+    for ids, text in (([*words, 3], "with"), ([*words, 4], "with"), (words, "with"), ([3], "")):
+        rollout = asked.answered(0, ids, [0.0] * len(ids), True, wrapped(tokenizer), (3, 4))
+        assert rollout.text == text and rollout.response_ids == tuple(ids)
 
 
 def salt(**changed: Any) -> str:

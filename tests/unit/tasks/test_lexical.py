@@ -43,7 +43,7 @@ def test_words_stand_between_white_space_in_lower_case(text: str, found: list[st
 def test_responses_are_measured_exactly(model_dir: Path) -> None:
     task = opened(model_dir)
     assert task is not None
-    end = task.tokenizer.eos_token_id
+    end = task.tokenizer.end_id
     texts = ["The cat saw the cat", "  ", "one two three", ""]
     rollouts = [
         Rollout(index, 0, index, (1,), (9, 9, end) if index != 2 else (9,), (0.0,) * 3, text, index != 2)

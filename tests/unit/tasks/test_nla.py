@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,12 @@ from nla_megatron.contract.sidecar import (
     write_dataset_sidecar,
     write_model_sidecar,
 )
-from nla_megatron.errors import ColumnError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.contract.tokenizer import load_tokenizer
+from nla_megatron.errors import ColumnError, ConfigError, MarkerError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.batching import Batch, next_token_targets
 from nla_megatron.models.pipeline import Collect
-from nla_megatron.tasks.nla import NlaTask, explanations_of, load_tokenizer
+from nla_megatron.tasks.nla import NlaTask, explanations_of
 from nla_megatron.types import Rollout
 from tests.support.tiny import LAYER, tiny_config, tiny_model_sidecar, tiny_rows, tiny_table, tiny_tokenizer
 
@@ -180,7 +183,7 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
     mask_BT = batch.fields["mask"].bool()
     for targets_T, mask_T, response, text in zip(next_token_targets(ids_BT), mask_BT, responses, texts, strict=True):
         assert targets_T[mask_T].tolist() == response
-        assert task.tokenizer.decode(targets_T[mask_T], skip_special_tokens=True) == text
+        assert task.tokenizer.decode(targets_T[mask_T], skip_special=True) == text
     assert batch.positions == [(task.marker_position,)] * 2 and batch.fields["advantages"].tolist() == [1.0, -1.0]
     assert batch.vectors is not None
     np.testing.assert_array_equal(batch.vectors([1, 0]), task.table.vectors([9, 4]))
@@ -189,8 +192,8 @@ def test_the_mask_of_a_response_batch_selects_the_responses(task: NlaTask) -> No
 def test_the_gold_response_ends_with_the_end_token(tables: dict[str, Path], model_dir: Path) -> None:
     task = NlaTask.open(str(tables["av_sft"]), "av_sft", str(model_dir))
     ids = task.gold_response_ids(4)
-    assert ids[-1] == task.tokenizer.eos_token_id and task.tokenizer.eos_token_id not in ids[:-1]
-    text = str(task.tokenizer.decode(ids, skip_special_tokens=True))
+    assert ids[-1] == task.tokenizer.fast.eos_token_id and task.tokenizer.fast.eos_token_id not in ids[:-1]
+    text = str(task.tokenizer.decode(ids, skip_special=True))
     assert explanations_of([rollout(text)]) == [task.gold_explanations[4]]
 
 
@@ -253,10 +256,24 @@ def test_a_tokenizer_that_needs_auto_is_loaded_alike(model_dir: Path, tmp_path: 
             (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     config = (tmp_path / "tokenizer_config.json").read_text()
     plain = load_tokenizer(str(model_dir))
-    (tmp_path / "tokenizer_config.json").write_text(config.replace(type(plain).__name__, "Qwen2TokenizerFast"))
+    (tmp_path / "tokenizer_config.json").write_text(config.replace(type(plain.fast).__name__, "Qwen2TokenizerFast"))
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     text = "<concept>㈎</concept> in a tuple"
-    assert load_tokenizer(str(tmp_path))(text)["input_ids"] == plain(text)["input_ids"]
+    assert load_tokenizer(tmp_path).encode(text, special=True) == plain.encode(text, special=True)
+
+
+def test_an_av_whose_responses_nothing_ends_is_refused_before_it_starts(model_dir: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model_dir, tmp_path / "endless"))
+    for name, key in (
+        ("tokenizer_config", "eos_token"),
+        ("config", "eos_token_id"),
+        ("generation_config", "eos_token_id"),
+    ):
+        path = directory / f"{name}.json"
+        if path.is_file():
+            path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
+    assert "no end token" in refusal(ConfigError, data, "rl", directory)
 
 
 def test_several_blocks_of_a_sidecar_are_several_interventions(model_dir: Path, tmp_path: Path) -> None:
@@ -275,7 +292,8 @@ def test_a_vector_enters_at_every_marker_of_its_prompt(model_dir: Path, tmp_path
     data = tiny_table(tmp_path / "rl.parquet", model_dir, "rl")
     sidecar, template = read_dataset_sidecar(data), "Explain <concept><INJECT></concept> or <concept><INJECT></concept>"
     assert sidecar.prompt_templates is not None
-    write_dataset_sidecar(data, replace(sidecar, prompt_templates=replace(sidecar.prompt_templates, av=template)))
+    templates = replace(sidecar.prompt_templates, av=template)
+    write_dataset_sidecar(data, replace(sidecar, prompt_templates=templates, av_prompt=None))
     task = NlaTask.open(str(data), "rl", str(model_dir))
     first, second = task.marker_positions
     assert [task.prompt_ids[at - 1 : at + 2] for at in (first, second)] == [
@@ -336,7 +354,14 @@ def test_models_of_single_activations_are_not_used_for_several(
         stacked.check_model(str(directory), "av")
     model, sidecar = read_model_sidecar(directory), stacked.sidecar
     write_model_sidecar(
-        directory, replace(model, prompt_templates=sidecar.prompt_templates, tokens=sidecar.tokens, pool=sidecar.pool)
+        directory,
+        replace(
+            model,
+            prompt_templates=sidecar.prompt_templates,
+            tokens=sidecar.tokens,
+            pool=sidecar.pool,
+            av_prompt=sidecar.av_prompt,
+        ),
     )
     assert stacked.check_model(str(directory), "av").pool == PoolSpec("stack", 3)
 
@@ -439,7 +464,14 @@ def test_models_of_a_fixed_number_are_not_used_for_any_number(
     for task, other in ((varying, stacked), (stacked, varying)):
         mine = task.sidecar
         write_model_sidecar(
-            directory, replace(model, prompt_templates=mine.prompt_templates, tokens=mine.tokens, pool=mine.pool)
+            directory,
+            replace(
+                model,
+                prompt_templates=mine.prompt_templates,
+                tokens=mine.tokens,
+                pool=mine.pool,
+                av_prompt=mine.av_prompt,
+            ),
         )
         assert task.check_model(str(directory), "av").pool == mine.pool
         with pytest.raises(SidecarError, match="prompt contract"):

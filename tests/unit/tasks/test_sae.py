@@ -13,12 +13,12 @@ import torch
 
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import RlConfig, TaskConfig
+from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.errors import ColumnError, ConfigError, LayoutError, MissingFile, NlaError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.strength import PredictorConfig, StrengthPredictor
 from nla_megatron.models.strength_files import write_predictor
-from nla_megatron.tasks.nla import load_tokenizer
 from nla_megatron.tasks.sae import predictor_config, sae_options
 from nla_megatron.tasks.sae_rows import names_of, read_targets
 from nla_megatron.training.sides.sae import SaeSide
@@ -83,8 +83,8 @@ def test_the_shipped_configuration_has_every_option_at_its_default() -> None:
 
 
 def test_a_run_that_is_in_order_passes_and_knows_its_longest_prompt(files: Path) -> None:
-    tokenizer = load_tokenizer(str(files / "model"))
-    longest = max(len(chat(tokenizer, f"Document {number}")) for number in range(20))
+    tokenizer = load_tokenizer(files / "model")
+    longest = max(len(chat(tokenizer.fast, f"Document {number}")) for number in range(20))
     found = SaeSide.check(config_of(files), 1)
     assert found.longest == longest and 0 < found.rows < 20, "some are held out"
 
@@ -197,10 +197,10 @@ def test_target_strengths_that_cannot_be_learned_are_named(
 
 def test_target_strengths_are_read_with_their_prompts(files: Path) -> None:
     options = sae_options(config_of(files).task)
-    tokenizer = load_tokenizer(str(files / "model"))
+    tokenizer = load_tokenizer(files / "model")
     rows = read_targets(str(files / "targets.jsonl"), options, tokenizer, 2, PredictorConfig())
     assert torch.equal(rows.targets_NS[:, 0], torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.25]))
-    assert rows.prompts[2] == chat(tokenizer, "Document 2 tells")
+    assert rows.prompts[2] == chat(tokenizer.fast, "Document 2 tells")
 
 
 def test_only_the_objective_mse_takes_the_place_of_the_loop(files: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,30 @@ def test_a_plain_prompt_is_the_tokenizers_own_and_never_ends(model_dir: Path, to
     assert style.ids(ending, QUESTION) == tuple(tokenizer(f"Q: {QUESTION} A:")["input_ids"])
 
 
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def test_a_system_message_goes_where_the_template_takes_it(tokenizer: Any) -> None:
+    brief = PromptStyle(system="Be brief.")
+    tokenizer.chat_template = NO_SYSTEM + tokenizer.chat_template
+    with pytest.raises(ConfigError, match="refuses a system message: TemplateError: System role not supported"):
+        brief.ids(tokenizer, QUESTION)
+    assert PromptStyle().ids(tokenizer, QUESTION) == reference(tokenizer, [{"role": "user", "content": QUESTION}])
+    merged = PromptStyle(system="Be brief.", system_role="user").ids(tokenizer, QUESTION)
+    assert merged == reference(tokenizer, [{"role": "user", "content": f"Be brief.\n\n{QUESTION}"}])
+    with pytest.raises(ConfigError, match="system_role='developer'"):
+        PromptStyle(system_role="developer")
+
+
+def test_a_template_that_writes_the_day_is_told_one_that_stays(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + tokenizer.chat_template
+    with pytest.raises(ConfigError, match=f"set task.options.prompt.date={date.today().isoformat()}"):
+        PromptStyle().ids(tokenizer, QUESTION)
+    assert tokenizer.decode(PromptStyle(date="2024-07-26").ids(tokenizer, QUESTION)).startswith("26 July 2024")
+    with pytest.raises(ConfigError, match="date='yesterday'"):
+        PromptStyle(date="yesterday")
+
+
 def test_a_model_without_a_chat_template_gets_the_plain_prompt(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     assert PromptStyle(plain="Q: {prompt}").ids(tokenizer, "a b") == tuple(tokenizer("Q: a b")["input_ids"])
@@ -130,8 +155,8 @@ def test_requests_have_no_position_and_seeds_of_their_own(task: LexicalTask) -> 
 
 def test_the_loss_takes_every_response_token_its_end_token_too(task: LexicalTask) -> None:
     """Also where the end token is the padding token, as base models have it."""
-    task.tokenizer.pad_token = task.tokenizer.eos_token
-    end = task.tokenizer.eos_token_id
+    fast = task.tokenizer.fast
+    fast.pad_token, end = fast.eos_token, fast.eos_token_id
     rollouts = [
         Rollout(0, 0, 0, (5, 6, 7), (8, 9, end), (0.0,) * 3, "", True),
         Rollout(1, 0, 1, (5, 6), (end,), (0.0,), "", True),

@@ -54,9 +54,9 @@ def opened(model: Path, data: Path | str | Data = "", **options: Any) -> TextTas
 def rollouts(task: TextTask, cases: Sequence[tuple[Any, ...]], samples: int = 4) -> list[Rollout]:
     made = []
     for index, (row, text, finished, *_) in enumerate(cases):
-        ids = task.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = task.tokenizer.encode(text)
         if finished:
-            ids = [*ids, task.tokenizer.eos_token_id]
+            ids = [*ids, task.tokenizer.end_id]
         made.append(
             Rollout(index // samples, index % samples, row, task.prompt_ids(row), tuple(ids), (0.0,) * len(ids), text,
                     finished)
@@ -72,7 +72,7 @@ def test_responses_are_measured_exactly(model_dir: Path, data: Path) -> None:
     for position, name in ((4, "correct"), (5, "format"), (6, "answer_found")):
         assert measured.values[name].tolist() == [case[position] for case in CASES], name
         assert measured.values[name].dtype == torch.float32
-    lengths = [len(task.tokenizer.encode(case[7], add_special_tokens=False)) for case in CASES]
+    lengths = [len(task.tokenizer.encode(case[7])) for case in CASES]
     assert measured.values["thinking_tokens"].tolist() == lengths and max(lengths) > 3
     assert measured.failed.tolist() == [case[3] is None for case in CASES]
     assert measured.counts == {"references_unreadable": 1.0}
@@ -119,10 +119,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right: list[int], k:
 def test_an_end_token_of_another_name_is_no_part_of_the_answer(model_dir: Path, data: Path) -> None:
     """Chat models end in one of several special tokens; the sampler's text leaves out only the first of them."""
     task = opened(model_dir, data)
-    other = task.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert other != task.tokenizer.eos_token_id
+    other = task.tokenizer.fast.convert_tokens_to_ids("<|endoftext|>")
+    assert other != task.tokenizer.end_id
     text = "<think>a</think>\\boxed{0.5}"
-    ids = (*task.tokenizer(text, add_special_tokens=False)["input_ids"], other)
+    ids = (*task.tokenizer.encode(text), other)
     rollout = Rollout(0, 0, 0, task.prompt_ids(0), ids, (0.0,) * len(ids), text + "<|endoftext|>", True)
     assert task.measure([rollout]).texts == ("0.5",)
 
@@ -165,7 +165,7 @@ def test_the_shipped_configuration_makes_a_task(model_dir: Path, tmp_path: Path)
     config = compose("rl", [f"out={tmp_path}", "task=math", f"model={model_dir}", *generated])
     task = open_task(config.task, Data(config.data), config.model, config.seed)
     assert task is not None and task.rows == 9
-    assert "\\boxed{}" in task.tokenizer.decode(list(task.prompt_ids(0)))
+    assert "\\boxed{}" in task.tokenizer.decode(task.prompt_ids(0))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nla_megatron.errors import ColumnError, NlaError
+from nla_megatron.reading import json_objects
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -50,10 +53,9 @@ def write_json_lines(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> Non
         temporary.write_text("".join(lines), encoding="utf-8", errors="replace")  # a model can write half a character
 
 
-def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
-    """The records of `write_json_lines`. A line ends at a line feed alone: texts may hold whatever else ends lines."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+def read_json_lines(path: Path | str, error: type[NlaError] = ColumnError) -> list[dict[str, Any]]:
+    """The records of `write_json_lines`. Raises MissingFile, or `error` with the line that is no record."""
+    return [row for _, row in json_objects(path, error, "write the file again")]
 
 
 def git_commit() -> str:

@@ -22,6 +22,7 @@ from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.lists import Lists, check_finite
 from nla_megatron.contract.markers import INJECT
 from nla_megatron.errors import ColumnError, MissingFile
+from nla_megatron.reading import parquet_schema, python_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,17 +112,10 @@ class Table:
             MissingFile: no such file.
             ColumnError: not a parquet file, a column that is missing or of another type, or null vectors.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = Path(path)
         if not path.is_file():
             raise MissingFile(f"no file at {str(path)!r}", f"a {stage!r} table", f"run the stage that writes {stage!r}")
-        try:
-            found = pq.read_schema(path)
-        except pa.ArrowInvalid as error:
-            remedy = "write the table again; the file may have been cut short while it was copied"
-            raise ColumnError(f"{str(path)!r} is not readable: {error}", "a parquet file", remedy) from error
+        found = parquet_schema(path)
         d_model = check_columns(found, stage, path)
         positions = positions_of(found, d_model, path)
         data = _mapped(path)
@@ -134,11 +128,14 @@ class Table:
         assert positions is not None
         return cls(path, data.num_rows, d_model, positions, data, chunks, starts, lists)
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str, nulls: bool = False) -> list[Any]:
         """All values of a column other than the vectors, as Python objects.
 
+        Args:
+            nulls: whether values may be missing.
+
         Raises:
-            ColumnError: no such column.
+            ColumnError: no such column, or a value that is missing or no valid text, with its row.
             ValueError: a column of vectors, which `vectors` and `preceding` read.
         """
         if name in (VECTOR, PRECEDING):
@@ -149,7 +146,13 @@ class Table:
                 f"a column {name!r}",
                 "write the table again with this column",
             )
-        values: list[Any] = self._data.column(name).to_pylist()
+        values = python_values(self._data.column(name), name, self.path)
+        missing = [] if nulls else [row for row, value in enumerate(values) if value is None]
+        if missing:
+            raise ColumnError(
+                f"{name!r} in row {missing[0]} of {str(self.path)!r} is null, as in {len(missing)} of {self.n_rows} rows",
+                "a value in every row", "write the table again without these rows, or with their values",
+            )  # fmt: skip
         return values
 
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

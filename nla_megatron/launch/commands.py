@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
+from nla_megatron.config.hub_keys import with_paths
 from nla_megatron.config.multirun import with_paths_quoted
 from nla_megatron.config.run_directory import is_done
 from nla_megatron.config.unread import Unread, idle
 from nla_megatron.errors import ConfigError
+from nla_megatron.hub import CACHE_ONLY
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
 
@@ -106,7 +108,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if set(MULTIRUN) & set(overrides):
         name, overrides = "sweep", [name, *(word for word in overrides if word not in MULTIRUN)]
     command = COMMANDS[name]
-    config = configured(name, overrides)
+    config = with_paths(name, configured(name, overrides))
     silence_libraries()
     if command.estimate is not None and config.dry_run:
         importlib.import_module(command.estimate).run(config)
@@ -123,6 +125,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
+        os.environ[CACHE_ONLY] = "1"  # so many ranks need not ask the hub again, nor could they disagree on its answer
         return launch(run, [name, *overrides], size, preloads(command))
     return _run_rank(_checked(name, config, overrides, size), config)
 

@@ -53,15 +53,28 @@ class PromptStyle:
                     f"write {PROMPT} where the prompt goes",
                 )  # fmt: skip
 
-    def ids(self, tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    def chats(self, tokenizer: PreTrainedTokenizerFast) -> bool:
+        """Whether prompts are framed by the tokenizer's chat template."""
+        return bool(tokenizer.chat_template) if self.chat is None else self.chat
+
+    def ids(
+        self, tokenizer: PreTrainedTokenizerFast, text: str, before: Sequence[tuple[str, str]] = ()
+    ) -> tuple[int, ...]:
         """The prompt's token ids. Special tokens are the chat template's, or the tokenizer's own where there is none;
         a beginning is never written twice, and an end never.
 
+        Args:
+            before: (role, content) of what was said before `text`; a system message in it stands in place of `system`.
+
         Raises:
-            ConfigError: `chat` with a tokenizer that has no chat template.
+            ConfigError: `chat` with a tokenizer that has no chat template; something said before without one.
         """
-        chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
-        if not chat:
+        if not self.chats(tokenizer):
+            if before:
+                raise ConfigError(
+                    f"a prompt of {len(before) + 1} messages for {tokenizer.name_or_path}, which is given plain text",
+                    "a chat template, or prompts of one message", "use a model with a chat template",
+                )  # fmt: skip
             ids = encode(tokenizer, self.plain.replace(PROMPT, text) + self.prefill)
             return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
         if not tokenizer.chat_template:
@@ -69,8 +82,9 @@ class PromptStyle:
                 f"task.options.prompt.chat=true with {tokenizer.name_or_path}, which has no chat template",
                 "a model with one", "set task.options.prompt.chat=false",
             )  # fmt: skip
-        messages = [{"role": "user", "content": self.template.replace(PROMPT, text)}]
-        if self.system:
+        messages = [{"role": role, "content": content} for role, content in before]
+        messages.append({"role": "user", "content": self.template.replace(PROMPT, text)})
+        if self.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
         templated: Any = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.chat_options
@@ -126,6 +140,14 @@ class TextTask(ABC):
     def text(self, row: int) -> str:
         """The text of a row that the prompt is made of."""
 
+    def before(self, row: int) -> Sequence[tuple[str, str]]:
+        """(role, content) of what was said before a row's text."""
+        return ()
+
+    def place(self, row: int) -> Mapping[str, Any]:
+        """Where a row can be found again, for records: its file, and its line or row there, as far as it has one."""
+        return {}
+
     @abstractmethod
     def measure(self, rollouts: Sequence[Rollout]) -> Measured:
         """What each response is, in the rollouts' order."""
@@ -152,7 +174,7 @@ class TextTask(ABC):
     def prompt_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of a row's prompt."""
         if row not in self._prompt_ids:
-            self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row))
+            self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row), self.before(row))
         return self._prompt_ids[row]
 
     def requests(self, rows: Sequence[int], seed: int, step: int, at: int | None = None) -> list[PromptRequest]:
@@ -193,7 +215,9 @@ class TextTask(ABC):
             LayoutError: a prompt that does not.
         """
         row, longest = longest_row(
-            self.rows, self.text, lambda row: len(self.style.ids(self.tokenizer, self.text(row)))
+            self.rows,
+            lambda row: " ".join([*(content for _, content in self.before(row)), self.text(row)]),
+            lambda row: len(self.style.ids(self.tokenizer, self.text(row), self.before(row))),
         )
         if longest + max_new_tokens > limit:
             raise LayoutError(

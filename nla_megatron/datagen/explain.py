@@ -17,11 +17,13 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import ExplainConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.blocks import ApiSummaries
+from nla_megatron.contract.prompts import bare_explanation
 from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.datagen.providers import ExplainRequest, make_provider
-from nla_megatron.errors import MissingFile, ProviderError
+from nla_megatron.errors import MissingFile, ProviderError, RunDirectoryError
 from nla_megatron.parallel.progress import progress
+from nla_megatron.reading import json_objects, shown
 from nla_megatron.tasks.nla_checks import check_stack
 
 TABLE = "explained.parquet"
@@ -38,7 +40,10 @@ def check(config: ExplainConfig, world_size: int) -> None:
             "run `nla-megatron extract`, or correct input=",
         )
     pool = read_dataset_sidecar(config.input).pool
-    check_stack(Table.open(config.input, "base"), pool)
+    base = Table.open(config.input, "base")
+    check_stack(base, pool)
+    for name in (columns.TEXT, columns.DOC_ID):
+        base.column(name)
     make_provider(config.provider.name, **config.provider.options)
     check_run_directory("explain", config)
 
@@ -78,17 +83,19 @@ def documents(texts: Sequence[str], doc_ids: Sequence[str]) -> list[str]:
 def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict[int, str]:
     """Row -> explanation, of the rows that have one. Raises ProviderError when too many have none."""
     journal = Path(config.out) / _JOURNAL
-    explained = _read_journal(journal)
+    explained = _read_journal(journal, len(texts))
     requests = [ExplainRequest(row, text) for row, text in enumerate(texts) if row not in explained]
     failures: list[str] = []
     bar = progress("explain", active=True, total=len(texts), initial=len(explained), bar=config.logger.progress)
     with bar, journal.open("a") as lines:
         for answer in provider.explain(requests):
-            if answer.text is None:
-                failures.append(answer.error or "no reason given")
+            text = None if answer.text is None else bare_explanation(answer.text)
+            if text is None or not text.strip():
+                unusable = "an empty explanation" if text is not None else "explanation tags inside the explanation"
+                failures.append(unusable if answer.text is not None else answer.error or "no reason given")
             else:
-                explained[answer.row] = answer.text
-                lines.write(json.dumps({"row": answer.row, "text": answer.text}) + "\n")
+                explained[answer.row] = text
+                lines.write(json.dumps({"row": answer.row, "text": text}) + "\n")
                 lines.flush()  # line by line, so that a killed process loses no finished row
             bar.advance()
     if len(failures) > config.max_failures * len(texts):
@@ -100,17 +107,26 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
     return explained
 
 
-def _read_journal(path: Path) -> dict[int, str]:
-    """Finished rows; a line torn by a kill is dropped, and asked again."""
+def _read_journal(path: Path, rows: int) -> dict[int, str]:
+    """Finished rows; a line torn by a kill is dropped, and asked again.
+
+    Raises:
+        RunDirectoryError: a whole line that is none of ours, or of a row that the table does not have.
+    """
     done: dict[int, str] = {}
     if not path.is_file():
         return done
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     os.truncate(path, len(whole))
-    for line in whole.splitlines():
-        row = json.loads(line)
-        done[row["row"]] = row["text"]
+    for number, line in json_objects(path, RunDirectoryError, f"remove {path}, and its rows are asked again"):
+        row, text = line.get("row"), line.get("text")
+        if type(row) is not int or not 0 <= row < rows or not isinstance(text, str):
+            raise RunDirectoryError(
+                f"line {number} of {path} is {shown(line)}", f"a row from 0 to {rows - 1} and its text",
+                "remove this line, and its row is asked again",
+            )  # fmt: skip
+        done[row] = text
     return done
 
 

@@ -9,9 +9,8 @@ The strict format, of a response without the space around it:
    (`$`, `\)`, `\]`);
 4. the policy ended it itself: a truncated response has no format.
 
-The lenient answer is the last balanced, non-blank box behind the last closing tag, or anywhere where there is none: of a
-box in a box the inner one, and without any that has braces, what `\boxed 5` boxes. If there is no box at all, it is what
-follows the last `####`.
+The lenient answer is the last balanced, non-blank box behind the last closing tag, or anywhere where there is none; of
+a box in a box the inner one, of `\boxed 5` the 5. If there is no box at all, it is what follows the last `####`.
 """
 
 from __future__ import annotations

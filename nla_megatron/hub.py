@@ -1,7 +1,7 @@
 """Names of the Hugging Face hub wherever a model, a corpus or a problem set may be named by a path.
 
-`owner/name` is a model, `owner/name`, `owner/name:split` or `owner/name:config:split` a data set; `@` and a revision may
-follow the name. What is there under that path on this machine always wins. A command resolves the names in its
+`owner/name` is a model, `owner/name`, `owner/name:split` or `owner/name:config:split` a data set; `@` and a revision
+may follow the name. What is there under that path on this machine always wins. A command resolves the names in its
 configuration before anything reads them, through huggingface_hub's cache, so that everybody else sees paths alone.
 """
 
@@ -253,9 +253,9 @@ def _refusals(name: Name, key: str) -> Iterator[None]:
     expected = f"{'a model' if name.kind == 'model' else 'a data set'} of the Hugging Face hub, or a path that is there"
     cannot = f"{name.told} cannot be fetched, and there is no path {name.repository} here"
     page = f"{constants.ENDPOINT}/{'' if name.kind == 'model' else 'datasets/'}{name.repository}"
+    kind = " --repo-type dataset" if name.kind == "dataset" else ""
     elsewhere = (
-        f"run `hf download {name.repository}{' --repo-type dataset' if name.kind == 'dataset' else ''}` where there is a "
-        f"network and bring its cache here (HF_HOME), or give a path as {key}="
+        f"run `hf download {name.repository}{kind}` where there is a network and bring its cache here (HF_HOME), or give a path as {key}="
     )
     try:
         yield
@@ -271,10 +271,8 @@ def _refusals(name: Name, key: str) -> Iterator[None]:
         remedy = f"correct {key}=; for a private one `hf auth login` or set HF_TOKEN"
         raise MissingFile(f"{cannot}: {page} is not there, or private", expected, remedy) from error
     except errors.LocalEntryNotFoundError as error:
-        why = _why(error)
-        raise MissingFile(
-            f"{cannot}: {why}, and the cache {constants.HF_HUB_CACHE} lacks it", expected, elsewhere
-        ) from (error)
+        found = f"{cannot}: {_why(error)}, and the cache {constants.HF_HUB_CACHE} lacks it"
+        raise MissingFile(found, expected, elsewhere) from error
     except errors.OfflineModeIsEnabled as error:
         found = f"{cannot}: HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} lacks it"
         raise MissingFile(found, expected, f"unset HF_HUB_OFFLINE, or {elsewhere}") from error

@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from nla_megatron.config.compose import as_yaml, completed
-from nla_megatron.errors import ConfigError, RunDirectoryError
+from nla_megatron.errors import ConfigError, RunDirectoryError, SidecarError
+from nla_megatron.hub import name_of
+from nla_megatron.reading import read_yaml, shown
 from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
@@ -37,12 +39,22 @@ def check_run_directory(command: str, config: Any) -> None:
                 f"{out} is not empty and no run's directory", "a new or empty directory", "choose another out="
             )
         return
-    found, expected = yaml.safe_load(record.read_text()), run_record(command, config)
+    found, expected = read_record(record), run_record(command, config)
     for key, before, now in _differences(out, found, expected):
         raise RunDirectoryError(
             f"{out} holds a run with {key}={before!r}", f"{key}={now!r}, as in this command",
             "choose another out=, or repeat the run's own command to resume it",
         )  # fmt: skip
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a run's directory says of it. Raises RunDirectoryError where that is damaged."""
+    found = read_yaml(path, RunDirectoryError, "choose another out=, or remove this directory")
+    if not isinstance(found, dict) or "command" not in found:
+        raise RunDirectoryError(
+            f"{path} holds {shown(found)}", "the record of a run", "choose another out=, or remove this directory"
+        )
+    return found
 
 
 def _differences(out: Path, found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -107,7 +119,14 @@ def run_record(command: str, config: Any) -> dict[str, Any]:
 def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     """By key, the identity of each table that the configuration names: a path may hold another table tomorrow."""
     sidecars = {key: Path(f"{value}{DATASET_SIDECAR}") for key, value in flat(values).items() if isinstance(value, str)}
-    return {key: yaml.safe_load(path.read_text())["dataset_id"] for key, path in sidecars.items() if _is_file(path)}
+    return {key: _dataset_id(path) for key, path in sidecars.items() if _is_file(path)}
+
+
+def _dataset_id(path: Path) -> str:
+    sidecar = read_yaml(path, SidecarError)
+    if not isinstance(sidecar, dict) or "dataset_id" not in sidecar:
+        raise SidecarError(f"no dataset_id in {path}", "the sidecar of a table", "write the table again")
+    return str(sidecar["dataset_id"])
 
 
 def _is_file(path: Path) -> bool:
@@ -118,7 +137,8 @@ def _is_file(path: Path) -> bool:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two recorded values say the same: equal ones, and two spellings of the path of one file or directory.
+    """Whether two recorded values say the same: equal ones, two spellings of the path of one file or directory, and
+    two places of one commit of the hub.
 
     An empty group is none: so it is written in older records.
     """
@@ -127,7 +147,7 @@ def same_value(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
     if isinstance(one, str) and isinstance(other, str):
-        return one == other or is_same_file(one, other)
+        return one == other or is_same_file(one, other) or "" != name_of(one) == name_of(other)
     return (None if one == {} else one) == (None if other == {} else other)
 
 

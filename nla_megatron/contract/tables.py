@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nla_megatron.contract.columns import PRECEDING, PROMPT, VECTOR, check_columns, positions_of
+from nla_megatron.contract.columns import EXPLANATION, PRECEDING, PROMPT, VECTOR, check_columns, positions_of, required
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.lists import Lists, check_finite
 from nla_megatron.contract.markers import INJECT
@@ -119,6 +119,8 @@ class Table:
         d_model = check_columns(found, stage, path)
         positions = positions_of(found, d_model, path)
         data = _mapped(path)
+        for name in set(required(stage)) - {VECTOR, EXPLANATION}:  # what `explain` leaves out is for `build` to judge
+            _check_nulls(data.column(name), name, path)
         lists = None if positions is not None else Lists.of(data.column(PRECEDING), PRECEDING, d_model, path)
         names = (VECTOR,) if lists is not None or positions == 1 else (VECTOR, PRECEDING)
         chunks = {name: _views(data, name, path) for name in names}
@@ -147,13 +149,13 @@ class Table:
                 "write the table again with this column",
             )
         values = python_values(self._data.column(name), name, self.path)
-        missing = [] if nulls else [row for row, value in enumerate(values) if value is None]
-        if missing:
-            raise ColumnError(
-                f"{name!r} in row {missing[0]} of {str(self.path)!r} is null, as in {len(missing)} of {self.n_rows} rows",
-                "a value in every row", "write the table again without these rows, or with their values",
-            )  # fmt: skip
+        if not nulls:
+            _check_nulls(self._data.column(name), name, self.path)
         return values
+
+    def value(self, name: str, row: int) -> Any:
+        """One value of a column other than the vectors; None where the table has no such column."""
+        return self._data.column(name)[row].as_py() if name in self._data.column_names else None
 
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Vectors of the given rows, in that order, repeats allowed: a fresh float32 array (N, D).
@@ -233,6 +235,18 @@ class Table:
             out_ND[here] = chunks[index][rows_N[here] - self._starts[index]]
         check_finite(name, self.path, out_ND, rows_N)
         return out_ND
+
+
+def _check_nulls(column: pa.ChunkedArray, name: str, path: Path) -> None:
+    """Raises ColumnError with the first row of a column that has no value."""
+    if column.null_count:
+        import pyarrow.compute as pc
+
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise ColumnError(
+            f"{name!r} in row {row} of {str(path)!r} is null, as in {column.null_count} of {len(column)} rows",
+            "a value in every row", "write the table again without these rows, or with their values",
+        )  # fmt: skip
 
 
 def _views(data: pa.Table, name: str, path: Path) -> tuple[np.ndarray, ...]:

@@ -24,6 +24,7 @@ from nla_megatron.conversion.safetensors_file import (
     read_header,
 )
 from nla_megatron.errors import CheckpointError, MissingFile
+from nla_megatron.reading import read_object
 from nla_megatron.types import ModelShape
 
 INDEX = "model.safetensors.index.json"
@@ -39,13 +40,7 @@ _NOT_OURS = (VALUE_HEAD, HEAD_FILE, "adapter_model.safetensors", "consolidated")
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises CheckpointError where it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}", "a JSON object", "download or write this file again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a {type(found).__name__}", "a JSON object", "download or write this file again")
-    return found
+    return read_object(path, CheckpointError, "download or write this file again")
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def gold_explanations(config: BuildConfig, table: Table) -> dict[int, str]:
     """Row -> the explanation that is taught, without tags around it; of the rows that have one.
 
     Raises:
-        ColumnError: a row without one where `missing_explanations` refuses it, with tags inside, or with half characters.
+        ColumnError: a row without one where `missing_explanations` refuses it, with tags inside, or half characters.
     """
     gold: dict[int, str] = {}
     for row, value in enumerate(table.column(columns.EXPLANATION, nulls=True)):
@@ -160,9 +160,7 @@ def _contract(config: BuildConfig, pool: PoolSpec | None) -> PromptContract:
     )
 
 
-def split_rows(
-    config: BuildConfig, doc_ids: list[str], kept: Container[int] | None = None
-) -> dict[str, list[int]]:
+def split_rows(config: BuildConfig, doc_ids: list[str], kept: Container[int] | None = None) -> dict[str, list[int]]:
     """Rows of each table, of those `kept`; None keeps all. Raises ConfigError where a split gets no document."""
     rows: dict[str, list[int]] = {split: [] for split in STAGES}
     for row, doc_id in enumerate(doc_ids):

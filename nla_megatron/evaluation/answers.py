@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import EvalConfig, TaskConfig
 from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.conversion.hf import read_shape
-from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.answers_report import write_answers_report
 from nla_megatron.models.builder import check_rollout_layout
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.reading import read_object
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.tasks.text import Data, TextTask, no_vectors, open_task
 from nla_megatron.types import Measured, Rollout
@@ -126,16 +126,18 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
     write_json(out / ROWS, rows)
     write_json_lines(out / EXAMPLES, examples)
     if "correct" in measured.values:
-        write_json_lines(out / CORRECT, _correct_by_row(measured))
+        write_json_lines(out / CORRECT, _correct_by_row(task, measured))
     write_answers_report(out / REPORT, config.task.name, name, results, examples)
 
 
-def _correct_by_row(measured: Measured) -> list[dict[str, float]]:
+def _correct_by_row(task: TextTask, measured: Measured) -> list[dict[str, Any]]:
     """The share of right responses of each row, in the rows' order."""
     by_row: dict[int, list[float]] = {}
     for rollout, correct in zip(measured.rollouts, measured.values["correct"].tolist(), strict=True):
         by_row.setdefault(rollout.row, []).append(correct)
-    return [{"row": row, "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())]
+    return [
+        {"row": row, **task.place(row), "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())
+    ]
 
 
 def difference(
@@ -146,7 +148,7 @@ def difference(
     Raises:
         ConfigError: the other one has other rows, or not this figure.
     """
-    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
+    other = read_object(Path(str(config.compare)) / ROWS, RunDirectoryError, "run that evaluation again")
     same = all(other.get(key) == rows[key] for key in ("rows", "samples"))
     if not same or name not in other:
         raise ConfigError(

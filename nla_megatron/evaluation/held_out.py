@@ -4,7 +4,6 @@ something.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -20,18 +19,19 @@ from nla_megatron import geometry
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
 from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_reconstructor
 from nla_megatron.conversion.projections import read_projections
-from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.interventions.projection import projector
 from nla_megatron.models.builder import check_layout, check_rollout_layout
 from nla_megatron.models.pipeline import forward_rows
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.progress import progress
 from nla_megatron.parallel.world import World, data_parallel_size
+from nla_megatron.reading import read_object
 from nla_megatron.rollout.engine import Engine
 from nla_megatron.tasks.nla import NlaTask, RowRunner, explanations_of
 from nla_megatron.types import InjectionCount, ModelShape
@@ -171,8 +171,7 @@ def _write(config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[
     write_json(Path(config.out) / RESULTS, results)
     mses = {f"mse_{name}": condition.mse_N.tolist() for name, condition in conditions.items()}
     write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": documents, **mses})
-    with atomic_path(Path(config.out) / EXAMPLES) as path:
-        path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
+    write_json_lines(Path(config.out) / EXAMPLES, _examples(config, task, rows, conditions))
 
 
 def named(texts: Sequence[str | None], words: Sequence[str]) -> int:
@@ -194,8 +193,8 @@ def _difference(
     config: EvalConfig, rows: list[int], mse_N: Tensor, targets_ND: np.ndarray, documents: list[str]
 ) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
-    other = json.loads((Path(str(config.compare)) / ROWS).read_text())
-    if other["rows"] != rows:
+    other = read_object(Path(str(config.compare)) / ROWS, RunDirectoryError, "run that evaluation again")
+    if other.get("rows") != rows or "mse_av" not in other:
         raise ConfigError(
             f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="
         )
@@ -213,12 +212,12 @@ def _difference(
 def _examples(
     config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]
 ) -> list[dict[str, Any]]:
-    contexts, doc_ids = task.table.column(columns.TEXT), task.table.column(columns.DOC_ID)
+    contexts = task.table.column(columns.TEXT)
     # Under the contract's scale the error is 2 (1 - cosine).
     cosine = {name: (1 - condition.mse_N / 2).tolist() for name, condition in conditions.items()}
     return [
         {
-            "doc_id": doc_ids[row],
+            **task.place(row),
             "context": contexts[row],
             "explanation": conditions["av"].texts[index],
             "gold": conditions["gold"].texts[index],

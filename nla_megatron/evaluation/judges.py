@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.held_out import EXAMPLES
 from nla_megatron.judging import REFERENCE, RUBRIC, TEXT, Judge, JudgeEndpoint, between
 from nla_megatron.parallel.progress import progress
+from nla_megatron.reading import read_object, text_value
 
 RESULTS, ROWS, CACHE = "judge.json", "rows.jsonl", "judgements"
 SOURCE_MATCH = "source_match"
 _SOURCE, _DOCUMENT = "context", "doc_id"
+_PLACE = ("row", "position", "token")  # what an example says of itself, so that its row can be found again
 _DISTRACTORS = 9
 
 _WHICH = """\
@@ -77,7 +78,9 @@ def run(config: JudgeConfig) -> None:
     claim_run_directory("judge", config)
     examples = read_examples(config)
     asked = questions(config, examples)
-    rows: list[dict[str, Any]] = [{_DOCUMENT: example[_DOCUMENT]} for example in examples]
+    rows: list[dict[str, Any]] = [
+        {key: example[key] for key in (*_PLACE, _DOCUMENT) if key in example} for example in examples
+    ]
     results: dict[str, Any] = {
         "examples_sha256": _checksum(config), "rows": len(rows), "documents": len({row[_DOCUMENT] for row in rows}),
         f"{SOURCE_MATCH}_chance": 1 / config.candidates if config.candidates else None,
@@ -102,8 +105,8 @@ def run(config: JudgeConfig) -> None:
 
 def finished(config: JudgeConfig) -> None:
     """The figures again. Raises RunDirectoryError where the evaluation is another one by now."""
-    results = json.loads((Path(config.out) / RESULTS).read_text())
-    if results["examples_sha256"] != _checksum(config):
+    results = read_object(Path(config.out) / RESULTS, RunDirectoryError, "choose another out=")
+    if results.get("examples_sha256") != _checksum(config):
         raise RunDirectoryError(
             f"{config.out} holds judgements of other examples than {config.evaluation} has now", "the same examples",
             "choose another out=",
@@ -114,22 +117,21 @@ def finished(config: JudgeConfig) -> None:
 def read_examples(config: JudgeConfig) -> list[dict[str, Any]]:
     """The evaluation's examples, each with a source, a document and texts. Raises ConfigError."""
     path = Path(config.evaluation) / EXAMPLES
-    try:
-        examples = read_json_lines(path)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}", "one JSON object per line", "run the evaluation again") from None
+    examples = read_json_lines(path, ConfigError)
     for number, example in enumerate(examples):
         wrong = [
             name
             for name in dict.fromkeys((_SOURCE, _DOCUMENT, *config.texts))
-            if not isinstance(example, dict)
-            or not isinstance(example.get(name, 0), str if name in (_SOURCE, _DOCUMENT) else str | None)
+            if not isinstance(example.get(name, 0), str if name in (_SOURCE, _DOCUMENT) else str | None)
         ]
         if wrong or _DOCUMENT in config.texts:
             raise ConfigError(
                 f"example {number} of {path} has no text {', '.join(wrong or [_DOCUMENT])}",
                 "examples of an `eval` of the task nla", "judge one of those, and correct texts=",
             )  # fmt: skip
+        for name in dict.fromkeys((_SOURCE, _DOCUMENT, *config.texts)):
+            if example.get(name) is not None:
+                text_value(example[name], f"example {number} of {path}", name)
     if not examples:
         raise ConfigError(f"no example in {path}", "examples of an `eval` of the task nla", "run it with examples=")
     return examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +72,13 @@ def _parse(path: Path, text: bytes) -> Row:
         raise RunDirectoryError(
             f"'{path}' holds {text[:60]!r}", "a JSON object", "write the file again by running its stage"
         )
-    record: Row = json.loads(text, parse_constant=lambda _: None)  # NaN is a value that was not measured
+    # NaN is a value that was not measured.
+    record: Row = json.loads(text.removeprefix(BOM_UTF8), parse_constant=lambda _: None)
     return record
 
 
 def _is_object(text: bytes) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(json.loads(text.removeprefix(BOM_UTF8)), dict)
     except ValueError:  # of JSON and of UTF-8
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, same_value
-from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, read_record, same_value
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.report_files import Row, read_table
+from nla_megatron.reading import read_object
 
 METRICS, FIGURES = "metrics.jsonl", "eval.json"
 SEED, DEFAULT_TASK = "seed", "nla"
@@ -64,7 +62,7 @@ def numbers(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     found: dict[str, float] = {}
-    for key, value in flat(json.loads(path.read_text())).items():
+    for key, value in flat(read_object(path, RunDirectoryError, "evaluate again")).items():
         if isinstance(value, list) and len(value) == 2:
             found |= {f"{key}_{end}": float(one) for end, one in zip(("low", "high"), value, strict=True) if _is(one)}
         elif _is(value):
@@ -108,7 +106,7 @@ def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[s
 def _records(root: Path, beside: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(root.rglob(RECORD)):
         if beside.resolve() not in path.resolve().parents:
-            yield path.parent, yaml.safe_load(path.read_text())
+            yield path.parent, read_record(path)
 
 
 def check_alike(runs: Sequence[Run], same: Mapping[str, str] = SAME) -> None:

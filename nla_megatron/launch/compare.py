@@ -40,6 +40,7 @@ from nla_megatron.evaluation.evaluable import (
 from nla_megatron.evaluation.runs import FIGURES, Run, check_alike, find_runs, numbers
 from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
+from nla_megatron.reading import read_object
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
 _FOR_EVAL, _OBJECTIVE = "eval.", "task.options.objective"
@@ -165,7 +166,10 @@ def run(config: CompareConfig) -> None:
 def _check_directory(config: CompareConfig) -> None:
     out, record = Path(config.out), Path(config.out) / RECORD
     if record.is_file():
-        found, expected = json.loads(record.read_text())["root"], str(Path(config.root).resolve())
+        found, expected = (
+            read_object(record, RunDirectoryError, "choose another out=").get("root"),
+            str(Path(config.root).resolve()),
+        )
         if found != expected:
             raise RunDirectoryError(f"{out} compares the runs under {found}", expected, "choose another out=")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -11,7 +11,6 @@ with more values it adds jobs, and those that are there keep their directories.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunErr
 from nla_megatron.launch.commands import COMMANDS, as_overrides
 from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
 from nla_megatron.parallel import started
+from nla_megatron.reading import read_object
 
 MANIFEST, LOGS, LAUNCHER_FILES = "sweep.json", "logs", "launcher"
 WAITING = "waiting"
@@ -135,7 +135,7 @@ class _Names:
 
     def __init__(self, config: SweepConfig):
         path = Path(config.out) / MANIFEST
-        jobs = json.loads(path.read_text())["jobs"] if path.is_file() else []
+        jobs = _manifest(path)["jobs"] if path.is_file() else []
         self.known = {tuple(job["overrides"].items()): job["name"] for job in jobs}
         self.next = len(jobs)
 
@@ -175,7 +175,7 @@ def _check_directory(config: SweepConfig) -> None:
                 f"{out} is not empty and no sweep's directory", "a new or empty directory", "choose another out="
             )
         return
-    found = json.loads(manifest.read_text())["command"]
+    found = _manifest(manifest)["command"]
     if found != config.command:
         raise RunDirectoryError(
             f"{out} holds a sweep of {found}", f"a sweep of {config.command}", "choose another out="
@@ -192,9 +192,17 @@ def _standing(one: SweepJob, before: dict[str, Any] | None) -> Outcome:
     return Outcome(one.job.name, WAITING)
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a sweep's directory says of it. Raises RunDirectoryError where that is damaged."""
+    found = read_object(path, RunDirectoryError, "choose another out=, or remove this directory")
+    if not isinstance(found.get("jobs"), list) or "command" not in found:
+        raise RunDirectoryError(f"{path} has no command or no jobs", "what a sweep writes there", "choose another out=")
+    return found
+
+
 def _read_manifest(config: SweepConfig) -> dict[str, dict[str, Any]]:
     path = Path(config.out) / MANIFEST
-    return {job["name"]: job for job in json.loads(path.read_text())["jobs"]} if path.is_file() else {}
+    return {job["name"]: job for job in _manifest(path)["jobs"]} if path.is_file() else {}
 
 
 def _write_manifest(config: SweepConfig, jobs: Sequence[SweepJob], states: dict[str, Outcome]) -> None:

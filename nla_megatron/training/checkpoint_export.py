@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from nla_megatron.config.compose import restored
 from nla_megatron.config.run_directory import (
     CHECKPOINTS,
@@ -23,6 +21,7 @@ from nla_megatron.config.run_directory import (
     configuration_of,
     is_done,
     mark_done,
+    read_record,
     run_record,
 )
 from nla_megatron.config.schema import CurriculumConfig, ExportConfig, RlConfig
@@ -91,7 +90,7 @@ def run_of(config: ExportConfig) -> RlConfig:
     record = inside.parent / RECORD
     if not record.is_file():
         raise MissingFile(f"no {record}", f"the {RECORD} of the run that wrote {checkpoint}", "correct checkpoint=")
-    values = yaml.safe_load(record.read_text())
+    values = read_record(record)
     if values["command"] != "rl":
         raise CheckpointError(
             f"{checkpoint}, of a run of {values['command']}", "a checkpoint of rl",

@@ -3,13 +3,12 @@ r"""Short answers made comparable: numbers as exact fractions, everything else a
 Numbers: `1,234`, `1{,}234`, `$5`, `50\%`, `3/4`, `\frac{3}{4}`, `1\frac{1}{2}`, `.5`, `1.5e3`, `1.5\times10^{3}`, with
 units or words behind them, and with `x=` in front. A percent sign and a unit say nothing of the value: 50\% is 50. A
 word that says something of it is read: `$5 million` is 5,000,000, `2 thirds` is 2/3; one that makes it another thing
-(`5 squared`, `5 or more`) leaves no number. Of a time of day, `6 p.m.` is 6, and is not `6 a.m.`. Two
-numbers are equal within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has
-to be the same text after normalisation. Braces and boxes around the whole are not there. Nothing is simplified:
-`\sqrt{4}` is not 2.
+(`5 squared`, `5 or more`) leaves no number. Of a time of day, `6 p.m.` is 6, and is not `6 a.m.`. Two numbers are equal
+within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has to be the same
+text after normalisation. Braces and boxes around the whole are not there. Nothing is simplified: `\sqrt{4}` is not 2.
 
-math-verify would simplify. It is not asked: what it does within a limit of time depends on the machine's load, and every
-rank has to give a response the same reward; it also takes `$5 million` for 5, `50\%` for 0.5 and `1 1/2` for 1.
+math-verify would simplify. It is not asked: what it does within its limit of time depends on the machine's load, while
+every rank has to give a response the same reward; it also takes `$5 million` for 5, `50\%` for 0.5, `1 1/2` for 1.
 """
 
 from __future__ import annotations

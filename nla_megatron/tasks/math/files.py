@@ -1,8 +1,9 @@
 r"""Problems in files: GSM8K (`#### answer`), Hendrycks' MATH (`\boxed{answer}`), and tables with an answer of its own.
 
-Each reads `path` (parquet, JSON lines, JSON, or a directory of them), or `hub` with `subset` and `split`. A question is a
-text or a list of messages; a reference is a text, or a mapping with `ground_truth`. A row of anything else is refused.
-Problems whose reference is null or cannot be read are left out and counted; a file in which none can be read is refused.
+Each reads `path` (parquet, JSON lines, JSON, or a directory of them), or `hub` with `subset` and `split`. A question is
+a text or a list of messages; a reference is a text, or a mapping with `ground_truth`; a row of anything else is
+refused. Problems whose reference is null or cannot be read are left out and counted; a file of which none
+can be read is refused.
 """
 
 from __future__ import annotations

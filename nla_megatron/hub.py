@@ -182,7 +182,7 @@ def _held(name: Name, key: str) -> list[Path]:
 def _chosen(listed: Sequence[str], card: str, name: Name, key: str) -> list[str]:
     """The files of a split: as the data set's card says, or by their names. Raises MissingFile, ConfigError."""
     files = [file for file in listed if file.endswith(_FILES) and not Path(file).name.startswith((".", "dataset_info"))]
-    chosen = _by_card(files, card, name) or _by_name(files, name)
+    chosen = _by_card(files, card, name, key) or _by_name(files, name)
     best = next((end for end in _FILES if any(file.endswith(end) for file in chosen)), "")
     chosen = sorted(file for file in chosen if file.endswith(best))
     if not chosen:
@@ -205,17 +205,28 @@ def _by_name(files: Sequence[str], name: Name) -> list[str]:
     return [file for file in files if re.fullmatch(rf"{folder}{re.escape(name.split)}{_SHARD}\.\w+", file)]
 
 
-def _by_card(files: Sequence[str], card: str, name: Name) -> list[str]:
-    """The files that the card's `configs` give a split; none where it has none, or says it another way."""
-    found: list[str] = []
-    for each in _configs(card):
-        wanted = name.subset in ("", each.get("config_name")) and (name.subset or each.get("default", True))
-        for part in each.get("data_files") or () if wanted and isinstance(each.get("data_files"), list) else ():
-            if isinstance(part, dict) and part.get("split") == name.split:
-                paths = part.get("path") or ()
-                patterns = [paths] if isinstance(paths, str) else paths
-                found += [file for file in files if any(fnmatch.fnmatch(file, str(one)) for one in patterns)]
-    return list(dict.fromkeys(found))
+def _by_card(files: Sequence[str], card: str, name: Name, key: str) -> list[str]:
+    """The files that the card's `configs` give a split; none where it has none, or says it another way.
+
+    Raises:
+        ConfigError: several configurations, none of which is named or the default.
+    """
+    configs = [each for each in _configs(card) if name.subset in ("", each.get("config_name"))]
+    if not name.subset and len(configs) > 1:
+        named = ", ".join(str(each.get("config_name")) for each in configs)
+        configs = [each for each in configs if each.get("default") or each.get("config_name") == "default"]
+        if len(configs) != 1:
+            raise ConfigError(
+                f"several configurations of {name.repository}: {named}", "one of them",
+                f"name it: {key}={name.repository}:CONFIG:{name.split}",
+            )  # fmt: skip
+    parts = [part for each in configs for part in _list(each.get("data_files")) if isinstance(part, dict)]
+    patterns = [str(one) for part in parts if part.get("split") == name.split for one in _list(part.get("path"))]
+    return [file for file in files if any(fnmatch.fnmatch(file, one) for one in patterns)]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _configs(card: str) -> list[dict[str, Any]]:

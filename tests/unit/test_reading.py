@@ -58,10 +58,15 @@ def test_lines_are_read_with_a_mark_carriage_returns_and_blank_lines(tmp_path: P
         (bytes([0, 200, 3, 255, 0, 1, 254]) * 9, "binary", "the text itself"),
     ],
 )
-def test_bytes_that_are_no_text_are_named_with_the_way_out(tmp_path: Path, data: bytes, found: str, remedy: str) -> None:
+def test_bytes_that_are_no_text_are_named_with_the_way_out(
+    tmp_path: Path, data: bytes, found: str, remedy: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data)
-    for read, error in ((lambda: list(json_lines(path)), ColumnError), (lambda: read_yaml(path, SidecarError), SidecarError)):
+    for read, error in (
+        (lambda: list(json_lines(path)), ColumnError),
+        (lambda: read_yaml(path, SidecarError), SidecarError),
+    ):
         with pytest.raises(error, match=f"{path}.*{found}") as caught:
             read()
         assert remedy in caught.value.remedy and str(path) in caught.value.remedy

@@ -158,7 +158,12 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
     files = sorted(folder.glob("step_*.jsonl"))
     before, after = (read_json_lines(file) for file in (files[0], files[-1]))
     pairs = [
-        {**{key: first[key] for key in ("row",) if key in first}, "prompt": first["prompt"], "before": first, "after": last}
+        {
+            **{key: first[key] for key in ("row",) if key in first},
+            "prompt": first["prompt"],
+            "before": first,
+            "after": last,
+        }
         for first, last in zip(before, after, strict=False)
         if first["prompt"] == last["prompt"]
     ]

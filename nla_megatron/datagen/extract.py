@@ -261,7 +261,8 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
             "lower min_position" + (", or pool_least" if config.pool_least else ""),
         )
     extraction = DatasetExtraction(
-        base_model=repository_of(config.model), d_model=shape.hidden_size, layer_index=layer, corpus=repository_of(config.corpus),
+        base_model=repository_of(config.model), d_model=shape.hidden_size, layer_index=layer,
+        corpus=repository_of(config.corpus),
         corpus_slice=CorpusSlice(config.documents_start, documents), positions_per_doc=config.positions_per_doc,
     )  # fmt: skip
     sidecar = DatasetSidecar(stage="base", row_count=rows, extraction=extraction, pool=_pool(config))

@@ -74,7 +74,8 @@ def test_a_cache_is_read_without_a_network(tmp_path: Path) -> None:
     found = answers(
         [("model", "Qwen/Qwen3-8B"), ("model", f"Qwen/Qwen3-8B@{COMMIT}"), ("model", "own/model"), ("model", "no/such"),
          ("data", "some/data:main:train"), ("data", "some/data:test"), ("data", "some/data:small:train"),
-         ("data", "some/data:rl"), ("data", "bare/data"), ("data", "two/data"), ("data", "some/data"), ("data", "some/data:main:nowhere"), ("data", "torn/data"),
+         ("data", "some/data:rl"), ("data", "bare/data"), ("data", "two/data"),
+         ("data", "some/data"), ("data", "some/data:main:nowhere"), ("data", "torn/data"),
          ("data", "a/b.parquet"), ("model", "/a/b/c"), ("model", "plain")],
         tmp_path, HF_HUB_OFFLINE="1",
     )  # fmt: skip

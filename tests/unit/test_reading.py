@@ -1,4 +1,4 @@
-"""What is no text in UTF-8 is named with its kind and the way out; what is one is read, marks and blank lines or not."""
+"""What is no text in UTF-8 is named with its kind and the way out; what is one is read, with marks and blank lines."""
 
 from __future__ import annotations
 

@@ -265,8 +265,10 @@ def _refusals(name: Name, key: str) -> Iterator[None]:
     cannot = f"{name.told} cannot be fetched, and there is no path {name.repository} here"
     page = f"{constants.ENDPOINT}/{'' if name.kind == 'model' else 'datasets/'}{name.repository}"
     kind = " --repo-type dataset" if name.kind == "dataset" else ""
-    elsewhere = f"run `hf download {name.repository}{kind}` where there is a network and "
-        f"bring its cache here (HF_HOME), or give a path as {key}="
+    elsewhere = (
+        f"run `hf download {name.repository}{kind}` where there is a network and bring its cache here (HF_HOME), "
+        f"or give a path as {key}="
+    )
     try:
         yield
     except errors.HFValidationError as error:

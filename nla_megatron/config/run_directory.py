@@ -15,6 +15,8 @@ from nla_megatron.config.compose import as_yaml, completed
 from nla_megatron.config.lock import Lock
 from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError, RunDirectoryError, SidecarError
+from nla_megatron.hub import name_of
+from nla_megatron.reading import read_yaml, shown
 from nla_megatron.types import DATASET_SIDECAR
 
 RECORD = "run.yaml"
@@ -59,16 +61,10 @@ def is_free_directory(out: Path) -> bool:
 
 def read_record(directory: Path) -> dict[str, Any]:
     """The record of a run's directory. Raises RunDirectoryError where it is torn or somebody else's."""
-    path = directory / RECORD
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
+    path, remedy = directory / RECORD, f"remove {directory} and run its command again, or choose another directory"
+    found = read_yaml(path, RunDirectoryError, remedy)
     if not isinstance(found, dict) or "command" not in found:
-        raise RunDirectoryError(
-            f"{path}, which cannot be read as what a run was told", "the record that a run writes as it begins",
-            f"remove {directory} and run its command again, or choose another directory",
-        )  # fmt: skip
+        raise RunDirectoryError(f"{path} holds {shown(found)}", "the record that a run writes as it begins", remedy)
     return found
 
 
@@ -170,13 +166,11 @@ def _dataset_ids(values: dict[str, Any]) -> dict[str, str]:
     return {key: _dataset_id(path) for key, path in sidecars.items() if _is_file(path)}
 
 
-def _dataset_id(sidecar: Path) -> str:
-    try:
-        return str(yaml.safe_load(sidecar.read_text(encoding="utf-8"))["dataset_id"])
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
-        raise SidecarError(
-            f"{sidecar}, without a dataset_id", "the sidecar that was written with the table", "write both again"
-        ) from None
+def _dataset_id(path: Path) -> str:
+    sidecar = read_yaml(path, SidecarError)
+    if not isinstance(sidecar, dict) or "dataset_id" not in sidecar:
+        raise SidecarError(f"no dataset_id in {path}", "the sidecar of a table", "write the table again")
+    return str(sidecar["dataset_id"])
 
 
 def _is_file(path: Path) -> bool:
@@ -187,7 +181,8 @@ def _is_file(path: Path) -> bool:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two recorded values say the same: equal ones, and two spellings of the path of one file or directory.
+    """Whether two recorded values say the same: equal ones, two spellings of the path of one file or directory, and
+    two places of one commit of the hub.
 
     An empty group is none: so it is written in older records.
     """
@@ -196,7 +191,7 @@ def same_value(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
     if isinstance(one, str) and isinstance(other, str):
-        return one == other or is_same_file(one, other)
+        return one == other or is_same_file(one, other) or "" != name_of(one) == name_of(other)
     return (None if one == {} else one) == (None if other == {} else other)
 
 

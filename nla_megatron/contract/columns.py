@@ -127,6 +127,11 @@ def positions_of(found: pa.Schema, d_model: int, path: Path | str) -> int | None
     return 1 + int(kind.list_size) // d_model
 
 
+def required(stage: str) -> tuple[str, ...]:
+    """The columns that a table of a stage cannot do without."""
+    return tuple(name for name in _columns(stage) if name not in _OPTIONAL.get(stage, set()))
+
+
 def _columns(stage: str) -> tuple[str, ...]:
     if stage not in _COLUMNS:
         raise ValueError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")

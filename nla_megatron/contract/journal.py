@@ -1,19 +1,20 @@
-"""Records as JSON: an object in a file, or one on each line. What a kill has torn is passed over, what somebody else
-has written is named.
+"""Records that runs write and read again: an object in a file, or one on each line. What a kill has torn is passed
+over, what somebody else has written is named. Files that people bring are read by `nla_megatron.reading`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nla_megatron.errors import MissingFile, RunDirectoryError
+from nla_megatron.reading import shown, text_of
 
 Row = Mapping[str, Any]
-_SHOWN = 60
 
 
 def read_object(path: Path | str, needs: Sequence[str] = ()) -> dict[str, Any]:
@@ -29,9 +30,10 @@ def read_object(path: Path | str, needs: Sequence[str] = ()) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise MissingFile(f"no file {path}", "what a command writes when it ends", "finish it, or correct the path")
-    found = _object(path.read_bytes(), needs)
+    content = path.read_bytes()
+    found = _object(content, needs)
     if found is None:
-        raise _foreign(str(path), path.read_bytes(), needs)
+        raise _foreign(path, str(path), content, needs)
     return found
 
 
@@ -60,7 +62,7 @@ def lines_of(path: Path | str, needs: Sequence[str], torn: bool) -> Iterator[tup
         if found is not None:
             yield line, found
         elif line.strip() and not (torn and number == last):
-            raise _foreign(f"line {number + 1} of {path}", line, needs)
+            raise _foreign(path, f"line {number + 1} of {path}", line, needs)
 
 
 def heal(path: Path | str) -> None:
@@ -73,19 +75,21 @@ def heal(path: Path | str) -> None:
             os.truncate(path, whole)
 
 
-def _object(text: bytes, needs: Sequence[str]) -> dict[str, Any] | None:
+def _object(content: bytes, needs: Sequence[str]) -> dict[str, Any] | None:
     try:
-        # NaN is a value that was not measured.
-        found = json.loads(text.decode("utf-8"), parse_constant=lambda _: None)
-    except ValueError:  # of JSON and of UTF-8
+        # NaN is a value that was not measured. A byte order mark is what an editor leaves.
+        found = json.loads(content.removeprefix(BOM_UTF8).decode("utf-8"), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):  # of JSON and of UTF-8
         return None
     return found if isinstance(found, dict) and all(key in found for key in needs) else None
 
 
-def _foreign(where: str, text: bytes, needs: Sequence[str]) -> RunDirectoryError:
-    told = repr(text[:_SHOWN])[1:] + ("..." if len(text) > _SHOWN else "")
+def _foreign(path: Path, where: str, content: bytes, needs: Sequence[str]) -> RunDirectoryError:
+    # A compressed file, or one in another encoding, is told from its first bytes, not from those of a line.
+    text_of(path.read_bytes(), path, RunDirectoryError)
+    text = text_of(content, where, RunDirectoryError)
     with_keys = f" with {', '.join(needs)}" if needs else ""
     return RunDirectoryError(
-        f"{where} is {told}" if text.strip() else f"{where} is empty", f"a JSON object{with_keys}",
+        f"{where} is {shown(text)}" if text.strip() else f"{where} is empty", f"a JSON object{with_keys}",
         "mend or remove it, or run the command again that wrote it",
     )  # fmt: skip

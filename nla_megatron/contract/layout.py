@@ -13,6 +13,7 @@ from nla_megatron.contract.blocks import AvPromptSpec, InjectionSpec, PoolSpec, 
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.prompts import INJECT
 from nla_megatron.errors import MissingFile, SidecarError
+from nla_megatron.reading import read_yaml
 from nla_megatron.types import POOLINGS, VECTOR_MODES
 
 if TYPE_CHECKING:
@@ -35,15 +36,10 @@ def load(path: Path, *kinds: str) -> dict[str, Any]:
         MissingFile: no such file.
         SidecarError: not YAML, not a mapping, another kind or version.
     """
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         remedy = "copy the sidecar along with its table or checkpoint, or make both again"
-        raise MissingFile(f"no file at {str(path)!r}", f"a sidecar of kind {kinds[0]}", remedy) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SidecarError(f"{str(path)!r} is not readable YAML: {error}", "a YAML mapping", _REMEDY) from error
+        raise MissingFile(f"no file at {str(path)!r}", f"a sidecar of kind {kinds[0]}", remedy)
+    raw = read_yaml(path, SidecarError, _REMEDY)
     if not isinstance(raw, Mapping):
         raise SidecarError(f"{str(path)!r} holds {raw!r}", "a YAML mapping", _REMEDY)
     kind = raw.get("kind")

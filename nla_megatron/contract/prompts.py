@@ -59,6 +59,16 @@ def wrap_explanation(text: str) -> str:
     return f"{_OPEN}\n{text}\n{_CLOSE}"
 
 
+def bare_explanation(text: str) -> str | None:
+    """A gold explanation without the tags that somebody left around the whole of it; None where tags stand elsewhere:
+    taught between tags of their own, those could not be told apart.
+    """
+    body = text.strip()
+    if body.startswith(_OPEN) and body.endswith(_CLOSE):
+        text = body[len(_OPEN) : -len(_CLOSE)].strip()
+    return None if _OPEN in text or _CLOSE in text else text
+
+
 def extract_explanation(response: str) -> str | None:
     """The text between the tags, stripped, or None when the response is not exactly one tagged explanation.
 

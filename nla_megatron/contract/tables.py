@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nla_megatron.contract.columns import PRECEDING, PROMPT, VECTOR, check_columns, positions_of
+from nla_megatron.contract.columns import EXPLANATION, PRECEDING, PROMPT, VECTOR, check_columns, positions_of, required
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.contract.lists import Lists, check_finite
 from nla_megatron.contract.markers import INJECT
 from nla_megatron.errors import ColumnError, MissingFile
+from nla_megatron.reading import parquet_schema, python_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,20 +112,15 @@ class Table:
             MissingFile: no such file.
             ColumnError: not a parquet file, a column that is missing or of another type, or null vectors.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = Path(path)
         if not path.is_file():
             raise MissingFile(f"no file at {str(path)!r}", f"a {stage!r} table", f"run the stage that writes {stage!r}")
-        try:
-            found = pq.read_schema(path)
-        except pa.ArrowInvalid as error:
-            remedy = "write the table again; the file may have been cut short while it was copied"
-            raise ColumnError(f"{str(path)!r} is not readable: {error}", "a parquet file", remedy) from error
+        found = parquet_schema(path)
         d_model = check_columns(found, stage, path)
         positions = positions_of(found, d_model, path)
         data = _mapped(path)
+        for name in set(required(stage)) - {VECTOR, EXPLANATION}:  # what `explain` leaves out is for `build` to judge
+            _check_nulls(data.column(name), name, path)
         lists = None if positions is not None else Lists.of(data.column(PRECEDING), PRECEDING, d_model, path)
         names = (VECTOR,) if lists is not None or positions == 1 else (VECTOR, PRECEDING)
         chunks = {name: _views(data, name, path) for name in names}
@@ -134,11 +130,14 @@ class Table:
         assert positions is not None
         return cls(path, data.num_rows, d_model, positions, data, chunks, starts, lists)
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str, nulls: bool = False) -> list[Any]:
         """All values of a column other than the vectors, as Python objects.
 
+        Args:
+            nulls: whether values may be missing.
+
         Raises:
-            ColumnError: no such column.
+            ColumnError: no such column, or a value that is missing or no valid text, with its row.
             ValueError: a column of vectors, which `vectors` and `preceding` read.
         """
         if name in (VECTOR, PRECEDING):
@@ -149,8 +148,14 @@ class Table:
                 f"a column {name!r}",
                 "write the table again with this column",
             )
-        values: list[Any] = self._data.column(name).to_pylist()
+        values = python_values(self._data.column(name), name, self.path)
+        if not nulls:
+            _check_nulls(self._data.column(name), name, self.path)
         return values
+
+    def value(self, name: str, row: int) -> Any:
+        """One value of a column other than the vectors; None where the table has no such column."""
+        return self._data.column(name)[row].as_py() if name in self._data.column_names else None
 
     def vectors(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Vectors of the given rows, in that order, repeats allowed: a fresh float32 array (N, D).
@@ -230,6 +235,18 @@ class Table:
             out_ND[here] = chunks[index][rows_N[here] - self._starts[index]]
         check_finite(name, self.path, out_ND, rows_N)
         return out_ND
+
+
+def _check_nulls(column: pa.ChunkedArray, name: str, path: Path) -> None:
+    """Raises ColumnError with the first row of a column that has no value."""
+    if column.null_count:
+        import pyarrow.compute as pc
+
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise ColumnError(
+            f"{name!r} in row {row} of {str(path)!r} is null, as in {column.null_count} of {len(column)} rows",
+            "a value in every row", "write the table again without these rows, or with their values",
+        )  # fmt: skip
 
 
 def _views(data: pa.Table, name: str, path: Path) -> tuple[np.ndarray, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from nla_megatron.config.run_directory import check_run_directory, claim_run_dir
 from nla_megatron.config.schema import BuildConfig, InterventionConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.baseline import write_baseline
+from nla_megatron.contract.files import write_json
 from nla_megatron.contract.markers import several_markers
-from nla_megatron.contract.prompts import AR_TEMPLATE, AV_PLAIN_TEMPLATE, AV_TEMPLATE, PromptContract, wrap_explanation
+from nla_megatron.contract.prompts import (
+    AR_TEMPLATE,
+    AV_PLAIN_TEMPLATE,
+    AV_TEMPLATE,
+    PromptContract,
+    bare_explanation,
+    wrap_explanation,
+)
 from nla_megatron.contract.sidecar import (
     AvPromptSpec,
     DatasetSidecar,
@@ -28,12 +37,15 @@ from nla_megatron.contract.splits import assign_split, held_out
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.conversion.hf import check_vocabulary, read_shape
-from nla_megatron.errors import ConfigError, MissingFile, WidthError
+from nla_megatron.errors import ColumnError, ConfigError, MissingFile, WidthError
+from nla_megatron.reading import shown, text_value
 from nla_megatron.tasks.nla_checks import MSE_SCALE, check_stack
 
 HELD_OUT = "held_out"
 STAGES = {"av_sft": "av_sft", "ar_sft": "ar_sft", "rl": "rl", HELD_OUT: "rl"}
 """Each table and the stage whose columns it has: the held-out rows are evaluated as RL rows are."""
+COUNTS = "build.json"
+"""Rows of each table, and how many were left out."""
 _ROWS_PER_BATCH = 4096
 
 
@@ -63,6 +75,9 @@ def check(config: BuildConfig, world_size: int) -> None:
             key = "layer" if config.intervention.layers is None else "layers"
             raise ConfigError(f"intervention.{key}={block}", f"a block below {shape.num_layers}", "lower it")
     _check_positions(config, table, sidecar.pool)
+    gold_explanations(config, table)
+    for name in (columns.TEXT, columns.DOC_ID):
+        table.column(name)
     _contract(config, sidecar.pool)
     if sidecar.extraction.d_model != table.d_model:
         raise WidthError(
@@ -96,10 +111,11 @@ def run(config: BuildConfig) -> None:
     claim_run_directory("build", config)
     table, source = Table.open(config.input, "explained"), read_dataset_sidecar(config.input)
     contract, training, written = _contract(config, source.pool), _Mean(table.d_model), {}
-    for split, rows in split_rows(config, table.column(columns.DOC_ID)).items():
+    gold = gold_explanations(config, table)
+    for split, rows in split_rows(config, table.column(columns.DOC_ID), gold).items():
         stage = STAGES[split]
         schema = columns.schema(stage, table.d_model, None if table.varies else table.positions)
-        batches = _batches(table, rows, stage, contract)
+        batches = _batches(table, rows, stage, contract, gold)
         batches = batches if split == HELD_OUT else training.of(batches)
         written[split] = write_table(_path(config, split), batches, schema)
     # The mean is known when all rows have been read; every table has it beside itself, so that it can be moved alone.
@@ -111,6 +127,10 @@ def run(config: BuildConfig) -> None:
             parent_datasets=(source.dataset_id,),
         )  # fmt: skip
         write_dataset_sidecar(_path(config, split), sidecar)
+    dropped = table.n_rows - len(gold)
+    if dropped:
+        print(f"{dropped} of {table.n_rows} rows of {config.input} left out: they have no explanation", file=sys.stderr)
+    write_json(Path(config.out) / COUNTS, {"rows": written, "dropped_without_explanation": dropped})
     mark_done(config)
 
 
@@ -138,6 +158,31 @@ def _path(config: BuildConfig, split: str) -> Path:
     return Path(config.out) / f"{split}.parquet"
 
 
+def gold_explanations(config: BuildConfig, table: Table) -> dict[int, str]:
+    """Row -> the explanation that is taught, without tags around it; of the rows that have one.
+
+    Raises:
+        ColumnError: a row without one where `missing_explanations` refuses it, with tags inside, or half characters.
+    """
+    gold: dict[int, str] = {}
+    for row, value in enumerate(table.column(columns.EXPLANATION, nulls=True)):
+        where = f"row {row} of {config.input}"
+        text = "" if value is None else bare_explanation(text_value(value, where, columns.EXPLANATION))
+        if text is None:
+            raise ColumnError(
+                f"{columns.EXPLANATION!r} in {where} has explanation tags inside: {shown(value)}",
+                "a text without them, or with one pair around the whole", "take the tags out",
+            )  # fmt: skip
+        if text.strip():
+            gold[row] = text
+        elif config.missing_explanations == "refuse":
+            raise ColumnError(
+                f"{columns.EXPLANATION!r} in {where} is {shown(value)}", "an explanation in every row",
+                "explain these rows, or leave them out with missing_explanations=drop",
+            )  # fmt: skip
+    return gold
+
+
 def injection_of(spec: InterventionConfig) -> InjectionSpec:
     """The intervention as sidecars record it."""
     several = spec.blocks if len(spec.blocks) > 1 else None
@@ -159,10 +204,12 @@ def _contract(config: BuildConfig, pool: PoolSpec | None) -> PromptContract:
     )
 
 
-def split_rows(config: BuildConfig, doc_ids: list[str]) -> dict[str, list[int]]:
-    """Rows of each table. Raises ConfigError where a split gets no document."""
+def split_rows(config: BuildConfig, doc_ids: list[str], kept: Container[int] | None = None) -> dict[str, list[int]]:
+    """Rows of each table, of those `kept`; None keeps all. Raises ConfigError where a split gets no document."""
     rows: dict[str, list[int]] = {split: [] for split in STAGES}
     for row, doc_id in enumerate(doc_ids):
+        if kept is not None and row not in kept:
+            continue
         split = HELD_OUT if held_out(doc_id, config.held_out) else assign_split(doc_id, config.fractions, config.seed)
         rows[split].append(row)
     for split, chosen in rows.items():
@@ -175,13 +222,16 @@ def split_rows(config: BuildConfig, doc_ids: list[str]) -> dict[str, list[int]]:
     return rows
 
 
-def _batches(table: Table, rows: list[int], stage: str, contract: PromptContract) -> Iterator[dict[str, Any]]:
-    names = (columns.N_RAW_TOKENS, columns.TEXT, columns.LAYER, columns.DOC_ID, columns.EXPLANATION)
+def _batches(
+    table: Table, rows: list[int], stage: str, contract: PromptContract, gold: Mapping[int, str]
+) -> Iterator[dict[str, Any]]:
+    names = (columns.N_RAW_TOKENS, columns.TEXT, columns.LAYER, columns.DOC_ID)
     values = {name: table.column(name) for name in names}
     for start in range(0, len(rows), _ROWS_PER_BATCH):
         chunk = rows[start : start + _ROWS_PER_BATCH]
-        explanations = [values[columns.EXPLANATION][row] for row in chunk]
+        explanations = [gold[row] for row in chunk]
         batch: dict[str, Any] = {name: [values[name][row] for row in chunk] for name in names}
+        batch[columns.EXPLANATION] = explanations
         batch[columns.VECTOR], batch[columns.PRECEDING] = table.vectors(chunk), table.preceding(chunk)
         if stage == "ar_sft":
             batch[columns.PROMPT] = [contract.templates_ar.format(explanation=text) for text in explanations]

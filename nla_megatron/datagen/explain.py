@@ -17,11 +17,13 @@ from nla_megatron.config.schema import ExplainConfig
 from nla_megatron.contract import columns
 from nla_megatron.contract.blocks import ApiSummaries
 from nla_megatron.contract.journal import heal, read_rows
+from nla_megatron.contract.prompts import bare_explanation
 from nla_megatron.contract.sidecar import read_dataset_sidecar, write_dataset_sidecar
 from nla_megatron.contract.tables import Table, write_table
 from nla_megatron.datagen.providers import ExplainRequest, make_provider
 from nla_megatron.errors import MissingFile, ProviderError, RunDirectoryError
 from nla_megatron.parallel.progress import progress
+from nla_megatron.reading import shown
 from nla_megatron.tasks.nla_checks import check_stack
 
 TABLE = "explained.parquet"
@@ -41,6 +43,8 @@ def check(config: ExplainConfig, world_size: int) -> None:
     pool, table = read_dataset_sidecar(config.input).pool, Table.open(config.input, "base")
     check_stack(table, pool)
     check_vectors(table)
+    for name in (columns.TEXT, columns.DOC_ID):
+        table.column(name)
     make_provider(config.provider.name, **config.provider.options)
     check_run_directory("explain", config)
 
@@ -96,11 +100,13 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
     )
     with bar, journal.open("a") as lines:
         for answer in provider.explain(requests):
-            if answer.text is None:
-                failures.append(answer.error or "no reason given")
+            text = None if answer.text is None else bare_explanation(answer.text)
+            if text is None or not text.strip():
+                unusable = "an empty explanation" if text is not None else "explanation tags inside the explanation"
+                failures.append(unusable if answer.text is not None else answer.error or "no reason given")
             else:
-                explained[answer.row] = answer.text
-                lines.write(json.dumps({"row": answer.row, "text": answer.text}) + "\n")
+                explained[answer.row] = text
+                lines.write(json.dumps({"row": answer.row, "text": text}) + "\n")
                 lines.flush()  # line by line, so that a killed process loses no finished row
             bar.advance()
     if len(failures) > config.max_failures * len(texts):
@@ -113,16 +119,21 @@ def _explain(config: ExplainConfig, provider: Any, texts: Sequence[str]) -> dict
 
 
 def _read_journal(path: Path, n_rows: int) -> dict[int, str]:
-    """Finished rows; a line torn by a kill is dropped, and asked again."""
+    """Finished rows; a line torn by a kill is dropped, and asked again.
+
+    Raises:
+        RunDirectoryError: a whole line that is none of ours, or of a row that the table does not have.
+    """
     done: dict[int, str] = {}
     heal(path)
-    for number, row in enumerate(read_rows(path, ("row", "text"))):
-        if not isinstance(row["row"], int) or not 0 <= row["row"] < n_rows or not isinstance(row["text"], str):
+    for number, line in enumerate(read_rows(path, ("row", "text")), 1):
+        row, text = line["row"], line["text"]
+        if type(row) is not int or not 0 <= row < n_rows or not isinstance(text, str):
             raise RunDirectoryError(
-                f"line {number + 1} of {path} is of row {row['row']!r}, with {row['text']!r}"[:_TOLD_LENGTH],
-                f"an explanation of one of {n_rows} rows", "remove the line: its row is then asked again",
+                f"line {number} of {path} is {shown(line)}", f"a row from 0 to {n_rows - 1} and its text",
+                "remove this line, and its row is asked again",
             )  # fmt: skip
-        done[row["row"]] = row["text"]
+        done[row] = text
     return done
 
 

@@ -29,6 +29,7 @@ from nla_megatron.conversion.hf import read_shape
 from nla_megatron.conversion.live import load_from_hf
 from nla_megatron.datagen.sentences import sentences_of
 from nla_megatron.errors import ConfigError, LayoutError, NotFinite
+from nla_megatron.hub import repository_of
 from nla_megatron.models.batching import Batch, microbatches
 from nla_megatron.models.builder import check_layout
 from nla_megatron.models.pipeline import forward_each
@@ -269,7 +270,8 @@ def _join(config: ExtractConfig, world: World, shape: ModelShape, layer: int, do
             "lower min_position" + (", or pool_least" if config.pool_least else ""),
         )
     extraction = DatasetExtraction(
-        base_model=config.model, d_model=shape.hidden_size, layer_index=layer, corpus=config.corpus,
+        base_model=repository_of(config.model), d_model=shape.hidden_size, layer_index=layer,
+        corpus=repository_of(config.corpus),
         corpus_slice=CorpusSlice(config.documents_start, documents), positions_per_doc=config.positions_per_doc,
     )  # fmt: skip
     sidecar = DatasetSidecar(stage="base", row_count=rows, extraction=extraction, pool=_pool(config))

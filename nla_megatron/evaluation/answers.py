@@ -131,16 +131,18 @@ def _write(config: EvalConfig, task: TextTask, measured: Measured) -> None:
     write_json(out / ROWS, rows)
     write_json_lines(out / EXAMPLES, examples)
     if "correct" in measured.values:
-        write_json_lines(out / CORRECT, _correct_by_row(measured))
+        write_json_lines(out / CORRECT, _correct_by_row(task, measured))
     write_answers_report(out / REPORT, config.task.name, name, results, examples)
 
 
-def _correct_by_row(measured: Measured) -> list[dict[str, float]]:
+def _correct_by_row(task: TextTask, measured: Measured) -> list[dict[str, Any]]:
     """The share of right responses of each row, in the rows' order."""
     by_row: dict[int, list[float]] = {}
     for rollout, correct in zip(measured.rollouts, measured.values["correct"].tolist(), strict=True):
         by_row.setdefault(rollout.row, []).append(correct)
-    return [{"row": row, "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())]
+    return [
+        {"row": row, **task.place(row), "correct": sum(values) / len(values)} for row, values in sorted(by_row.items())
+    ]
 
 
 def difference(

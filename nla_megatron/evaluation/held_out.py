@@ -4,7 +4,6 @@ something.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import unicodedata
@@ -20,7 +19,7 @@ from torch import Tensor
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import EvalConfig
 from nla_megatron.contract import columns
-from nla_megatron.contract.files import atomic_path, write_json
+from nla_megatron.contract.files import write_json, write_json_lines
 from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.description import check_directory
 from nla_megatron.conversion.heads import reconstructor_shape, resolved_spec
@@ -177,8 +176,7 @@ def _write(
     write_json(Path(config.out) / RESULTS, results)
     mses = {f"mse_{name}": condition.mse_N.tolist() for name, condition in conditions.items()}
     write_json(Path(config.out) / ROWS, {"rows": rows, "doc_ids": list(measure.documents), **mses})
-    with atomic_path(Path(config.out) / EXAMPLES) as path:
-        path.write_text("".join(json.dumps(line) + "\n" for line in _examples(config, task, rows, conditions)))
+    write_json_lines(Path(config.out) / EXAMPLES, _examples(config, task, rows, conditions))
 
 
 def named(texts: Sequence[str | None], words: Sequence[str]) -> int:
@@ -198,7 +196,7 @@ def _folded(text: str) -> str:
 
 def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, measure: Measure) -> dict[str, Any]:
     """This evaluation's FVE over another's of the same rows, resampled together."""
-    other = read_object(Path(str(config.compare)) / ROWS, ("rows", "doc_ids"))
+    other = read_object(Path(str(config.compare)) / ROWS, ("rows", "doc_ids", "mse_av"))
     if (other["rows"], other["doc_ids"]) != (rows, list(measure.documents)):
         raise ConfigError(
             f"other rows in {config.compare}", "an evaluation of the same rows", "use the same data=, rows= and seed="
@@ -210,12 +208,12 @@ def _difference(config: EvalConfig, rows: list[int], mse_N: Tensor, measure: Mea
 def _examples(
     config: EvalConfig, task: NlaTask, rows: list[int], conditions: dict[str, Condition]
 ) -> list[dict[str, Any]]:
-    contexts, doc_ids = task.table.column(columns.TEXT), task.table.column(columns.DOC_ID)
+    contexts = task.table.column(columns.TEXT)
     # Under the contract's scale the error is 2 (1 - cosine).
     cosine = {name: (1 - condition.mse_N / 2).tolist() for name, condition in conditions.items()}
     return [
         {
-            "doc_id": doc_ids[row],
+            **task.place(row),
             "context": contexts[row],
             "explanation": conditions["av"].texts[index],
             "gold": conditions["gold"].texts[index],

@@ -21,10 +21,12 @@ from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 from nla_megatron.evaluation.held_out import EXAMPLES
 from nla_megatron.judging import REFERENCE, RUBRIC, TEXT, Judge, JudgeEndpoint, between
 from nla_megatron.parallel.progress import progress
+from nla_megatron.reading import text_value
 
 RESULTS, ROWS, CACHE = "judge.json", "rows.jsonl", "judgements"
 SOURCE_MATCH = "source_match"
 _SOURCE, _DOCUMENT = "context", "doc_id"
+_PLACE = ("row", "position", "token")  # what an example says of itself, so that its row can be found again
 _DISTRACTORS = 9
 
 _WHICH = """\
@@ -77,7 +79,9 @@ def run(config: JudgeConfig) -> None:
     claim_run_directory("judge", config)
     examples = read_examples(config)
     asked = questions(config, examples)
-    rows: list[dict[str, Any]] = [{_DOCUMENT: example[_DOCUMENT]} for example in examples]
+    rows: list[dict[str, Any]] = [
+        {key: example[key] for key in (*_PLACE, _DOCUMENT) if key in example} for example in examples
+    ]
     results: dict[str, Any] = {
         "examples_sha256": _checksum(config), "rows": len(rows), "documents": len({row[_DOCUMENT] for row in rows}),
         f"{SOURCE_MATCH}_chance": 1 / config.candidates if config.candidates else None,
@@ -126,6 +130,9 @@ def read_examples(config: JudgeConfig) -> list[dict[str, Any]]:
                 f"example {number} of {path} has no text {', '.join(wrong or [_DOCUMENT])}",
                 "examples of an `eval` of the task nla", "judge one of those, and correct texts=",
             )  # fmt: skip
+        for name in dict.fromkeys((_SOURCE, _DOCUMENT, *config.texts)):
+            if example.get(name) is not None:
+                text_value(example[name], f"example {number} of {path}", name)
     if not examples:
         raise ConfigError(f"no example in {path}", "examples of an `eval` of the task nla", "run it with examples=")
     return examples

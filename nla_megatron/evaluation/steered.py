@@ -195,6 +195,7 @@ def _examples(
     for index, row in enumerate(comparison.rows[:count]):
         yield {
             "row": row,
+            **(comparison.places[index] if comparison.places else {}),
             "sample": comparison.samples[index],
             "prompt": comparison.prompts[index],
             "response": on.texts[index],

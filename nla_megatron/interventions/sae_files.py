@@ -7,7 +7,6 @@ Legend: D hidden, M features.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from nla_megatron.errors import CheckpointError, ConfigError, MissingFile, UnsupportedModel
 from nla_megatron.interventions.sae import ARCHITECTURES, NORMALISATIONS, Sae
 from nla_megatron.interventions.spec import EMBEDDING
+from nla_megatron.reading import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _AGAIN = "download or export the SAE again"
@@ -146,10 +146,7 @@ def _supported(key: str, value: object, allowed: tuple[object, ...], source: str
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFile(f"no '{path}'", f"a directory with {CONFIG} and {WEIGHTS}", "check the SAE's path")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{path}': {error}", "JSON", _AGAIN) from error
+    config = read_json(path, CheckpointError, _AGAIN)
     if not isinstance(config, dict):
         raise CheckpointError(f"a {type(config).__name__} in '{path}'", "a mapping", _AGAIN)
     return config

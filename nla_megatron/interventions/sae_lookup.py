@@ -6,13 +6,13 @@ releases, which are no names of repositories: those are written in `releases.jso
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from nla_megatron.errors import ConfigError, MissingFile
 from nla_megatron.interventions.sae_files import CONFIG, WEIGHTS
+from nla_megatron.reading import read_json
 
 RELEASES = "releases.json"
 """In a root, optionally: {short name of a release: name of its repository or folder}."""
@@ -62,10 +62,7 @@ def _repository(root: Path, release: str) -> str:
     listed = root / RELEASES
     if not listed.is_file():
         return release
-    try:
-        names = json.loads(listed.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"'{listed}': {error}", "JSON: short names to repositories", "correct it") from error
+    names = read_json(listed, ConfigError, "correct it")
     if not isinstance(names, dict) or not isinstance(names.get(release, ""), str):
         raise ConfigError(f"'{listed}' does not map names to names", "short names to repositories", "correct it")
     return str(names.get(release, release))

@@ -15,11 +15,13 @@ from types import ModuleType
 from typing import Any
 
 from nla_megatron.config.compose import compose
+from nla_megatron.config.hub_keys import with_paths
 from nla_megatron.config.run_directory import is_done, owned, refuse_owned
 from nla_megatron.config.unread import Unread, idle
 from nla_megatron.conversion.formats.config_keys import admitting
 from nla_megatron.disk import room_on
 from nla_megatron.errors import ConfigError
+from nla_megatron.hub import CACHE_ONLY
 from nla_megatron.launch.ending import exit_code_after
 from nla_megatron.parallel import started
 
@@ -123,7 +125,7 @@ def execute(name: str, overrides: Sequence[str]) -> int:
     if set(MULTIRUN) & set(overrides):
         name, overrides = "sweep", [name, *(word for word in overrides if word not in MULTIRUN)]
     command = COMMANDS[name]
-    config = configured(name, overrides)
+    config = with_paths(name, configured(name, overrides))
     silence_libraries()
     with admitting(getattr(config, "allow_unknown_config", ())):
         return _execute(name, command, config, overrides)
@@ -148,6 +150,7 @@ def _execute(name: str, command: Command, config: Any, overrides: Sequence[str])
     if ranks is None and size > 1:
         from nla_megatron.launch.local import launch
 
+        os.environ[CACHE_ONLY] = "1"  # so many ranks need not ask the hub again, nor could they disagree on its answer
         return launch(run, [name, *overrides], size, preloads(command))
     module = _checked(name, config, overrides, size)
     with _held(command, config), room_on(Path(config.out)):

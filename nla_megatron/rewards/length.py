@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nla_megatron.contract.tokenizer import read_backend
 from nla_megatron.errors import ConfigError, MissingFile
+from nla_megatron.hub import model_directory
 from nla_megatron.rewards.outcome import well_formed
 from nla_megatron.rewards.terms import Term, named_values, register
 from nla_megatron.types import Measured
@@ -83,7 +84,7 @@ class LengthTerm(Term):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        path = Path(str(self.options.tokenizer))
+        path = Path(model_directory(str(self.options.tokenizer), "tokenizer", ("tokenizer*",)))
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingFile(f"no {path}", "a fast tokenizer's tokenizer.json", "correct the option tokenizer")

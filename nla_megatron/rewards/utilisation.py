@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from nla_megatron.errors import ConfigError, MissingFile, RewardError
+from nla_megatron.reading import read_text
 from nla_megatron.rewards.length import LengthOptions, LengthTerm
 from nla_megatron.rewards.terms import named_values, register
 from nla_megatron.types import Measured
@@ -91,7 +92,7 @@ def read_zero_shot(path: str) -> dict[int, float]:
     if not Path(path).is_file():
         raise MissingFile(f"no {path}", 'JSONL of {"row": …, "correct": …}', "correct the option file")
     found: dict[int, float] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, ConfigError).split("\n"), start=1):
         if not line.strip():
             continue
         entry = _read(line)

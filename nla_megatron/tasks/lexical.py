@@ -7,7 +7,7 @@ is the share of different ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from nla_megatron.config.options import bind
 from nla_megatron.contract.splits import held_out as is_held_out
 from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.errors import ColumnError, ConfigError
-from nla_megatron.tasks.rows import read_rows
+from nla_megatron.tasks.rows import Question, question_of, read_rows
 from nla_megatron.tasks.text import Data, PromptStyle, TextTask, register, spread
 from nla_megatron.types import Measured, Rollout
 
@@ -52,6 +52,14 @@ class LexicalOptions:
             raise ConfigError(f"held_out_fraction={self.held_out_fraction}", "0 to below 1", "set it to, say, 0.1")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked, and where its row can be found again."""
+
+    question: Question
+    place: Mapping[str, Any] = field(default_factory=dict)
+
+
 @register("lexical")
 class LexicalTask(TextTask):
     """Prompts of a file, or beginnings of a corpus' first sentences.
@@ -61,9 +69,13 @@ class LexicalTask(TextTask):
 
     measures = ("words", "unique_words")
 
-    def __init__(self, tokenizer: AnyTokenizer, options: LexicalOptions, prompts: Sequence[str]):
+    def __init__(self, tokenizer: AnyTokenizer, options: LexicalOptions, prompts: Sequence[Prompt | str]):
         super().__init__(tokenizer, bind(PromptStyle, options.prompt, f"{_OPTIONS}.prompt"))
-        self.prompts = tuple(prompts)
+        self._asked = tuple(Prompt(Question(each)) if isinstance(each, str) else each for each in prompts)
+        self.prompts = tuple(each.question.text for each in self._asked)
+        if spoken := next((prompt for prompt in self._asked if prompt.question.before), None):
+            # A model that cannot take a conversation is named before the first step.
+            self.style.ids(tokenizer, spoken.question.text, spoken.question.before)
 
     @classmethod
     def open(cls, options: Mapping[str, Any], data: Data, model: str, seed: int) -> LexicalTask | None:
@@ -77,6 +89,12 @@ class LexicalTask(TextTask):
 
     def text(self, row: int) -> str:
         return self.prompts[row]
+
+    def before(self, row: int) -> Sequence[tuple[str, str]]:
+        return self._asked[row].question.before
+
+    def place(self, row: int) -> Mapping[str, Any]:
+        return self._asked[row].place
 
     def measure(self, rollouts: Sequence[Rollout]) -> Measured:
         texts = [self.response_text(rollout).strip() for rollout in rollouts]
@@ -107,6 +125,7 @@ class LexicalTask(TextTask):
         rollout = measured.rollouts[index]
         return {
             "row": rollout.row,
+            **self.place(rollout.row),
             "prompt": self.text(rollout.row),
             "response": self.response_text(rollout),
             "finished": rollout.finished,
@@ -114,14 +133,18 @@ class LexicalTask(TextTask):
         }
 
 
-def _prompts_of(options: LexicalOptions, data: Data) -> list[str]:
+def _prompts_of(options: LexicalOptions, data: Data) -> list[Prompt]:
     """The prompts of one part: of the held-out file, or a share of the others by a hash of each prompt."""
     if not data.training and data.held_out:
         return _read_prompts(data.held_out, options, "held_out")
-    prompts = _read_prompts(data.data, options, "data") if data.data else _beginnings(_paragraphs(), options)
+    if data.data:
+        prompts = _read_prompts(data.data, options, "data")
+    else:
+        prompts = _beginnings(((text, {}) for text in _paragraphs()), options)
     if data.held_out:
         return prompts
-    chosen = [prompt for prompt in prompts if is_held_out(prompt, options.held_out_fraction) != data.training]
+    fraction = options.held_out_fraction
+    chosen = [one for one in prompts if is_held_out(one.question.text, fraction) != data.training]
     if data.training and not chosen:
         raise ColumnError(
             f"none of {len(prompts)} prompts to train on", "one or more",
@@ -130,24 +153,25 @@ def _prompts_of(options: LexicalOptions, data: Data) -> list[str]:
     return chosen
 
 
-def _read_prompts(path: str, options: LexicalOptions, key: str) -> list[str]:
+def _read_prompts(path: str, options: LexicalOptions, key: str) -> list[Prompt]:
     """The prompts of a file: its own column, or the beginnings of a corpus' documents.
 
     Raises:
         MissingFile, ColumnError.
     """
+    name = options.prompt_column
     try:
-        prompts = [row[options.prompt_column] for row in read_rows(path, [options.prompt_column], key)]
+        rows = read_rows(path, [name], key)
     except ColumnError as error:
         try:
-            texts = [row["text"] for row in read_rows(path, ["text"], key)]
+            rows = read_rows(path, ["text"], key)
         except ColumnError:
             raise error from None
-        prompts = _beginnings(texts, options)
-    wrong = [index for index, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
-    if wrong or not prompts:
-        found = f"row {wrong[0]} of {path} is {prompts[wrong[0]]!r}" if wrong else f"no prompts in {path}"
-        raise ColumnError(found, "a text in every row", "correct the file")
+        prompts = _beginnings(((row.text("text"), row.place) for row in rows), options)
+    else:
+        prompts = [Prompt(question_of(row, name), row.place) for row in rows]
+    if not prompts:
+        raise ColumnError(f"no prompts in {path}", "a text in every row", "correct the file")
     return prompts
 
 
@@ -158,11 +182,15 @@ def _paragraphs() -> list[str]:
     return [part for _, text in sorted(pydoc_data.topics.topics.items()) for part in text.split("\n\n")]
 
 
-def _beginnings(texts: Sequence[str], options: LexicalOptions) -> list[str]:
+def _beginnings(texts: Iterable[tuple[str, Mapping[str, Any]]], options: LexicalOptions) -> list[Prompt]:
     """The first words of each text's first sentence, each once, in the texts' order."""
-    found = (_SENTENCE.search(text) for text in texts)
-    sentences = (each[0].split()[: options.prompt_words] for each in found if each is not None and " " in each[0])
-    return list(dict.fromkeys(" ".join(sentence) for sentence in sentences))
+    found: dict[str, Prompt] = {}
+    for text, place in texts:
+        sentence = _SENTENCE.search(text)
+        if sentence is not None and " " in sentence[0]:
+            beginning = " ".join(sentence[0].split()[: options.prompt_words])
+            found.setdefault(beginning, Prompt(Question(beginning), place))
+    return list(found.values())
 
 
 def words(text: str) -> list[str]:

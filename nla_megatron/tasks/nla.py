@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -268,6 +269,20 @@ class NlaTask:
     @cached_property
     def gold_explanations(self) -> list[str]:
         return self.table.column(columns.EXPLANATION)
+
+    def place(self, row: int) -> dict[str, Any]:
+        """Where a row's activation was read, for records: the document, the position in it, the token there.
+
+        The token is the last of the row's text, as the tokenizer reads that; none where the table keeps no text.
+        """
+        text = self.table.value(columns.TEXT, row)
+        ids = self.tokenizer.encode(text) if text else []
+        return {
+            "row": row,
+            "doc_id": self.table.value(columns.DOC_ID, row),
+            "position": self.table.value(columns.N_RAW_TOKENS, row) - 1,
+            "token": self.tokenizer.decode(ids[-1:]) if ids else None,
+        }
 
     def normalised_targets(self, rows: Sequence[int]) -> Tensor:
         """Activations (N, D) fp32 at the scale of the loss."""

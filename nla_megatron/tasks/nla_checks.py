@@ -11,7 +11,7 @@ import numpy as np
 from nla_megatron.contract.markers import INJECT
 from nla_megatron.contract.sidecar import DatasetSidecar, InjectionSpec, ModelSidecar, PoolSpec
 from nla_megatron.contract.tables import Table
-from nla_megatron.errors import MarkerError, SidecarError, WidthError
+from nla_megatron.errors import ColumnError, MarkerError, SidecarError, WidthError
 from nla_megatron.interventions.spec import TOKEN_EMBEDDING
 
 MSE_SCALE = "sqrt_d_model"
@@ -35,7 +35,11 @@ def check_table(table: Table, sidecar: DatasetSidecar) -> None:
 
 
 def check_stack(table: Table, pool: PoolSpec | None) -> None:
-    """Raises SidecarError where rows keep other numbers of activations than the sidecar's `pool` says."""
+    """Raises SidecarError where rows keep other numbers of activations than the sidecar's `pool` says, and ColumnError
+    where there are no rows.
+    """
+    if not table.n_rows:
+        raise ColumnError(f"no rows in {table.path}", "a table with rows", "give another table, or write it again")
     bounds, remedy = PoolSpec.bounds_of(pool), "put table and sidecar of the same build together"
     if bounds is None:
         wanted = PoolSpec.positions_of(pool)

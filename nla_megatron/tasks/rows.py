@@ -2,17 +2,102 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from nla_megatron.errors import ColumnError, ConfigError, MissingFile
+from nla_megatron.errors import ColumnError, MissingFile
+from nla_megatron.hub import files_at
+from nla_megatron.reading import json_objects, object_of, parquet_columns, parquet_schema, read_json, shown, text_value
 
-Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
-_SHARD = r"(?:-\d+-of-\d+)?\.parquet"
+_ROLES = ("system", "user", "assistant")
+
+
+class Row(dict[str, Any]):
+    """The values of a row by column, and where it stands: `file`, and `number` there, of a line from 1 on, of any
+    other row from 0 on.
+    """
+
+    def __init__(self, values: Mapping[str, Any], file: Path, number: int, unit: str):
+        super().__init__(values)
+        self.file, self.number, self.unit = file, number, unit
+
+    @property
+    def where(self) -> str:
+        return f"{self.unit} {self.number} of {self.file}"
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The same for a record: which file, and which line or row of it."""
+        return {"file": str(self.file), self.unit if self.unit == "line" else "file_row": self.number}
+
+    def text(self, name: str, blank: bool = True) -> str:
+        """A value that is a text. Raises ColumnError."""
+        return text_value(self[name], self.where, name, blank)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: the user's `text`, and the (role, content) of what was said before."""
+
+    text: str
+    before: tuple[tuple[str, str], ...] = ()
+
+
+def question_of(row: Row, name: str) -> Question:
+    """A question: a text, or a list of messages that ends with the user's. Raises ColumnError for anything else."""
+    value = row[name]
+    if not isinstance(value, list):
+        return Question(row.text(name, blank=False))
+    turns = [_turn(message, f"{row.where}, message {number}", name) for number, message in enumerate(value)]
+    roles = [role for role, _ in turns]
+    if not turns or roles[-1] != "user" or "system" in roles[1:]:
+        raise ColumnError(
+            f"{name!r} in {row.where} has messages of {', '.join(roles) or 'nobody'}",
+            "messages of system (first, if at all), user and assistant, of which the last is the user's",
+            "leave the answer out of the question's column",
+        )  # fmt: skip
+    return Question(turns[-1][1], tuple(turns[:-1]))
+
+
+def _turn(message: Any, where: str, name: str) -> tuple[str, str]:
+    message = object_of(message, f"{name!r} in {where}", ColumnError, "write {role, content} for each message")
+    more = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
+    if message.get("role") not in _ROLES or more:
+        found = f"a key {more[0]!r}" if more else f"the role {shown(message.get('role'))}"
+        raise ColumnError(
+            f"{name!r} in {where} has {found}", f"role ({', '.join(_ROLES)}) and content", "correct the row"
+        )
+    return message["role"], text_value(message.get("content"), where, "content", blank=False)
+
+
+def reference_of(row: Row, name: str, bare: bool) -> tuple[str | None, bool]:
+    """What the answer is compared with, None for null, and whether it is the answer alone.
+
+    A mapping is read by its `ground_truth`, which is the answer alone.
+
+    Args:
+        bare: whether the column holds answers alone, which may then be numbers.
+
+    Raises:
+        ColumnError: anything else.
+    """
+    value = row[name]
+    if isinstance(value, Mapping):
+        if "ground_truth" not in value:
+            raise ColumnError(
+                f"{name!r} in {row.where} is {shown(value)}", "a text, or a mapping with ground_truth",
+                "write the answer itself into this column",
+            )  # fmt: skip
+        value, bare = value["ground_truth"], True
+    if value is None:
+        return None, bare
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
+    return (str(value) if bare and number else text_value(value, row.where, name)), bare
 
 
 def read_rows(path: str | Path, columns: Sequence[str], key: str = "data") -> list[Row]:
@@ -27,130 +112,43 @@ def read_rows(path: str | Path, columns: Sequence[str], key: str = "data") -> li
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES)
+        found = (each.relative_to(path) for each in path.rglob("*") if each.suffix in SUFFIXES and each.is_file())
+        # Hidden files are the copies and notes of other programs.
+        files = sorted(path / each for each in found if not any(part.startswith(".") for part in each.parts))
     else:
-        files = [path] if path.is_file() else []
+        files = files_at(path)
     if not files:
-        found = f"no {', '.join(SUFFIXES)} in {path}" if path.is_dir() else f"no {path}"
-        raise MissingFile(found, f"a file of rows with {', '.join(columns)}", f"correct {key}=")
+        missing = f"no {', '.join(SUFFIXES)} in {path}" if path.is_dir() else f"no {path}"
+        raise MissingFile(missing, f"a file of rows with {', '.join(columns)}", f"correct {key}=")
     return [row for file in files for row in _read(file, columns)]
 
 
-def _read(path: Path, columns: Sequence[str]) -> list[Row]:
-    if path.suffix == ".parquet":
-        return _parquet(path, columns)
-    if path.suffix == ".json":
-        return _json(path, columns)
+def _read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     if path.suffix not in SUFFIXES:
         raise ColumnError(f"{path}", f"a file that ends in {', '.join(SUFFIXES)}", "convert or rename the file")
-    rows = []
-    # Texts may hold whatever else ends lines, so that only a line feed ends a row.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            rows.append(_picked(_parsed(line, f"line {number} of {path}"), columns, f"line {number} of {path}"))
-    return rows
+    if path.suffix == ".parquet":
+        _check(parquet_schema(path).names, columns, str(path))
+        values = parquet_columns(path, columns)
+        for number, row in enumerate(zip(*(values[name] for name in columns), strict=True)):
+            yield Row(dict(zip(columns, row, strict=True)), path, number, "row")
+        return
+    unit = "row" if path.suffix == ".json" else "line"
+    for number, found in _objects(path) if path.suffix == ".json" else json_objects(path):
+        _check(list(found), columns, f"{unit} {number} of {path}")
+        yield Row({name: found[name] for name in columns}, path, number, unit)
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        names = pq.read_schema(path).names
-        _picked(dict.fromkeys(names), columns, str(path))
-        rows: list[Row] = pq.read_table(path, columns=list(columns)).to_pylist()
-        return rows
-    except pa.ArrowInvalid as error:
-        raise ColumnError(f"{path} is not readable: {error}", "a parquet file", "copy the file again") from error
-
-
-def _json(path: Path, columns: Sequence[str]) -> list[Row]:
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """One object, as Hendrycks' files are, or a list of them."""
-    content = _parsed(_text(path), str(path))
-    rows = content if isinstance(content, list) else [content]
-    return [_picked(row, columns, str(path)) for row in rows]
+    content = read_json(path)
+    for number, row in enumerate(content if isinstance(content, list) else [content]):
+        yield number, object_of(row, f"row {number} of {path}")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ColumnError(f"{path}: {error}", "a text in UTF-8", "convert the file to UTF-8") from None
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ColumnError(f"{where}: {error}", "JSON", "correct the file") from None
-
-
-def _picked(row: Any, columns: Sequence[str], where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ColumnError(f"{where} is no object", "one JSON object per row", "correct the file")
+def _check(found: Sequence[str], columns: Sequence[str], where: str) -> None:
     for name in columns:
-        if name not in row:
+        if name not in found:
             raise ColumnError(
-                f"no column {name!r} in {where}, only {', '.join(row)}", f"columns {', '.join(columns)}",
+                f"no column {name!r} in {where}, only {', '.join(found) or 'none'}", f"columns {', '.join(columns)}",
                 "rename the columns, or name them in the task's options",
             )  # fmt: skip
-    return {name: row[name] for name in columns}
-
-
-def hub_files(repository: str, split: str, subset: str = "", revision: str | None = None) -> list[Path]:
-    """Local paths of a split's parquet files of a data set on the hub; downloaded where the cache lacks them.
-
-    Raises:
-        MissingFile: no such data set, subset or split; or it is not in the cache and the hub cannot be reached.
-        ConfigError: `repository` is no name of the hub.
-    """
-    from huggingface_hub import HfApi, errors, hf_hub_download
-
-    remedy = "download its parquet file on a machine with a network and give its path"
-    try:
-        cached = _cached(repository, split, subset, revision)
-        if cached:
-            return cached
-        names = HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
-        chosen = _of_split(names, split, subset)
-        if not chosen:
-            raise MissingFile(
-                f"no parquet files of split {split!r} in {repository} ({subset or 'any subset'})",
-                f"some of {', '.join(name for name in names if name.endswith('.parquet')) or 'no parquet files'}",
-                "correct split= or subset=",
-            )
-        return [
-            Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision)) for name in sorted(chosen)
-        ]
-    except errors.HFValidationError as error:
-        raise ConfigError(f"hub={repository!r}: {error}", "owner/name", "correct hub=") from error
-    # The library's own refusals, and those of the HTTP client that it was built on, whichever that is.
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        found = f"the data set {repository} cannot be fetched: {str(error).splitlines()[0]}"
-        raise MissingFile(found, "a data set of the Hugging Face hub, or its copy in the cache", remedy) from error
-
-
-def _cached(repository: str, split: str, subset: str, revision: str | None) -> list[Path]:
-    """The split's files of a snapshot that is on this machine already, so that a resume needs no network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    held: str | None
-    try:
-        held = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError as error:
-        # A snapshot of which only some files were asked for may well hold all of this split's.
-        held = getattr(error, "snapshot_path", None)
-    if held is None:
-        return []
-    root = Path(held)
-    names = [str(path.relative_to(root)) for path in root.rglob("*.parquet")]
-    chosen = [root / name for name in sorted(_of_split(names, split, subset))]
-    # A download that was cut short left some shards only.
-    counts = {int(found[1]) for path in chosen if (found := re.search(r"-of-(\d+)\.parquet$", path.name))}
-    return chosen if not counts or counts == {len(chosen)} else []
-
-
-def _of_split(names: Sequence[str], split: str, subset: str) -> list[str]:
-    folder = f"(?:.*/)?{re.escape(subset)}/" if subset else "(?:.*/)?"
-    return [name for name in names if re.fullmatch(f"{folder}{re.escape(split)}{_SHARD}", name)]

@@ -14,6 +14,7 @@ from typing import Any
 from nla_megatron.config.options import bind
 from nla_megatron.config.schema import TaskConfig
 from nla_megatron.errors import ConfigError, MissingFile, WidthError
+from nla_megatron.hub import model_directory
 from nla_megatron.interventions.checks import check_layers
 from nla_megatron.interventions.sae_files import load_sae
 from nla_megatron.interventions.sae_lookup import find_sae
@@ -132,7 +133,8 @@ class SaeOptions:
 
     @property
     def predictor_options(self) -> PredictorOptions:
-        return bind(PredictorOptions, self.predictor, f"{OPTIONS}.predictor")
+        bound = bind(PredictorOptions, self.predictor, f"{OPTIONS}.predictor")
+        return bound if bound.path is None else replace(bound, path=model_directory(bound.path, "predictor.path"))
 
     def steered(self) -> tuple[Intervention, ...]:
         """The interventions, each SAE by its path.

@@ -14,7 +14,7 @@ from nla_megatron.config.options import bind
 from nla_megatron.errors import ColumnError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.models.strength import PredictorConfig
-from nla_megatron.tasks.rows import read_rows
+from nla_megatron.tasks.rows import question_of, read_rows
 from nla_megatron.tasks.sae import OPTIONS, SaeOptions
 from nla_megatron.tasks.text import PromptStyle
 
@@ -57,23 +57,22 @@ def read_targets(
         raise ColumnError(f"no rows in {path}", "prompts with target_strengths", f"correct {key}=")
     low, high = sorted((config.least * config.scale, config.most * config.scale))
     prompts, targets = [], []
-    for number, row in enumerate(rows):
-        given, text = row[TARGETS], row[options.prompt_column]
+    for row in rows:
+        given = row[TARGETS]
         values = list(given) if isinstance(given, list | tuple) else [given]
         numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
         if len(numbers) != count or len(values) != count or not all(math.isfinite(each) for each in numbers):
             raise ColumnError(
-                f"{TARGETS}={given!r} in row {number} of {path}", f"{count} finite numbers, one per strength",
+                f"{TARGETS}={given!r} in {row.where}", f"{count} finite numbers, one per strength",
                 f"write one for each feature of {OPTIONS}.interventions, in their order",
             )  # fmt: skip
         if not all(low < each < high for each in numbers):
             raise ColumnError(
-                f"{TARGETS}={given!r} in row {number} of {path}", f"strengths between {low:g} and {high:g}",
+                f"{TARGETS}={given!r} in {row.where}", f"strengths between {low:g} and {high:g}",
                 "widen strength_min and strength_max, or raise strength_scale",
             )  # fmt: skip
-        if not isinstance(text, str) or not text:
-            raise ColumnError(f"{options.prompt_column}={text!r} in row {number} of {path}", "a text", "correct it")
-        prompts.append(style.ids(tokenizer, text))
+        question = question_of(row, options.prompt_column)
+        prompts.append(style.ids(tokenizer, question.text, question.before))
         targets.append([float(each) for each in numbers])
     return TargetRows(tuple(prompts), torch.tensor(targets))
 

@@ -96,6 +96,7 @@ def compared(
         strengths=strength_statistics(torch.tensor(parts), names_of(interventions)),
         applied=applied,
         failed=max(0, wanted - applied),
+        places=tuple(task.place(rollout.row) for rollout in on),
     )
 
 

@@ -60,6 +60,8 @@ class Comparison:
     strengths: Mapping[str, Mapping[str, float]]
     applied: int
     failed: int
+    places: tuple[Mapping[str, Any], ...] = ()
+    """Of each response, where its row can be found again; none where nobody knows."""
 
     def numbers(self) -> dict[str, float]:
         """What is logged. `eval_reward_gain` is the mean paired difference, `*_error` its standard error."""

@@ -65,17 +65,31 @@ class PromptStyle:
         if self.date:
             parse_day(self.date, "date")
 
-    def ids(self, tokenizer: AnyTokenizer, text: str) -> tuple[int, ...]:
+    def chats(self, tokenizer: AnyTokenizer) -> bool:
+        """Whether prompts are framed by the tokenizer's chat template."""
+        return wrapped(tokenizer).has_chat if self.chat is None else self.chat
+
+    def ids(self, tokenizer: AnyTokenizer, text: str, before: Sequence[tuple[str, str]] = ()) -> tuple[int, ...]:
         """The prompt's token ids. Special tokens are the chat template's, or the tokenizer's own where there is none;
         a beginning is never written twice, and an end never.
 
+        Args:
+            before: (role, content) of what was said before `text`; a system message in it stands in place of `system`.
+
         Raises:
-            ConfigError: a chat template that is not there or fails, or that writes the day and is told none.
+            ConfigError: a chat template that is not there or fails, or that writes the day and is told none; something
+                said before without one.
         """
         tokenizer = wrapped(tokenizer)
-        if not (tokenizer.has_chat if self.chat is None else self.chat):
+        if not self.chats(tokenizer):
+            if before:
+                raise ConfigError(
+                    f"a prompt of {len(before) + 1} messages for {tokenizer.name}, which is given plain text",
+                    "a chat template, or prompts of one message", "use a model with a chat template",
+                )  # fmt: skip
             return tuple(tokenizer.beginning(self.plain.replace(PROMPT, text) + self.prefill, special=True).ids)
-        rendered = tokenizer.render(self._messages(text), self.chat_options, parse_day(self.date or _ANY_DAY, "date"))
+        messages = self._messages(text, before)
+        rendered = tokenizer.render(messages, self.chat_options, parse_day(self.date or _ANY_DAY, "date"))
         if rendered.dated and not self.date:
             raise ConfigError(
                 f"the chat template of {tokenizer.name} writes today's date, so prompts would change when a run goes "
@@ -84,13 +98,15 @@ class PromptStyle:
             )  # fmt: skip
         return tuple(tokenizer.beginning(rendered.text + self.prefill, special=False).ids)
 
-    def _messages(self, text: str) -> list[dict[str, str]]:
-        question = self.template.replace(PROMPT, text)
-        if self.system and self.system_role == "user":
-            question = f"{self.system}\n\n{question}"
-        alone = not self.system or self.system_role == "user"
-        system = [] if alone else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": question}]
+    def _messages(self, text: str, before: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+        messages = [{"role": role, "content": content} for role, content in before]
+        messages.append({"role": "user", "content": self.template.replace(PROMPT, text)})
+        if self.system and messages[0]["role"] != "system":
+            if self.system_role == "system":
+                return [{"role": "system", "content": self.system}, *messages]
+            first = next(message for message in messages if message["role"] == "user")
+            first["content"] = f"{self.system}\n\n{first['content']}"
+        return messages
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,14 @@ class TextTask(ABC):
     def text(self, row: int) -> str:
         """The text of a row that the prompt is made of."""
 
+    def before(self, row: int) -> Sequence[tuple[str, str]]:
+        """(role, content) of what was said before a row's text."""
+        return ()
+
+    def place(self, row: int) -> Mapping[str, Any]:
+        """Where a row can be found again, for records: its file, and its line or row there, as far as it has one."""
+        return {}
+
     @abstractmethod
     def measure(self, rollouts: Sequence[Rollout]) -> Measured:
         """What each response is, in the rollouts' order."""
@@ -161,7 +185,7 @@ class TextTask(ABC):
     def prompt_ids(self, row: int) -> tuple[int, ...]:
         """Token ids of a row's prompt."""
         if row not in self._prompt_ids:
-            self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row))
+            self._prompt_ids[row] = self.style.ids(self.tokenizer, self.text(row), self.before(row))
         return self._prompt_ids[row]
 
     def requests(self, rows: Sequence[int], seed: int, step: int, at: int | None = None) -> list[PromptRequest]:
@@ -198,7 +222,9 @@ class TextTask(ABC):
             LayoutError: a prompt that does not.
         """
         row, longest = longest_row(
-            self.rows, self.text, lambda row: len(self.style.ids(self.tokenizer, self.text(row)))
+            self.rows,
+            lambda row: " ".join([*(content for _, content in self.before(row)), self.text(row)]),
+            lambda row: len(self.style.ids(self.tokenizer, self.text(row), self.before(row))),
         )
         if longest + max_new_tokens > limit:
             raise LayoutError(

@@ -5,7 +5,7 @@ Legend: N rollouts, T tokens of the longest sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from nla_megatron.contract.files import write_json_lines
 from nla_megatron.contract.tokenizer import ModelTokenizer
 from nla_megatron.errors import RolloutError
 from nla_megatron.parallel.world import World
+from nla_megatron.training.recorder import Place, nowhere
 from nla_megatron.types import Rollout
 
 WORST = 20
@@ -33,17 +34,24 @@ class Apart:
     gap: float
     token: int
 
-    def record(self, tokenizer: ModelTokenizer) -> dict[str, Any]:
-        """A line of the file; the rollout's own fields are those of `rollout.record`."""
+    def record(self, tokenizer: ModelTokenizer, place: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A line of the file; the rollout's own fields are those of `rollout.record`.
+
+        Args:
+            place: where its row can be found again.
+        """
         text = tokenizer.decode([self.rollout.response_ids[self.token]])
         found = {"gap": self.gap, "token": self.token, "token_text": text}
-        return {**found, **asdict(self.rollout), "trainer_logprobs": self.trainer_logprobs}
+        # `token` is that of the response here.
+        source = {{"token": "read_token"}.get(key, key): value for key, value in (place or {}).items()}
+        return {**source, **found, **asdict(self.rollout), "trainer_logprobs": self.trainer_logprobs}
 
 
 class GapCheck:
     """Stops a step above `rollout.max_logprob_gap`; `logprob_gap/step_*.jsonl` in the run's directory says where."""
 
-    def __init__(self, config: RlConfig, tokenizer: ModelTokenizer, world: World):
+    def __init__(self, config: RlConfig, tokenizer: ModelTokenizer, world: World, place: Place = nowhere):
+        self.place = place
         self.limit, self.out, self.tokenizer, self.world = config.rollout.max_logprob_gap, config.out, tokenizer, world
 
     def __call__(
@@ -65,7 +73,7 @@ class GapCheck:
         worst = furthest(rollouts, trainer())[:WORST]
         path = Path(self.out) / "logprob_gap" / f"step_{number:08d}.jsonl"
         if self.world.is_main:
-            write_json_lines(path, [apart.record(self.tokenizer) for apart in worst])
+            write_json_lines(path, [apart.record(self.tokenizer, self.place(apart.rollout.row)) for apart in worst])
         first = worst[0]
         raise RolloutError(
             f"log-probs of sampler and trainer differ by {gap:.3g} at one token, number {first.token} of a response to "

@@ -44,7 +44,7 @@ class PolicyLearning:
         reference: Reference | None, world: World,
     ):  # fmt: skip
         self.config, self.side, self.algorithm, self.critic = config, side, algorithm, critic
-        self.reference, self.check_gap = reference, GapCheck(config, side.tokenizer, world)
+        self.reference, self.check_gap = reference, GapCheck(config, side.tokenizer, world, side.place)
 
     def look(self, scored: Scored, number: int) -> Sampled:
         """Log-probs and values of all rollouts before anything is updated."""

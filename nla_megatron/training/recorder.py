@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.schema import RlConfig
 from nla_megatron.contract.files import atomic_path
-from nla_megatron.contract.journal import read_rows
-from nla_megatron.errors import MissingFile
+from nla_megatron.errors import ColumnError, MissingFile
 from nla_megatron.parallel.world import World
+from nla_megatron.reading import json_objects, shown, text_value
 from nla_megatron.types import Rollout, RolloutBatch
 
-_FIELDS = [field.name for field in fields(Rollout)]
-_NEEDED = [field.name for field in fields(Rollout) if field.default is field.default_factory is MISSING]
+Place = Callable[[int], Mapping[str, Any]]
+"""Where a row can be found again."""
+_REMEDY = "record the run again, or replay fewer steps"
+
+
+def nowhere(row: int) -> Mapping[str, Any]:
+    return {}
 
 
 def _file(run_dir: str, step: int) -> Path:
@@ -23,9 +29,9 @@ def _file(run_dir: str, step: int) -> Path:
 
 
 def check_replay(config: RlConfig) -> None:
-    """Raises MissingFile where a run replays more than was recorded."""
+    """Raises MissingFile where a run replays more than was recorded, ColumnError where a record is none."""
     for step in range(config.steps if config.rollout.replay is not None else 0):
-        _recorded(config, step)
+        read_rollouts(_recorded(config, step))
 
 
 def _recorded(config: RlConfig, step: int) -> Path:
@@ -39,27 +45,51 @@ def _recorded(config: RlConfig, step: int) -> Path:
 class RolloutRecorder:
     """`rollout.record` writes `rollouts/step_*.jsonl`, one line per rollout; `rollout.replay` names a run to read."""
 
-    def __init__(self, config: RlConfig, world: World):
-        self.config, self.world = config, world
+    def __init__(self, config: RlConfig, world: World, place: Place = nowhere):
+        self.config, self.world, self.place = config, world, place
 
     def record(self, step: int, batch: RolloutBatch) -> None:
         if not self.config.rollout.record or not self.world.is_main:
             return
         path = _file(self.config.out, step)
         path.parent.mkdir(parents=True, exist_ok=True)
+        places = {row: self.place(row) for row in {rollout.row for rollout in batch.rollouts}}
+        lines = (json.dumps({**places[rollout.row], **asdict(rollout)}) + "\n" for rollout in batch.rollouts)
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(asdict(rollout)) + "\n" for rollout in batch.rollouts))
+            temporary.write_text("".join(lines))
 
     def replayed(self, step: int) -> list[Rollout] | None:
-        """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile."""
+        """The recorded rollouts of a step; None when the run samples for itself. Raises MissingFile, ColumnError."""
         if self.config.rollout.replay is None:
             return None
-        return [_rollout(row) for row in read_rows(_recorded(self.config, step), _NEEDED)]
+        return read_rollouts(_recorded(self.config, step))
 
 
-def _rollout(row: dict[str, Any]) -> Rollout:
-    # JSON has lists where a rollout has tuples.
-    values: dict[str, Any] = {
-        key: tuple(row[key]) if isinstance(row[key], list) else row[key] for key in _FIELDS if key in row
-    }
+def read_rollouts(path: Path) -> list[Rollout]:
+    """The rollouts of a file that `rollout.record` wrote. Raises ColumnError with the line and what is wrong in it."""
+    rollouts = [_rollout(record, f"line {number} of {path}") for number, record in json_objects(path, remedy=_REMEDY)]
+    if not rollouts:
+        raise ColumnError(f"no rollout in {path}", "one in each line", _REMEDY)
+    return rollouts
+
+
+def _rollout(record: Mapping[str, Any], where: str) -> Rollout:
+    # What else a line has says where its row is.
+    values: dict[str, Any] = {each.name: record.get(each.name) for each in fields(Rollout)}
+    for name in ("group", "sample", "row"):
+        _require(type(values[name]) is int and values[name] >= 0, name, values[name], where, "a number from 0 on")
+    for name, kinds in (("prompt_ids", (int,)), ("response_ids", (int,)), ("logprobs", (int, float))):
+        value = values[name]
+        good = isinstance(value, list) and all(type(one) in kinds for one in value)
+        _require(good, name, value, where, "a list of numbers")
+        values[name] = tuple(value)
+    text_value(values["text"], where, "text")
+    _require(isinstance(values["finished"], bool), "finished", values["finished"], where, "true or false")
+    count = len(values["response_ids"])
+    _require(len(values["logprobs"]) == count, "logprobs", values["logprobs"], where, f"{count} of them")
     return Rollout(**values)
+
+
+def _require(good: bool, name: str, value: Any, where: str, expected: str) -> None:
+    if not good:
+        raise ColumnError(f"{name!r} in {where} is {shown(value)}", expected, _REMEDY)

@@ -64,7 +64,7 @@ class Sampling:
     ):
         self.config, self.side, self.engine = config, side, engine
         self.algorithm, self.reward = algorithm, reward
-        self.recorder = RolloutRecorder(config, world)
+        self.recorder = RolloutRecorder(config, world, side.place)
 
     def step(self, number: int, clock: PhaseClock) -> Scored:
         """Sample until every prompt tells something, for at most `algorithm.dynamic_sampling` rounds more."""

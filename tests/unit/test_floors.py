@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nla_megatron"
 FLOORS = (
     ("types", "errors"),
-    ("disk",),
+    ("disk", "reading"),
+    ("hub",),
     ("config", "contract", "geometry"),
     ("messages",),
     ("judging",),

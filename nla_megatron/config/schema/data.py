@@ -102,7 +102,13 @@ class BuildConfig(StageConfig):
 
     input: str = MISSING
     model: str = MISSING
+    missing_explanations: str = "refuse"
+    """What is done with rows whose explanation is null or blank. refuse: the first one is named. drop: they are left
+    out of every table, and counted in `build.json`."""
     held_out: float = 0.05
     fractions: dict[str, float] = field(default_factory=lambda: {"av_sft": 0.25, "ar_sft": 0.25, "rl": 0.5})
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
+
+    def __post_init__(self) -> None:
+        one_of("missing_explanations", self.missing_explanations, ("refuse", "drop"))

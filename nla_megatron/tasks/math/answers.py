@@ -1,9 +1,14 @@
 r"""Short answers made comparable: numbers as exact fractions, everything else as LaTeX in one spelling.
 
 Numbers: `1,234`, `1{,}234`, `$5`, `50\%`, `3/4`, `\frac{3}{4}`, `1\frac{1}{2}`, `.5`, `1.5e3`, `1.5\times10^{3}`, with
-units or words behind them, and with `x=` in front. A percent sign and a unit say nothing of the value: 50\% is 50. Two
-numbers are equal within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has
-to be the same text after normalisation. Nothing is simplified: `\sqrt{4}` is not 2.
+units or words behind them, and with `x=` in front. A percent sign and a unit say nothing of the value: 50\% is 50. A
+word that says something of it is read: `$5 million` is 5,000,000, `2 thirds` is 2/3; one that makes it another thing
+(`5 squared`, `5 or more`) leaves no number. Of a time of day, `6 p.m.` is 6, and is not `6 a.m.`. Two numbers are equal
+within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has to be the same
+text after normalisation. Braces and boxes around the whole are not there. Nothing is simplified: `\sqrt{4}` is not 2.
+
+math-verify would simplify. It is not asked: what it does within its limit of time depends on the machine's load, while
+every rank has to give a response the same reward; it also takes `$5 million` for 5, `50\%` for 0.5, `1 1/2` for 1.
 """
 
 from __future__ import annotations
@@ -34,7 +39,23 @@ _UNIT_WORDS = re.compile(
 _ATTACHED = re.compile(
     r"(?<=\d)(?:[cmk]m|[mk]g|ml|kW|kWh|hours?|hrs?|mins?|secs?|mph|km/h|m/s|cents?)(?:\^\{?[23]\}?)?$"
 )
-_TEXT_UNIT = re.compile(r"(.*?[^\s\\])[\s\\]*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?")
+_TEXT_UNIT = re.compile(r"(.*?[^\s\\])[\s\\]*\\(?:text|mathrm|mbox|textrm)\s*\{([^{}]*)\}(?:\^\{?[23]\}?)?")
+_SCALES = {
+    "hundred": Fraction(100), "thousand": Fraction(10**3), "million": Fraction(10**6), "billion": Fraction(10**9),
+    "trillion": Fraction(10**12), "dozen": Fraction(12), "half": Fraction(1, 2), "halve": Fraction(1, 2),
+    "third": Fraction(1, 3), "fourth": Fraction(1, 4), "fifth": Fraction(1, 5), "sixth": Fraction(1, 6),
+    "seventh": Fraction(1, 7), "eighth": Fraction(1, 8), "ninth": Fraction(1, 9), "tenth": Fraction(1, 10),
+    "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000), "millionth": Fraction(1, 10**6),
+}  # fmt: skip
+"""Words behind a number that it is multiplied by. Seconds and quarters are mostly those of a clock and of a dollar."""
+_NO_UNIT = frozenset(
+    "squared cubed factorial plus minus times over divided multiplied to than or and not point power root mod modulo "
+    "equals less more greater between pi".split()
+)
+"""Words behind a number that make something else of it."""
+_TIME = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\b\.?(?=\s*$)", re.IGNORECASE)
+_BOXED = ("\\boxed", "\\fbox")
+_MOST_WRAPPED = 8
 _GROUPED_BY_SPACE = re.compile(r"([+-]?\d{1,3})((?: \d{3})+)(?![\d/])")
 _ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*=\s*([^=]+)")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
@@ -43,6 +64,8 @@ _BRACKETS = {"(": ")]", "[": ")]", "\\{": ("\\}",)}
 
 def equal(answer: str, reference: str) -> bool:
     """Whether two answers are the same, by the rules above."""
+    if len({half for text in (answer, reference) if (half := _half_of_day(text))}) > 1:
+        return False
     first, second = number(answer), number(reference)
     if first is not None and second is not None:
         return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
@@ -61,7 +84,12 @@ def number(answer: str) -> Fraction | None:
     """The value of an answer that is a number; None for any other, and for one too long or too large to be meant."""
     if len(answer) > LONGEST:
         return None
-    text = _without_unit(_spelled(answer))
+    text, scale = _without_unit(_spelled(answer))
+    value = _bare(text)
+    return None if value is None or scale is None else value * scale
+
+
+def _bare(text: str) -> Fraction | None:
     mixed = _MIXED.fullmatch(text)
     if mixed is not None:
         return _mixed(mixed[1], mixed[2], mixed[3], mixed[4])
@@ -76,7 +104,7 @@ def normalised(answer: str) -> str:
         return _SPACES.sub("", answer)
     text = _spelled(answer)
     unit = _TEXT_UNIT.fullmatch(text)
-    return _SPACES.sub("", _TEXT.sub(r"\1", unit[1] if unit else text)).rstrip(".")
+    return _SPACES.sub("", _TEXT.sub(r"\1", unit[1] if unit and _scale(unit[2]) == 1 else text)).rstrip(".")
 
 
 def readable(reference: str | None) -> bool:
@@ -89,10 +117,7 @@ def readable(reference: str | None) -> bool:
 
 def _spelled(answer: str) -> str:
     """The answer without what only sets or decorates it; spaces stay, because units begin behind one."""
-    text = answer.strip()
-    for left, right in _WRAPPERS:
-        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
-            text = text[len(left) : -len(right)].strip()
+    text = _unwrapped(answer)
     text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[;: ]|\\q?quad(?![a-zA-Z])|~", " ", text).replace("\\,", "")
     text = text.replace("{,}", ",").replace("−", "-").replace("–", "-").replace("\\!", "").replace("\u00a0", " ")
@@ -104,16 +129,71 @@ def _spelled(answer: str) -> str:
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![a-zA-Z])", "", text)
     text = re.sub(r"\\?[$£€%]", "", text)
+    text = _TIME.sub("", text)
     assigned = _ASSIGNED.fullmatch(text)
     return (assigned[1] if assigned else text).strip()
 
 
-def _without_unit(text: str) -> str:
-    """The number before a unit or words; the text itself where it does not begin with one."""
+def _without_unit(text: str) -> tuple[str, Fraction | None]:
+    """The number before a unit or words, the text itself where it does not begin with one; and what the words multiply
+    it by, None where they make something else of it.
+    """
     text = text.rstrip(". ")
     unit = _TEXT_UNIT.fullmatch(text)
+    words = unit[2] if unit else ""
     text = _TEXT.sub(r"\1", unit[1] if unit else text)
-    return _ATTACHED.sub("", _UNIT_WORDS.sub("", text)).strip()
+    found = _UNIT_WORDS.search(text)
+    if found is not None:
+        text, words = text[: found.start()], f"{found[0]} {words}"
+    return _ATTACHED.sub("", text).strip(), _scale(words)
+
+
+def _scale(words: str) -> Fraction | None:
+    scale = Fraction(1)
+    for word in re.findall(r"[a-z]+", words.lower()):
+        if word in _NO_UNIT:
+            return None
+        scale *= _SCALES.get(word, _SCALES.get(word.removesuffix("s"), Fraction(1)))
+    return scale
+
+
+def _half_of_day(text: str) -> str:
+    """a or p of a time of day, "" of anything else."""
+    found = _TIME.search(_spelled_time(text))
+    return found[1].lower() if found else ""
+
+
+def _spelled_time(text: str) -> str:
+    return _TEXT.sub(r"\1", _unwrapped(text))[-_MOST_WRAPPED:]
+
+
+def _unwrapped(answer: str) -> str:
+    """The answer without dollars, braces and boxes around the whole of it."""
+    text = answer.strip()
+    for _ in range(_MOST_WRAPPED):
+        before = text
+        for left, right in _WRAPPERS:
+            if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
+                text = text[len(left) : -len(right)].strip()
+        for name in _BOXED:
+            inner = text.removeprefix(name).lstrip()
+            if inner != text and inner.startswith("{") and closes_at_end(inner):
+                text = inner
+        if text.startswith("{") and closes_at_end(text):
+            text = text[1:-1].strip()
+        if text == before:
+            break
+    return text
+
+
+def closes_at_end(text: str) -> bool:
+    """Whether the brace that a text begins with is closed by its last character and by none before."""
+    depth = 0
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if not depth:
+            return found.end() == len(text)
+    return False
 
 
 def _value(text: str) -> Fraction | None:

@@ -1,7 +1,9 @@
 r"""Problems in files: GSM8K (`#### answer`), Hendrycks' MATH (`\boxed{answer}`), and tables with an answer of its own.
 
-Each reads `path` (parquet, JSON lines, JSON, or a directory of them), or `hub` with `subset` and `split`. Problems
-whose reference cannot be read are left out and counted; a file in which none can be read is refused.
+Each reads `path` (parquet, JSON lines, JSON, or a directory of them), or `hub` with `subset` and `split`. A question is
+a text or a list of messages; a reference is a text, or a mapping with `ground_truth`; a row of anything else is
+refused. Problems whose reference is null or cannot be read are left out and counted; a file of which none
+can be read is refused.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nla_megatron.errors import ColumnError, ConfigError
+from nla_megatron.hub import Name, dataset_path, split_files
 from nla_megatron.tasks.math.answers import readable
 from nla_megatron.tasks.math.problems import Problem, register
 from nla_megatron.tasks.math.responses import after_hashes, last_box
-from nla_megatron.tasks.rows import Row, hub_files, read_rows
+from nla_megatron.tasks.rows import Row, question_of, read_rows, reference_of
 
 
 @dataclass
@@ -41,7 +44,7 @@ class FileProvider:
             )  # fmt: skip
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit} of a provider of problems", "1 or more", "raise limit")
-        paths = hub_files(self.hub, self.split, self.subset) if self.hub else [self.path]
+        paths = [dataset_path(self.path, "path")] if self.path else split_files(self._named, "hub")
         rows = [row for path in paths for row in read_rows(path, self._columns)][: self.limit]
         made = [self._problem(row) for row in rows if self._wanted(row)]
         self._problems = [each for each in made if readable(each.reference)]
@@ -55,6 +58,15 @@ class FileProvider:
 
     def problem(self, index: int) -> Problem:
         return self._problems[index]
+
+    @property
+    def conversations(self) -> bool:
+        """Whether something was said before some question."""
+        return any(problem.before for problem in self._problems)
+
+    @property
+    def _named(self) -> Name:
+        return Name(self.hub, None, self.subset, self.split, "dataset")
 
     @property
     @abstractmethod
@@ -93,7 +105,8 @@ class Gsm8k(QuestionAnswers):
         return f"'#### number' at the end of {self.answer_column!r}"
 
     def _problem(self, row: Row) -> Problem:
-        return Problem(str(row[self.question_column]), after_hashes(str(row[self.answer_column] or "")))
+        text, bare = reference_of(row, self.answer_column, bare=False)
+        return _made(row, self.question_column, after_hashes(text or "") or (text if bare else None))
 
 
 @register("hendrycks_math")
@@ -130,15 +143,14 @@ class HendrycksMath(FileProvider):
         return {_plain(subject) for subject in self.subjects}
 
     def _wanted(self, row: Row) -> bool:
-        level = "".join(character for character in str(row["level"]) if character.isdigit())
+        level = "".join(character for character in _level(row) if character.isdigit())
         fits = not self.levels or (level.isdigit() and int(level) in self.levels)
-        return fits and (not self._subjects or _plain(str(row[self.subject_column])) in self._subjects)
+        return fits and (not self._subjects or _plain(row.text(self.subject_column)) in self._subjects)
 
     def _problem(self, row: Row) -> Problem:
-        return Problem(
-            str(row[self.question_column]), last_box(str(row[self.answer_column] or "")), str(row["level"]),
-            str(row[self.subject_column]),
-        )  # fmt: skip
+        text, bare = reference_of(row, self.answer_column, bare=False)
+        reference = last_box(text or "") or (text if bare else None)
+        return _made(row, self.question_column, reference, _level(row), row.text(self.subject_column))
 
 
 @register("table")
@@ -151,8 +163,18 @@ class AnswerTable(QuestionAnswers):
         return f"an answer in {self.answer_column!r}"
 
     def _problem(self, row: Row) -> Problem:
-        answer = row[self.answer_column]
-        return Problem(str(row[self.question_column]), None if answer is None else str(answer))
+        return _made(row, self.question_column, reference_of(row, self.answer_column, bare=True)[0])
+
+
+def _made(row: Row, question_column: str, reference: str | None, level: str = "", subject: str = "") -> Problem:
+    question = question_of(row, question_column)
+    return Problem(question.text, reference, level, subject, question.before, row.place)
+
+
+def _level(row: Row) -> str:
+    """`Level 3`, of which some copies of the data set have the number alone."""
+    level = row["level"]
+    return f"Level {level}" if isinstance(level, int) and not isinstance(level, bool) else row.text("level")
 
 
 def _plain(subject: str) -> str:

@@ -6,7 +6,7 @@ A provider is a class with `@register(name)`, or any class by its import path; i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nla_megatron.config.options import bind, is_import_path, resolve
@@ -18,7 +18,8 @@ from nla_megatron.errors import ConfigError
 class Problem:
     """One problem. `reference`: the answer that responses are compared with; None where the source's is unreadable.
 
-    `level`, `subject`: as the source has them, for the statistics and for choosing.
+    `level`, `subject`: as the source has them, for the statistics and for choosing. `before`: (role, content) of what
+    was said before the question. `place`: where its row can be found again, for records.
 
     Example:
         >>> Problem("What is 3 + 4?", "7", "1", "arithmetic")
@@ -28,6 +29,8 @@ class Problem:
     reference: str | None
     level: str = ""
     subject: str = ""
+    before: tuple[tuple[str, str], ...] = ()
+    place: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 class Provider(Protocol):

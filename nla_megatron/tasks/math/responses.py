@@ -9,8 +9,8 @@ The strict format, of a response without the space around it:
    (`$`, `\)`, `\]`);
 4. the policy ended it itself: a truncated response has no format.
 
-The lenient answer is the last balanced, non-blank box behind the last closing tag, or anywhere where there is none; if
-there is no box at all, what follows the last `####`.
+The lenient answer is the last balanced, non-blank box behind the last closing tag, or anywhere where there is none; of
+a box in a box the inner one, of `\boxed 5` the 5. If there is no box at all, it is what follows the last `####`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from dataclasses import dataclass
 
 _BOXES = ("\\boxed", "\\fbox")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# Without braces TeX boxes one character; who writes so means the number or the command.
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z])\s*"
+    r"([+\-−]?\d+(?:(?:,|\{,\})\d{3})*(?:\.\d+)?(?:/\d+)?|\\[a-zA-Z]+(?:\s*(?:\{[^{}]*\}|\d))*|[a-zA-Z0-9])"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_DEEPEST = 8
 _TAIL = re.compile(r"(?:\s|\.|\$|\\\)|\\\])*")
 
 
@@ -77,9 +83,27 @@ def lenient_answer(text: str, tags: Tags) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last box that is balanced and not blank, stripped."""
-    contents = [content.strip() for content, _ in boxes(text)]
-    return next((content for content in reversed(contents) if content), None)
+    r"""The content of the last box that is balanced and not blank, or of `\boxed 5`, stripped; of a box in a box the
+    inner one.
+    """
+    found: str | None = None
+    for _ in range(_DEEPEST):
+        inner = _last(text if found is None else found)
+        if inner is None:
+            break
+        found = inner
+    return found
+
+
+def _last(text: str) -> str | None:
+    braced = [(at, content.strip()) for content, at in boxes(text)]
+    inside = [(at - len(content) - 1, at) for content, at in boxes(text)]
+    bare = [
+        (each.end(), each[1].strip())
+        for each in _BARE_BOX.finditer(text)
+        if not any(start <= each.start() < end for start, end in inside)
+    ]
+    return max((each for each in (*braced, *bare) if each[1]), default=(0, None))[1]
 
 
 def after_hashes(text: str) -> str | None:

@@ -89,7 +89,10 @@ class MathTask(TextTask):
         if not data.training and not data.held_out and not bound.held_out:
             return None
         problems = _mixture(bound, data.data, seed) if data.training else _held_out(bound, data.held_out)
-        return cls(load_tokenizer(model), bound, problems)
+        task = cls(load_tokenizer(model), bound, problems)
+        if any(getattr(source, "conversations", False) for source in problems.sources):
+            task.style.ids(task.tokenizer, "", (("user", ""),))  # a model that cannot take them is named before a step
+        return task
 
     @property
     def rows(self) -> int:
@@ -97,6 +100,12 @@ class MathTask(TextTask):
 
     def text(self, row: int) -> str:
         return self.problems.problem(row).question
+
+    def before(self, row: int) -> Sequence[tuple[str, str]]:
+        return self.problems.problem(row).before
+
+    def place(self, row: int) -> Mapping[str, Any]:
+        return self.problems.problem(row).place
 
     def chosen(self, rows: Sequence[int], step: int, at: int) -> list[int]:
         return self.problems.choose(rows, step, at)
@@ -155,6 +164,8 @@ class MathTask(TextTask):
         problem = self.problems.problem(rollout.row)
         return {
             "row": rollout.row,
+            **problem.place,
+            **({"before": [list(turn) for turn in problem.before]} if problem.before else {}),
             "prompt": problem.question,
             "response": self.response_text(rollout),
             "reference": measured.references[index],

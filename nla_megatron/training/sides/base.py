@@ -110,6 +110,9 @@ class Side(Protocol):
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         """One prompt per row; groups are numbered from 0."""
 
+    def place(self, row: int) -> Mapping[str, Any]:
+        """Where a row of the training rows can be found again, for records."""
+
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         """Sequences of the policy with the field `mask` (`models.batching.response_mask`) and `fields`."""
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -128,6 +128,9 @@ class NlaSide:
     def requests(self, rows: Sequence[int], step: int) -> list[PromptRequest]:
         # Further rounds of a step draw as steps beyond the run's end, each `steps` later than the one before.
         return self.task.requests(rows, self.config.seed, step, step % self.config.steps)
+
+    def place(self, row: int) -> Mapping[str, Any]:
+        return self.task.place(row)
 
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         rows = [rollout.row for rollout in rollouts]

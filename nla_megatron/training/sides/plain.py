@@ -108,6 +108,9 @@ class PlainSide:
         # Further draws of one step are counted on beyond the run's end, where no curriculum should be.
         return self.task.requests(rows, self.config.seed, step, at=step % self.config.steps)
 
+    def place(self, row: int) -> Mapping[str, Any]:
+        return self.task.place(row)
+
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         return self.task.batch(rollouts, fields)
 
@@ -159,7 +162,12 @@ def keep_examples(out: Path, done: int, examples: Sequence[Mapping[str, Any]]) -
     files = sorted(folder.glob("step_*.jsonl"))
     before, after = (read_rows(file, ("prompt",)) for file in (files[0], files[-1]))
     pairs = [
-        {"prompt": first["prompt"], "before": first, "after": last}
+        {
+            **{key: first[key] for key in ("row",) if key in first},
+            "prompt": first["prompt"],
+            "before": first,
+            "after": last,
+        }
         for first, last in zip(before, after, strict=False)
         if first["prompt"] == last["prompt"]
     ]

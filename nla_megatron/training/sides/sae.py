@@ -128,6 +128,9 @@ class SaeSide:
         chosen = self.policy.strengths([request.prompt_ids for request in requests], step)
         return steered(requests, chosen, self.interventions)
 
+    def place(self, row: int) -> Mapping[str, Any]:
+        return self.task.place(row)
+
     def batch(self, rollouts: Sequence[Rollout], step: int, fields: Mapping[str, Tensor]) -> Batch:
         batch = self.task.batch(rollouts, fields)
         # Nobody but the policy steers: a critic that reads these rows reads them as they are.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nla_megatron.config.schema import BuildConfig, InterventionConfig, ProjectionConfig, TemplateConfig
@@ -24,7 +29,7 @@ from nla_megatron.contract.sidecar import (
 from nla_megatron.contract.tables import Table
 from nla_megatron.contract.tokenizer import load_tokenizer
 from nla_megatron.datagen import build
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, SidecarError, WidthError
+from nla_megatron.errors import ColumnError, ConfigError, MissingFile, NlaError, SidecarError, WidthError
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.tasks.nla import NlaTask
 from tests.support.tiny import AR_TEMPLATE, AV_TEMPLATE, LAYER, tiny_config, tiny_rows, tiny_table
@@ -317,3 +322,53 @@ def test_a_template_of_several_markers_is_not_repeated(varying: BuildConfig, tmp
     with pytest.raises(ConfigError, match=r"which cannot be repeated"):
         build.check(replace(wrong, templates=TemplateConfig("the activation <INJECT> here")), 1)
     assert not Path(wrong.out).exists()
+
+
+def with_explanations(config: BuildConfig, tmp_path: Path, change: Callable[[int, str], str | None]) -> BuildConfig:
+    """The same build of a table whose explanations are others."""
+    table = pq.read_table(config.input)
+    at = table.schema.get_field_index(columns.EXPLANATION)
+    texts = [change(row, text) for row, text in enumerate(table[columns.EXPLANATION].to_pylist())]
+    path = tmp_path / "explained.parquet"
+    pq.write_table(table.set_column(at, columns.EXPLANATION, pa.array(texts, pa.string())), path)
+    shutil.copy(f"{config.input}.nla_meta.yaml", f"{path}.nla_meta.yaml")
+    return replace(config, input=str(path), out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [(None, "is null"), ("", "is ''"), (" \n", "is ' .n'"), ("<explanation>\n</explanation>", "<explanation>"),
+     ("a</explanation> b", "tags inside"), ("<explanation>a</explanation> b", "tags inside")],
+)  # fmt: skip
+def test_a_row_that_explains_nothing_is_named_before_anything_is_written(
+    config: BuildConfig, tmp_path: Path, text: str | None, found: str
+) -> None:
+    changed = with_explanations(config, tmp_path, lambda row, old: text if row == 17 else old)
+    with pytest.raises(ColumnError, match=f"'api_explanation' in row 17 of .*{found}"):
+        build.check(changed, 1)
+
+
+def test_rows_that_explain_nothing_are_left_out_and_counted_where_that_is_asked_for(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = with_explanations(config, tmp_path, lambda row, old: (None if row % 2 else " ") if row % 5 == 0 else old)
+    changed = replace(changed, missing_explanations="drop")
+    build.check(changed, 1)
+    build.run(changed)
+    total, kept = DOCUMENTS * ROWS_PER_DOCUMENT, [table.n_rows for table in opened(changed).values()]
+    counts = json.loads((Path(changed.out) / build.COUNTS).read_text())
+    assert sum(kept) == total * 4 // 5 == total - counts["dropped_without_explanation"]
+    assert list(counts["rows"].values()) == kept and f"{total // 5} of {total} rows" in capsys.readouterr().err
+    responses = opened(changed)["av_sft"].column(columns.RESPONSE)
+    assert not any("None" in text or not text.split("\n")[1].strip() for text in responses)
+
+
+def test_tags_around_an_explanation_are_not_doubled(config: BuildConfig, tmp_path: Path) -> None:
+    changed = with_explanations(config, tmp_path, lambda _, old: f" <explanation>\n{old}\n</explanation>\n")
+    build.check(changed, 1)
+    build.run(changed)
+    for split, table in opened(changed).items():
+        before = opened(config)[split]
+        texts = {columns.EXPLANATION, columns.PROMPT, columns.RESPONSE}
+        for name in texts & set(columns.schema(build.STAGES[split], 64).names):
+            assert table.column(name) == before.column(name), (split, name)

@@ -208,7 +208,7 @@ GOOD = {"doc_id": "d", "context": "c", "explanation": "e", "gold": "g"}
         (json.dumps({"prompt": "1+1", "response": "2"}), "no text context, doc_id"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"context": None}), "example 1 .* no text context"),
         (json.dumps(GOOD | {"gold": 0.5}), "no text gold"),
-        ("[1]", "no text context"),
+        ("[1]", "line 1 of .* no object"),
         ('{"doc_id": "d', "Unterminated|delimiter"),
     ],
 )

@@ -121,8 +121,8 @@ def test_a_file_of_held_out_prompts_leaves_the_others_whole(model_dir: Path, tmp
     ("content", "kind", "named"),
     [
         ('{"text_": "a"}', ColumnError, "no column 'prompt'"),
-        ('{"prompt": ""}', ColumnError, "row 0"),
-        ('{"prompt": "a"}\n{"prompt": null}', ColumnError, "row 1"),
+        ('{"prompt": ""}', ColumnError, "line 1"),
+        ('{"prompt": "a"}\n{"prompt": null}', ColumnError, "line 2"),
         ("", ColumnError, "no prompts"),
         ('["a"]', ColumnError, "no object"),
     ],

@@ -476,3 +476,33 @@ def test_models_of_a_fixed_number_are_not_used_for_any_number(
         assert task.check_model(str(directory), "av").pool == mine.pool
         with pytest.raises(SidecarError, match="prompt contract"):
             other.check_model(str(directory), "av")
+
+
+def test_a_row_says_where_its_activation_was_read(task: NlaTask) -> None:
+    table = pq.read_table(task.table.path)
+    for row in (0, task.table.n_rows - 1):
+        found = task.place(row)
+        assert found["row"] == row and found["doc_id"] == table[columns.DOC_ID][row].as_py()
+        assert found["position"] == table[columns.N_RAW_TOKENS][row].as_py() - 1
+        text = table[columns.TEXT][row].as_py()
+        assert found["token"] and text.endswith(found["token"])
+
+
+@pytest.mark.parametrize("name", [columns.DOC_ID, columns.N_RAW_TOKENS, columns.RESPONSE])
+def test_a_null_is_named_by_its_row_where_the_table_is_opened(
+    tables: dict[str, Path], model_dir: Path, tmp_path: Path, name: str
+) -> None:
+    table = pq.read_table(tables["av_sft"])
+    values = [None if row == 3 else value for row, value in enumerate(table[name].to_pylist())]
+    at = table.schema.get_field_index(name)
+    path = tmp_path / "av_sft.parquet"
+    pq.write_table(table.set_column(at, name, pa.array(values, table.schema.field(name).type)), path)
+    write_dataset_sidecar(path, read_dataset_sidecar(tables["av_sft"]))
+    assert f"'{name}' in row 3 of" in refusal(ColumnError, path, "av_sft", model_dir)
+
+
+def test_a_table_without_rows_is_refused(tables: dict[str, Path], model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rl.parquet"
+    pq.write_table(pq.read_table(tables["rl"]).slice(0, 0), path)
+    write_dataset_sidecar(path, replace(read_dataset_sidecar(tables["rl"]), row_count=0))
+    assert "no rows" in refusal(ColumnError, path, "rl", model_dir)

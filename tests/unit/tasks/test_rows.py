@@ -33,8 +33,8 @@ def test_a_directory_is_all_of_its_files_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("rows.jsonl", b'{"prompt": "caf\xe9"}', "utf-8"),
-        ("rows.json", b'{"prompt": "caf\xe9"}', "utf-8"),
+        ("rows.jsonl", b'{"prompt": "caf\xe9"}', "UTF-8"),
+        ("rows.json", b'{"prompt": "caf\xe9"}', "UTF-8"),
         ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2"),
         ("rows.jsonl", b'{"prompt": "a"}\n["b"]', "line 2"),
         ("rows.jsonl", b'{"text": "a"}', "no column 'prompt'"),

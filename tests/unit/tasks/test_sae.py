@@ -177,13 +177,13 @@ def test_an_exported_predictor_brings_its_own_form(files: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"target_strengths": [1.0]}, r"target_strengths=\[1.0\] in row 6"),
+        ({"target_strengths": [1.0]}, r"target_strengths=\[1.0\] in line 7"),
         ({"target_strengths": [1.0, 2.0, 3.0]}, "2 finite numbers"),
         ({"target_strengths": [1.0, "2"]}, "2 finite numbers"),
-        ({"target_strengths": None}, "target_strengths=None in row 6"),
+        ({"target_strengths": None}, "target_strengths=None in line 7"),
         ({"target_strengths": [1.0, float("nan")]}, "2 finite numbers"),
         ({"target_strengths": [1.0, 5.0]}, "strengths between -5 and 5"),
-        ({"prompt": 3}, "prompt=3 in row 6"),
+        ({"prompt": 3}, "'prompt' in line 7 .* is 3"),
     ],
 )
 def test_target_strengths_that_cannot_be_learned_are_named(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nla_megatron.config.schema import RlConfig, RolloutConfig
-from nla_megatron.errors import MissingFile
+from nla_megatron.errors import ColumnError, MissingFile
 from nla_megatron.training.recorder import RolloutRecorder, check_replay
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
 from tests.support.worlds import world_of
@@ -56,3 +58,39 @@ def test_a_run_that_samples_replays_nothing(tmp_path: Path) -> None:
 def test_nothing_is_written_unless_asked_and_by_rank_0_alone(tmp_path: Path, rank: int, record: bool) -> None:
     recorder(tmp_path, rank, record=record).record(0, BATCH)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_line_says_where_its_row_is_and_is_replayed_all_the_same(tmp_path: Path) -> None:
+    config = RlConfig(out=str(tmp_path / "first"), rollout=RolloutConfig(record=True))
+    place = {7: {"doc_id": "a", "position": 3, "token": " x"}, 2: {"doc_id": "b", "position": 9, "token": "y"}}
+    RolloutRecorder(config, world_of(), place.__getitem__).record(0, BATCH)
+    lines = [
+        json.loads(line) for line in (tmp_path / "first/rollouts/step_00000000.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert [(line["row"], line["doc_id"], line["position"], line["token"]) for line in lines] == [
+        (7, "a", 3, " x"), (7, "a", 3, " x"), (2, "b", 9, "y"),
+    ]  # fmt: skip
+    assert recorder(tmp_path / "second", replay=str(tmp_path / "first")).replayed(0) == list(ROLLOUTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"text": None}, "'text' in line 3 of .* is null"),
+        ({"text": 3}, "'text' in line 3"),
+        ({"text": "\ud83d"}, "surrogate"),
+        ({"row": "7"}, "'row' in line 3 of .* is '7'"),
+        ({"row": -1}, "'row' in line 3"),
+        ({"finished": 1}, "'finished' in line 3"),
+        ({"prompt_ids": None}, "'prompt_ids' in line 3 of .* is null"),
+        ({"response_ids": [1.5]}, "'response_ids' in line 3"),
+        ({"response_ids": [1, 2]}, "'logprobs' in line 3"),
+    ],
+)
+def test_a_line_that_is_no_rollout_is_named_before_the_run(tmp_path: Path, change: dict[str, Any], found: str) -> None:
+    path = tmp_path / "rollouts" / "step_00000000.jsonl"
+    path.parent.mkdir()
+    rows = [asdict(ROLLOUTS[0]), asdict(ROLLOUTS[2]) | change]
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8-sig")
+    with pytest.raises(ColumnError, match=found):
+        check_replay(RlConfig(out="again", steps=1, rollout=RolloutConfig(replay=str(tmp_path))))

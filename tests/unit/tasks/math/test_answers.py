@@ -99,6 +99,35 @@ NUMBERS: list[tuple[str, str | None]] = [
     ("1_000", None),
     ("٣", "3"),
     ("\\sqrt{4}", None),
+    ("{5}", "5"),
+    ("{{5}}", "5"),
+    ("{1}{2}", None),
+    ("\\boxed{5}", "5"),
+    ("$\\boxed{{5}}$", "5"),
+    ("\\boxed{1{,}080}", "1080"),
+    ("-3 degrees", "-3"),
+    ("$5 million", "5000000"),
+    ("\\$1.5\\text{ million}", "1500000"),
+    ("5 \\text{ million dollars}", "5000000"),
+    ("3 hundred thousand", "300000"),
+    ("2 dozen eggs", "24"),
+    ("2 thirds", "2/3"),
+    ("2 thirds of a cup", "2/3"),
+    ("3 halves", "3/2"),
+    ("5 tenths", "1/2"),
+    ("5 seconds", "5"),
+    ("5 quarters", "5"),
+    ("5 squared", None),
+    ("5 factorial", None),
+    ("5 or more", None),
+    ("5 apples or pears", None),
+    ("5 hours and a half", None),
+    ("5 \\text{ or } ", None),
+    ("6 p.m.", "6"),
+    ("6 PM", "6"),
+    ("6pm", "6"),
+    ("6 \\text{ p.m.}", "6"),
+    ("6:30 p.m.", None),
 ]
 
 
@@ -128,6 +157,13 @@ SAME = [
     ("\\text{(A)}", "(A)"),
     ("2x+3.", "2x + 3"),
     ("((1,2),3)", "((1.0,2),3)"),
+    ("{5}", "5"),
+    ("\\boxed{\\frac12}", "0.5"),
+    ("{\\pi}", "\\pi"),
+    ("$5 million", "5,000,000"),
+    ("6 p.m.", "6"),
+    ("6 p.m.", "6 PM"),
+    ("6:30 \\text{ p.m.}", "6:30"),
 ]
 DIFFERENT = [
     ("18", "81"),
@@ -148,6 +184,13 @@ DIFFERENT = [
     ("", ""),
     ("", "0"),
     ("1000000", "1000002"),
+    ("$5 million", "5"),
+    ("5\\text{ million}", "5"),
+    ("5\\pi \\text{ million}", "5\\pi"),
+    ("2 thirds", "2"),
+    ("6 p.m.", "6 a.m."),
+    ("6:30 p.m.", "6:30 a.m."),
+    ("{1}{2}", "12"),
 ]
 
 
@@ -178,7 +221,18 @@ def test_no_text_breaks_the_comparison_and_every_readable_text_equals_itself(tex
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 5000, "1e" + "9" * 180, "5 " + "a" * 190 + "!", "5" + " a" * 90 + "!", "\\ " * 5000, "(" * 900 + ","]
+    "text",
+    [
+        "9" * 5000,
+        "1e" + "9" * 180,
+        "5 " + "a" * 190 + "!",
+        "5" + " a" * 90 + "!",
+        "\\ " * 5000,
+        "(" * 900 + ",",
+        "{" * 90 + "5" + "}" * 90,
+        "\\boxed" * 900,
+        "{" * 5000,
+    ],
 )
 def test_an_answer_made_to_cost_time_costs_none(text: str) -> None:
     begun = time.perf_counter()

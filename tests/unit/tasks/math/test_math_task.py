@@ -207,3 +207,21 @@ def test_a_prompt_that_leaves_no_room_is_named_with_its_row(model_dir: Path, tmp
 def test_a_model_without_a_tokenizer_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="tokenizer"):
         opened(tmp_path, data)
+
+
+def test_messages_are_given_to_the_chat_template_as_they_are(directory: Path, tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi."), ("user", "2+2?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": messages, "answer": "4"}) + "\n")
+    options = {"provider": "table", "provider_options": {"question_column": "prompt"}}
+    task = opened(directory, path, prompt={"template": "{prompt} Box it.", "system": "Not this."}, **options)
+    expected = task.tokenizer.apply_chat_template(
+        [*messages[:-1], {"role": "user", "content": "2+2? Box it."}], add_generation_prompt=True, return_dict=False
+    )
+    assert list(task.prompt_ids(0)) == list(expected)
+    found = task.example(task.measure(rollouts(task, [(0, "\\boxed{4}", True)])), 0)
+    assert (found["prompt"], found["file"], found["line"]) == ("2+2?", str(path), 1)
+    assert found["before"] == [list(turn) for turn in turns[:-1]]
+    with pytest.raises(ConfigError, match="plain text"):
+        opened(directory, path, prompt={"chat": False}, **options)

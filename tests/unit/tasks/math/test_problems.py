@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -218,3 +219,73 @@ def test_a_data_set_in_the_hubs_cache_is_read_without_a_network(tmp_path: Path) 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["2", "1", "1"], done.stdout + done.stderr
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "What is 2 plus 2?"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_question_may_be_messages_and_a_reference_a_mapping_with_the_truth(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"prompt": turns, "reward_model": {"style": "rule", "ground_truth": truth}, "answer": truth}
+        for turns, truth in ((MESSAGES[-1:], "4"), (MESSAGES, "4"), (MESSAGES[1:], None))
+    ]
+    path = tmp_path / f"train.{kind}"
+    if kind == "jsonl":
+        json_lines(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    for name in ("table", "gsm8k"):
+        options = {"path": str(path), "question_column": "prompt", "answer_column": "reward_model"}
+        provider = make_provider(name, options)
+        found = [provider.problem(index) for index in range(len(provider))]
+        before = tuple((turn["role"], turn["content"]) for turn in MESSAGES[:-1])
+        assert found == [Problem("What is 2 plus 2?", "4"), Problem("What is 2 plus 2?", "4", before=before)]
+        assert provider.unreadable == 1, "a null truth is no reference"
+        place = {"line": 2} if kind == "jsonl" else {"file_row": 1}
+        assert found[1].place == {"file": str(path), **place}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"question": None}, "'question' in line 2 of .* is null"),
+        ({"question": ""}, "'question' in line 2 of .* is ''"),
+        ({"question": 5}, "'question' in line 2 of .* is 5"),
+        ({"question": {"role": "user"}}, "'question' in line 2"),
+        ({"question": "a \ud83d"}, "surrogate"),
+        ({"question": []}, "messages of nobody"),
+        ({"question": ["a"]}, "message 0 is no object but 'a'"),
+        ({"question": [MESSAGES[2]]}, "messages of assistant"),
+        ({"question": [MESSAGES[1], MESSAGES[0], MESSAGES[1]]}, "messages of user, system, user"),
+        ({"question": [{"role": "tool", "content": "a"}]}, "the role 'tool'"),
+        ({"question": [{"role": "user", "content": None}]}, "'content' in line 2 of .*, message 0 is null"),
+        ({"question": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "a key 'tool_calls'"),
+        ({"answer": ["4"]}, "'answer' in line 2 of .* is \\['4'\\]"),
+        ({"answer": {"style": "rule"}}, "'answer' in line 2 of .* is {'style'"),
+        ({"answer": {"ground_truth": [4]}}, "'answer' in line 2"),
+        ({"answer": True}, "is True"),
+        ({"answer": float("nan")}, "is nan"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named(tmp_path: Path, row: dict[str, Any], found: str) -> None:
+    good = {"question": "1+1?", "answer": "2"}
+    path = str(json_lines(tmp_path / "rows.jsonl", [good, good | row]))
+    error = refusal(ColumnError, "table", path=path)
+    assert re.search(found, error.found), error.found
+
+
+def test_a_number_is_a_bare_answer_and_no_worked_one(tmp_path: Path) -> None:
+    path = str(json_lines(tmp_path / "rows.jsonl", [{"question": "1+1?", "answer": 2}]))
+    assert problems("table", path=path)[0].reference == "2"
+    assert "'answer' in line 1" in refusal(ColumnError, "gsm8k", path=path).found
+
+
+def test_levels_may_be_numbers_and_never_null(tmp_path: Path) -> None:
+    path = str(json_lines(tmp_path / "math.jsonl", [MATH[0] | {"level": 3}, MATH[1]]))
+    assert [each.level for each in problems("hendrycks_math", path=path)] == ["Level 3", "Level 5"]
+    path = str(json_lines(tmp_path / "math.jsonl", [MATH[0] | {"level": None}]))
+    assert "'level' in line 1" in refusal(ColumnError, "hendrycks_math", path=path).found

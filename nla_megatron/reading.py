@@ -48,6 +48,9 @@ def read_bytes(path: Path | str) -> bytes:
         return Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise MissingFile(f"no file {path}", "a file that is there", "correct the path") from None
+    except OSError as reason:
+        found = f"{path} cannot be read: {reason.strerror or reason}"
+        raise MissingFile(found, "a file that may be read", "change its permissions, or give another path") from None
 
 
 def text_of(data: bytes, path: Path | str, error: type[NlaError] = ColumnError) -> str:

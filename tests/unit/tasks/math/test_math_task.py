@@ -216,7 +216,7 @@ def test_messages_are_given_to_the_chat_template_as_they_are(directory: Path, tm
     path.write_text(json.dumps({"prompt": messages, "answer": "4"}) + "\n")
     options = {"provider": "table", "provider_options": {"question_column": "prompt"}}
     task = opened(directory, path, prompt={"template": "{prompt} Box it.", "system": "Not this."}, **options)
-    expected = task.tokenizer.apply_chat_template(
+    expected = task.tokenizer.fast.apply_chat_template(
         [*messages[:-1], {"role": "user", "content": "2+2? Box it."}], add_generation_prompt=True, return_dict=False
     )
     assert list(task.prompt_ids(0)) == list(expected)

@@ -1,9 +1,8 @@
 """The two prompts, the injection marker, and everything about them that a tokenizer can get wrong.
 
 The AV's prompt is a chat turn (or, for a base model, plain text) holding `<concept>{marker}</concept>`; the activation
-is injected at the marker. The AR's
-prompt is plain text with a fixed end; the reconstruction is read at its last token. `PromptContract` records the token
-ids both depend on, and `check` compares them with the live tokenizer.
+is injected at the marker. The AR's prompt is plain text with a fixed end; the reconstruction is read at its last token.
+`PromptContract` records the token ids both depend on, and `check` compares them with the live tokenizer.
 """
 
 from __future__ import annotations

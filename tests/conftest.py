@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch is imported: a worker of pytest-xdist has one core, and its neighbours the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,20 @@ from tests.support.tiny import tiny_config, tiny_tables
 # Timing is not what properties are about; a machine may be busy.
 settings.register_profile("suite", deadline=None, max_examples=50)
 settings.load_profile("suite")
+
+
+FIRST = (
+    "tests/end_to_end/test_rl_layouts.py",
+    "tests/distributed/test_reshard.py",
+    "tests/distributed/test_interventions.py",
+)
+"""Files in the order in which workers take them; all others follow."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker begins one when the others are through."""
+    place = {file: number for number, file in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 def pytest_report_header() -> str:

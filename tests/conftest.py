@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported: a worker of pytest-xdist has one core, and its neighbours the others.
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.support.covering import WHOLE
 from tests.support.tiny import tiny_config, tiny_tables
 
 # Timing is not what properties are about; a machine may be busy.
@@ -30,10 +32,24 @@ FIRST = (
 """Files in the order in which workers take them; all others follow."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="whole products of layouts and the like, not only pairs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--whole"):
+        os.environ[WHOLE] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that no worker begins one when the others are through."""
     place = {file: number for number, file in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the garbage collector need not go through them each time."""
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

@@ -25,11 +25,16 @@ settings.load_profile("suite")
 
 
 FIRST = (
-    "tests/end_to_end/test_rl_layouts.py",
-    "tests/distributed/test_reshard.py",
-    "tests/distributed/test_interventions.py",
-)
-"""Files in the order in which workers take them; all others follow."""
+    # What it begins with, the toy run, others wait for: they come later.
+    "end_to_end/test_rl_layouts", "distributed/test_interventions",
+    # Slow ones.
+    "end_to_end/test_sweep", "distributed/test_slurm", "distributed/test_algorithms", "end_to_end/test_nla_variants",
+    "end_to_end/test_rl_algorithms", "end_to_end/test_lora", "end_to_end/test_rl_sae",
+    "distributed/test_reshard", "end_to_end/test_rl_tasks", "unit/training/test_sft", "end_to_end/test_resume",
+    "distributed/test_strengths", "unit/conversion/test_convert", "distributed/test_adapter",
+    "distributed/test_layouts", "distributed/test_engine",
+)  # fmt: skip
+"""Files in the order in which workers take them: long ones first. All others follow."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that no worker begins one when the others are through."""
-    place = {file: number for number, file in enumerate(FIRST)}
+    place = {f"tests/{file}.py": number for number, file in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 

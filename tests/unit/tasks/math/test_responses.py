@@ -2,7 +2,6 @@ r"""The strict format and the lenient parse, case by case."""
 
 from __future__ import annotations
 
-
 import pytest
 
 from nla_megatron.tasks.math.responses import (

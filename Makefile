@@ -1,6 +1,7 @@
 # make demo   install what is missing, run the whole loop, print where the report is   (OUT=runs/demo)
-# make test   install what is missing, run the tests but for the slow ones
+# make test   install what is missing, run the tests but for the slow ones, in as many workers as JOBS says
 # make test-slow  the slow ones: more layouts, Slurm (from Debian, where this may install it), sweeps
+# make test-full  all of them, with whole products of layouts, families and algorithms in place of their pairs
 # make check  style, formatting, types
 # make setup  install alone
 PYTHON ?= python3
@@ -8,8 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
+# Each takes up to 6 GiB: not as many as there are cores.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-slow slurm check clean
+.PHONY: setup demo test test-slow test-full slurm check clean
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -27,10 +31,13 @@ demo: $(STAMP)
 	$(BIN)/nla-megatron demo out=$(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP) slurm
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
+
+test-full: $(STAMP) slurm
+	$(PYTEST) --whole
 
 # Without Slurm its tests are skipped, and say so.
 slurm:

@@ -44,6 +44,8 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
+            "filelock",
             "hypothesis",
             "ruff",
             "mypy",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+
+# Before torch is imported: a worker of pytest-xdist has one core, and its neighbours the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,11 +16,45 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.support.covering import WHOLE
 from tests.support.tiny import tiny_config, tiny_tables
 
 # Timing is not what properties are about; a machine may be busy.
 settings.register_profile("suite", deadline=None, max_examples=50)
 settings.load_profile("suite")
+
+
+FIRST = (
+    # What it begins with, the toy run, others wait for: they come later.
+    "end_to_end/test_rl_layouts", "distributed/test_interventions",
+    # Slow ones.
+    "end_to_end/test_sweep", "distributed/test_slurm", "distributed/test_algorithms", "end_to_end/test_nla_variants",
+    "end_to_end/test_rl_algorithms", "end_to_end/test_lora", "end_to_end/test_rl_sae",
+    "distributed/test_reshard", "end_to_end/test_rl_tasks", "unit/training/test_sft", "end_to_end/test_resume",
+    "distributed/test_strengths", "unit/conversion/test_convert", "distributed/test_adapter",
+    "distributed/test_layouts", "distributed/test_engine",
+)  # fmt: skip
+"""Files in the order in which workers take them: long ones first. All others follow."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="whole products of layouts and the like, not only pairs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--whole"):
+        os.environ[WHOLE] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker begins one when the others are through."""
+    place = {f"tests/{file}.py": number for number, file in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the garbage collector need not go through them each time."""
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

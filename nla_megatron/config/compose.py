@@ -155,6 +155,14 @@ def store_schemas() -> None:
         ConfigStore.instance().store(name=f"{command}_schema", node=_writable(schema))
 
 
+def get_ready() -> None:
+    """Do what the first `compose` of a process does once: find Hydra's plugins, make the schemas known."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    store_schemas()
+
+
 def _writable(schema: type) -> Any:
     """The structured configuration of a frozen dataclass, which OmegaConf would treat as read-only at every level.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -42,6 +43,7 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
     forks = not torch.cuda.is_available()
     for module in preload if forks else ():
         importlib.import_module(module)
+    keep_for_forks()
     with socket.create_server(("127.0.0.1", 0)) as door, interrupted_by_sigterm():
         port = door.getsockname()[1]
         sys.stdout.flush()
@@ -109,6 +111,14 @@ def interrupted_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def keep_for_forks() -> None:
+    """What is imported by now stays shared with processes forked later: no garbage collection of theirs touches it.
+
+    Libraries collect several times while they start, each time through all objects of all packages.
+    """
+    gc.freeze()
 
 
 def warm_up(preload: str = PRELOAD) -> None:

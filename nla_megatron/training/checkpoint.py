@@ -13,6 +13,7 @@ before it is taken.
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -81,8 +82,6 @@ class Checkpoints:
         extra: dict[str, Any],
         memory: Mapping[str, Memory],
     ) -> None:
-        from megatron.core import dist_checkpointing
-
         partial = final.with_suffix(".partial")
         if self.world.is_main:
             for stale in (*self.directory.glob("*.partial"), *self.directory.glob(f"{PERMANENT}/*.partial")):
@@ -91,8 +90,7 @@ class Checkpoints:
                 (partial / name).mkdir(parents=True)
         barrier(self.world)
         for name, module in modules.items():
-            with _failures_as_errors(), megatron_device():
-                dist_checkpointing.save(module.state(loading=False), str(partial / name), async_sharded_save=False)
+            save_sharded(module.state(loading=False), partial / name)
         if self.world.is_main:
             state = {
                 "stage": self.stage,
@@ -182,6 +180,18 @@ def _failures_as_errors() -> Iterator[None]:
         yield
     except CheckpointException as failed:
         raise RuntimeError("a checkpoint was not written or read on all ranks") from failed
+
+
+def save_sharded(state: dict[str, Any], directory: Path) -> None:
+    """A sharded state into an empty directory, all of it when this returns; collective."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # What was written is told through a queue that saves in the background need too: a server process of each rank,
+    # which imports everything anew. A save that is waited for is told by its own process.
+    filesystem_async._results_queue = filesystem_async._results_queue or queue.SimpleQueue()
+    with _failures_as_errors(), megatron_device():
+        dist_checkpointing.save(state, str(directory), async_sharded_save=False)
 
 
 def load_modules(directory: Path, modules: Mapping[str, Stateful]) -> None:

@@ -67,6 +67,8 @@ def on_layout(scratch: Path, name: str, world: World) -> dict[str, Any]:
     """megatron-core loads what was imported, and saves what will be exported, at TP 2 x PP 2."""
     from megatron.core import dist_checkpointing
 
+    from nla_megatron.training.checkpoint import save_sharded
+
     directory = scratch / name
     shape = read_shape(directory / "hf")
     ours, theirs = (build_verbalizer(shape, world, "float32") for _ in range(2))
@@ -83,7 +85,7 @@ def on_layout(scratch: Path, name: str, world: World) -> dict[str, Any]:
         barrier(world)
         with megatron_device():
             state = ours.sharded_state_dict(prefix="module.", metadata=dict(metadata))
-            dist_checkpointing.save({"model": state}, str(saved))
+        save_sharded({"model": state}, saved)
     if world.is_main:
         (directory / "live").mkdir()
     barrier(world)

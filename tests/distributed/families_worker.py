@@ -28,6 +28,7 @@ from nla_megatron.models.verbalizer import Verbalizer
 from nla_megatron.parallel.collectives import barrier, gather_objects, sum_over_world
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
+from nla_megatron.training.checkpoint import save_sharded
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import Microbatch, ModelShape
@@ -180,8 +181,7 @@ def resharded(name: str, layout: str, scratch: Path, model: list[Any], world: Wo
         if world.is_main:
             directory.mkdir()
         barrier(world)
-        with megatron_device():
-            dist_checkpointing.save(described(model), str(directory))
+        save_sharded(described(model), directory)
     if layout != loaded:
         return {}
     with torch.no_grad(), megatron_device():

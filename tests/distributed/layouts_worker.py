@@ -27,6 +27,7 @@ from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
 from nla_megatron.tasks.nla import squared_error
+from nla_megatron.training.checkpoint import save_sharded
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from nla_megatron.training.reference import MovingCopy
@@ -164,8 +165,7 @@ def moving_reference(directory: Path, world: World, kept: Path, resumes: bool) -
             kept.mkdir()
             torch.save(average, f"{kept}.pt")
         barrier(world)
-        with megatron_device():
-            dist_checkpointing.save(copy.state(loading=False), str(kept))
+        save_sharded(copy.state(loading=False), kept)
         trained = dict(exporter.tensors())
         moved = min(float((trained[name] - average[name]).abs().max()) for name in trained)
     with copy.in_place():

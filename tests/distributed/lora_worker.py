@@ -36,6 +36,7 @@ from nla_megatron.models.verbalizer import Verbalizer, build_verbalizer
 from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.cpu import megatron_device
 from nla_megatron.parallel.world import World, initialise
+from nla_megatron.training.checkpoint import save_sharded
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import Microbatch
@@ -162,9 +163,8 @@ def on_layout(scratch: Path, name: str, world: World, key: str) -> dict[str, Any
             for part in ("module", "adapter"):
                 (checkpoint / part).mkdir(parents=True, exist_ok=True)
             barrier(world)
-            with megatron_device():
-                dist_checkpointing.save(module.state(loading=False), str(checkpoint / "module"))
-                dist_checkpointing.save({"model": adapter_state(model)}, str(checkpoint / "adapter"))
+            save_sharded(module.state(loading=False), checkpoint / "module")
+            save_sharded({"model": adapter_state(model)}, checkpoint / "adapter")
     out["trained"] = adapter_tensors(model, scratch / "out" / f"{key} trained", shape, world)
     out["base"] = weights(Exporter(model, shape, world, with_head=True))
 

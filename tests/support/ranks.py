@@ -97,8 +97,21 @@ def torchrun(worker: str, ranks: int, *arguments: str, timeout: float = 500) -> 
 
 def run_ranks(worker: str, ranks: int, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     """`tests/distributed/{worker}.py arguments…` on `ranks` processes to its end, whatever that is."""
+    return start_ranks(worker, ranks, *arguments).wait(timeout)
+
+
+def start_ranks(worker: str, ranks: int, *arguments: str) -> Child:
+    """The same, only begun."""
     script = str(ROOT / "tests" / "distributed" / f"{worker}.py")
-    return start(str(ranks), script, *arguments, entry=_on_ranks).wait(timeout)
+    return start(str(ranks), script, *arguments, entry=_on_ranks)
+
+
+def wait_for(path: Path, child: Child, seconds: float = 200) -> None:
+    """Returns when the child has written the file; one that ends before it does fails the test."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert child.process.is_alive() and time.monotonic() < deadline, child.stderr.read_text()[-6000:]
+        time.sleep(0.02)
 
 
 def wait_until_gone(pids: Iterable[int], seconds: float = 60) -> None:

@@ -22,6 +22,16 @@ def core(shape: Any, block: int = 0) -> SdpaCoreAttention:
     return SdpaCoreAttention(config, layer_number=block + 1, pg_collection=SimpleNamespace(tp=None))
 
 
+@pytest.mark.parametrize("window", [1, 4, LENGTH - 1, LENGTH, LENGTH + 3])
+def test_a_window_counts_tokens_as_transformers_does(window: int) -> None:
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    theirs = sliding_window_causal_mask_function(window)
+    at = torch.arange(LENGTH)
+    wanted = theirs(torch.tensor(0), torch.tensor(0), at[:, None], at[None])
+    assert torch.equal(visible(LENGTH, window, torch.device("cpu")), wanted)
+
+
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize(
     "features",

@@ -89,7 +89,7 @@ def test_fresh_adapters_start_as_peft_starts_them(world: World) -> None:
 @pytest.mark.parametrize("targets", [PROJECTIONS, ("k_proj", "up_proj", "down_proj"), ("q_proj", "v_proj", "o_proj")])
 def test_a_merged_weight_is_made_of_merged_projections(world: World, targets: tuple[str, ...]) -> None:
     """The rule takes the merged parameter apart; each projection moved by its own B A, the others not at all."""
-    model = adapted_model(world, LoraSpec(4, 8.0, targets))
+    model = adapted_model(world, LoraSpec(4, 12.0, targets))
     rules, layers = by_name(rules_of(SHAPE, with_head=False)), adapted(model)
     for name, after in merged(model):
         linear = layers[name.removesuffix(".weight")]
@@ -109,7 +109,7 @@ def test_a_merged_weight_is_made_of_merged_projections(world: World, targets: tu
 
 
 def test_an_adapted_layer_computes_what_its_merged_weight_does(world: World) -> None:
-    model = adapted_model(world, LoraSpec(4, 8.0, ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")))
+    model = adapted_model(world, LoraSpec(4, 12.0, ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")))
     for linear in adapted(model).values():
         kept = linear.weight.detach().clone()
         input_TBI = torch.randn(5, 2, linear.weight.shape[1])

@@ -99,6 +99,30 @@ def test_of_a_torn_checkpoint_the_one_before_is_used_and_both_are_named(
     assert resumed(checkpoints) == (4, 44.0) and capfd.readouterr().err.count("WARNING") == 0
 
 
+class Remembered:
+    """A memory of one number."""
+
+    def state(self) -> dict[str, float]:
+        return {"mean": 1.0}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        raise AssertionError("what does not fit is refused before anything is loaded")
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(world: World, tmp_path: Path) -> None:
+    number, memory = Number(-1.0), Remembered()
+    saved(tmp_path, world, 2)
+    for stage, modules, expected, memories, said in (
+        ("rl", ("av",), {}, {}, "stage='sft'.*\n.*stage='rl'"),
+        ("sft", ("av", "ar"), {}, {}, r"modules=\['av'\]"),
+        ("sft", ("av",), {"schedule": 7}, {}, "schedule=None"),
+        ("sft", ("av",), {}, {"reward": memory}, r"memory=\[\]"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            Checkpoints(tmp_path, stage, world, 9).resume(dict.fromkeys(modules, number), expected, memories)
+        assert float(number.values[0]) == -1.0, said
+
+
 def test_where_no_checkpoint_is_whole_all_are_named_and_none_is_touched(world: World, tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, world, 2, 4)
     for step in (2, 4):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.models.batching import response_mask
+from nla_megatron.parallel.world import World
+from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.module import Update
 from nla_megatron.training.policy import means, minibatches, sampler_logprobs
+from nla_megatron.training.rl import RlTrainer
 from nla_megatron.types import Rollout
+from tests.support.credited import PROMPTS, WrittenSampler, overrides, write_files
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 9), st.integers(1, 3))
@@ -59,3 +67,19 @@ def test_several_updates_say_their_averages_and_the_largest_maximum() -> None:
     updates = tuple(Update({"loss": loss, "gap_max": gap}, 1.0, 0.1, False) for loss, gap in ((1.0, 5.0), (2.0, 3.0)))
     assert means(updates) == pytest.approx({"loss": 1.5, "gap_max": 5.0})
     assert means(()) == {}
+
+
+def test_the_critic_learns_the_returns_of_each_minibatchs_own_rollouts(tmp_path: Path, world: World) -> None:
+    """A fresh critic says 0 of every token, and a step of next to nothing leaves it there: its loss is R^2 / 2."""
+    write_files(tmp_path)
+    words = overrides(tmp_path, "single", "ppo", "lexical")
+    words = [word for word in words if not word.startswith("critic_optim.lr=")]
+    once = (f"algorithm.minibatches={PROMPTS}", "algorithm.epochs=1", "critic_optim.lr=1e-9")
+    trainer = RlTrainer(compose("rl", [*words, *once]), world, WrittenSampler)
+    scored = trainer.sampling.step(0, PhaseClock())
+    sampled = trainer.learning.look(scored, 0)
+    returns_NT = (1.0 + scored.batch.groups[:, None]) * sampled.mask
+    credit = replace(trainer.algorithm.credit(sampled), returns=returns_NT)
+    learned = trainer.learning.update(scored.batch, sampled, credit, 0)
+    expected = [(1.0 + group) ** 2 / 2 for group in range(PROMPTS)]
+    assert [update.statistics["loss"] for update in learned.critic] == pytest.approx(expected, rel=1e-4)

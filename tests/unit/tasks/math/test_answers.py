@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 
 import pytest
@@ -223,22 +222,23 @@ def test_no_text_breaks_the_comparison_and_every_readable_text_equals_itself(tex
 @pytest.mark.parametrize(
     "text",
     [
-        "9" * 5000,
+        "9" * 1_000_000,
         "1e" + "9" * 180,
         "5 " + "a" * 190 + "!",
         "5" + " a" * 90 + "!",
-        "\\ " * 5000,
-        "(" * 900 + ",",
+        "\\ " * 500_000,
+        "(" * 500_000 + ",",
         "{" * 90 + "5" + "}" * 90,
-        "\\boxed" * 900,
-        "{" * 5000,
+        "\\boxed" * 200_000,
+        "{" * 200_000,
     ],
+    ids=range(9),
 )
+@pytest.mark.timeout(120)
 def test_an_answer_made_to_cost_time_costs_none(text: str) -> None:
-    begun = time.perf_counter()
+    """Were it more than in proportion to the length, the long ones would not end within the limit."""
     equal(text, text)
     equal(text, "5")
-    assert time.perf_counter() - begun < 0.5
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@ r"""The strict format and the lenient parse, case by case."""
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from nla_megatron.tasks.math.responses import (
@@ -120,11 +118,10 @@ def test_boxes_are_the_outermost_balanced_ones_in_order() -> None:
     assert [text[end - 1] for _, end in boxes(text)] == ["}", "}"]
 
 
+@pytest.mark.timeout(120)
 def test_a_box_that_is_repeated_and_never_closes_is_read_in_one_pass() -> None:
     """A policy that has run wild writes that as long as it may, in every response of a step."""
-    started = time.process_time()
-    assert lenient_answer("\\boxed{" * 20_000 + "4}", TAGS) == "4"
-    assert time.process_time() - started < 1
+    assert lenient_answer("\\boxed{" * 300_000 + "4}", TAGS) == "4"
 
 
 def test_the_references_of_both_kinds_of_files() -> None:

@@ -10,6 +10,7 @@ import json
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,10 +176,8 @@ def parquet_schema(path: Path | str) -> pa.Schema:
 
     if not Path(path).is_file():
         raise MissingFile(f"no file {path}", "a parquet file", "correct the path")
-    try:
+    with parquet_errors(path):
         schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as reason:
-        raise _no_parquet(path, reason) from None
     if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
         raise ColumnError(
             f"{path} has several columns {twice[0]!r}", "one column of a name", "drop or rename all but one"
@@ -186,15 +185,26 @@ def parquet_schema(path: Path | str) -> pa.Schema:
     return schema
 
 
+@contextmanager
+def parquet_errors(path: Path | str) -> Iterator[None]:
+    """Inside, whatever is wrong with the bytes of a parquet file raises ColumnError; what a disk refuses stays."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as reason:
+        if getattr(reason, "errno", None) is not None:
+            raise
+        raise _no_parquet(path, reason) from None
+
+
 def parquet_columns(path: Path | str, names: Iterable[str]) -> dict[str, list[Any]]:
     """Columns of a parquet file as Python objects. Raises as `parquet_schema`, and where a string is no UTF-8."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with parquet_errors(path):
         table = pq.read_table(Path(path), columns=list(names))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as reason:
-        raise _no_parquet(path, reason) from None
     return {name: python_values(table[name], name, path) for name in names}
 
 

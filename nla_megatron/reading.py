@@ -171,7 +171,6 @@ def read_yaml(path: Path | str, error: type[NlaError], remedy: str = "write the 
 
 def parquet_schema(path: Path | str) -> pa.Schema:
     """The columns of a parquet file. Raises MissingFile, and ColumnError where it is none or two have one name."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
@@ -200,7 +199,6 @@ def parquet_errors(path: Path | str) -> Iterator[None]:
 
 def parquet_columns(path: Path | str, names: Iterable[str]) -> dict[str, list[Any]]:
     """Columns of a parquet file as Python objects. Raises as `parquet_schema`, and where a string is no UTF-8."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with parquet_errors(path):

@@ -215,7 +215,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     hf: Path, mcore: Path, small_disk: Path, direction: str
 ) -> None:
     source = f"hf={hf}" if direction == "import" else f"checkpoint={mcore}"
-    assert "GB free" in refused("DiskFull", direction, source, f"out={small_disk / 'out'}")
+    assert "kB free" in refused("DiskFull", direction, source, f"out={small_disk / 'out'}")
     assert list(small_disk.iterdir()) == []
 
 

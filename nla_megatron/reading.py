@@ -63,7 +63,7 @@ def text_of(data: bytes, path: Path | str, error: type[NlaError] = ColumnError) 
     Raises:
         error: they are no UTF-8: what they look like, and how to convert them.
     """
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind is None:
         try:
             return data.decode("utf-8-sig")
@@ -80,7 +80,7 @@ def text_of(data: bytes, path: Path | str, error: type[NlaError] = ColumnError) 
     raise error(f"{path} is {what}", "a text in UTF-8", f"{remedy} {path}")
 
 
-def _kind(data: bytes) -> tuple[str, str] | None:
+def kind_of(data: bytes) -> tuple[str, str] | None:
     """What bytes that cannot be a text in UTF-8 are, and what makes one of them."""
     for start, what, remedy in _KINDS:
         if data.startswith(start):
@@ -231,7 +231,7 @@ def _no_parquet(path: Path | str, reason: Exception) -> ColumnError:
     if head.startswith(b"PAR1"):
         told = f"{path} is not readable: {' '.join(str(reason).split())}"
         return ColumnError(told, "a parquet file", "write it again; it may have been cut short while it was copied")
-    kind = _kind(head)
+    kind = kind_of(head)
     what = kind[0] if kind else "a text" if head[:1] in (b"{", b"[") or head.isascii() else "no parquet"
     remedy = "give a text of JSON lines a name that ends in .jsonl" if kind is None else f"{kind[1]} {path}"
     return ColumnError(f"{path} is not readable: it is {what}, beginning with {head[:20]!r}", "a parquet file", remedy)

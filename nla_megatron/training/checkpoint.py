@@ -13,10 +13,12 @@ before it is taken.
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +92,7 @@ class Checkpoints:
             for name in modules:
                 (partial / name).mkdir(parents=True)
         barrier(self.world)
+        _collect_here()
         for name, module in modules.items():
             with _failures_as_errors(), megatron_device():
                 dist_checkpointing.save(module.state(loading=False), str(partial / name), async_sharded_save=False)
@@ -171,6 +174,18 @@ class Checkpoints:
                 f"  The run goes on from {whole} instead; the other is now {aside}, and may be removed.",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+
+@cache
+def _collect_here() -> None:
+    """What the writers of a checkpoint tell is collected by this process, which waits for them anyway.
+
+    Megatron-core starts a process for it that holds a copy of torch; a run that is killed leaves it behind for good.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    assert hasattr(filesystem_async, "_results_queue")
+    filesystem_async._results_queue = queue.Queue()
 
 
 @contextmanager

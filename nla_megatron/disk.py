@@ -61,7 +61,7 @@ def named(
 
 
 def _full(found: str, path: Path | str | None, then: str) -> DiskFull:
-    free = "" if path is None else f" ({_free(Path(path)) / 1e9:.2f} GB free there)"
+    free = "" if path is None else f" ({size(_free(Path(path)))} free there)"
     return DiskFull(f"{found}, writing to {path or 'a file'}{free}", "room for all that is written", then)
 
 
@@ -85,6 +85,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         failures = getattr(one, "failures", None)
         todo += [failed[0] for failed in failures.values()] if isinstance(failures, dict) else []
         todo += [one.__cause__, one.__context__]
+
+
+def size(count: int) -> str:
+    """A number of bytes as people read it."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count} bytes"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -7,7 +7,10 @@ compressed file or a null is the same to all of them. Errors are of the class th
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +21,12 @@ if TYPE_CHECKING:
 
 # First bytes, what they are of, what makes a text (or the right kind of file) of it.
 _KINDS = (
-    (b"\x1f\x8b", "gzip", "unpack it: gunzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unpack it: unzstd"),
-    (b"BZh", "bzip2", "unpack it: bunzip2"),
-    (b"\xfd7zXZ\x00", "xz", "unpack it: unxz"),
-    (b"\x04\x22\x4d\x18", "lz4", "unpack it: unlz4"),
+    # From standard input, because these programs refuse names without an end of theirs.
+    (b"\x1f\x8b", "gzip", "unpack it: gunzip <"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unpack it: unzstd <"),
+    (b"BZh", "bzip2", "unpack it: bunzip2 <"),
+    (b"\xfd7zXZ\x00", "xz", "unpack it: unxz <"),
+    (b"\x04\x22\x4d\x18", "lz4", "unpack it: unlz4 <"),
     (b"PK\x03\x04", "zip", "unpack it: unzip"),
     (b"PAR1", "parquet", "give it a name that ends in .parquet:"),
     (b"ARROW1", "Arrow", "write it as parquet:"),
@@ -59,7 +63,7 @@ def text_of(data: bytes, path: Path | str, error: type[NlaError] = ColumnError) 
     Raises:
         error: they are no UTF-8: what they look like, and how to convert them.
     """
-    kind = _kind(data)
+    kind = kind_of(data)
     if kind is None:
         try:
             return data.decode("utf-8-sig")
@@ -76,13 +80,16 @@ def text_of(data: bytes, path: Path | str, error: type[NlaError] = ColumnError) 
     raise error(f"{path} is {what}", "a text in UTF-8", f"{remedy} {path}")
 
 
-def _kind(data: bytes) -> tuple[str, str] | None:
+def kind_of(data: bytes) -> tuple[str, str] | None:
     """What bytes that cannot be a text in UTF-8 are, and what makes one of them."""
     for start, what, remedy in _KINDS:
         if data.startswith(start):
             return what, remedy
     # Without a mark, UTF-16 of mostly Latin letters has a zero in every second byte.
     head = data[:_LOOKED_AT]
+    for zeros, what in (((2, 3), "UTF-32LE"), ((0, 1), "UTF-32BE")):
+        if len(head) > 7 and not any(any(head[at::4]) for at in zeros) and any(head):
+            return f"{what} without a byte order mark", f"convert it: iconv -f {what} -t UTF-8"
     for first, what in ((1, "UTF-16LE"), (0, "UTF-16BE")):
         if len(head) > 3 and head[first::2].count(0) > 0.4 * len(head) / 2 and not head[1 - first :: 2].count(0):
             return f"{what} without a byte order mark", f"convert it: iconv -f {what} -t UTF-8"
@@ -95,10 +102,20 @@ def read_json(path: Path | str, error: type[NlaError] = ColumnError, remedy: str
 
 
 def read_object(
-    path: Path | str, error: type[NlaError] = ColumnError, remedy: str = "write the file again"
+    path: Path | str, error: type[NlaError] = ColumnError, remedy: str = "write the file again", mark: bool = True
 ) -> dict[str, Any]:
-    """The one object that a file holds. Raises MissingFile, or `error` where it holds anything else."""
-    return object_of(read_json(path, error, remedy), str(path), error, remedy)
+    """The one object that a file holds. Raises MissingFile, or `error` where it holds anything else.
+
+    Args:
+        mark: whether a byte order mark may stand before it. Libraries that read the same file may refuse one.
+    """
+    data = read_bytes(path)
+    if not mark and data.startswith(BOM_UTF8):
+        raise error(
+            f"{path} begins with a byte order mark", "JSON, as transformers reads it",
+            f"take the mark off: sed -i '1s/^\\xEF\\xBB\\xBF//' {path}",
+        )  # fmt: skip
+    return object_of(parsed(text_of(data, path, error), str(path), error, remedy), str(path), error, remedy)
 
 
 def json_lines(
@@ -153,27 +170,39 @@ def read_yaml(path: Path | str, error: type[NlaError], remedy: str = "write the 
 
 
 def parquet_schema(path: Path | str) -> pa.Schema:
-    """The columns of a parquet file. Raises MissingFile, and ColumnError where it is none."""
-    import pyarrow as pa
+    """The columns of a parquet file. Raises MissingFile, and ColumnError where it is none or two have one name."""
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         raise MissingFile(f"no file {path}", "a parquet file", "correct the path")
+    with parquet_errors(path):
+        schema = pq.read_schema(path)
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise ColumnError(
+            f"{path} has several columns {twice[0]!r}", "one column of a name", "drop or rename all but one"
+        )
+    return schema
+
+
+@contextmanager
+def parquet_errors(path: Path | str) -> Iterator[None]:
+    """Inside, whatever is wrong with the bytes of a parquet file raises ColumnError; what a disk refuses stays."""
+    import pyarrow as pa
+
     try:
-        return pq.read_schema(path)
+        yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as reason:
+        if getattr(reason, "errno", None) is not None:
+            raise
         raise _no_parquet(path, reason) from None
 
 
 def parquet_columns(path: Path | str, names: Iterable[str]) -> dict[str, list[Any]]:
     """Columns of a parquet file as Python objects. Raises as `parquet_schema`, and where a string is no UTF-8."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with parquet_errors(path):
         table = pq.read_table(Path(path), columns=list(names))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as reason:
-        raise _no_parquet(path, reason) from None
     return {name: python_values(table[name], name, path) for name in names}
 
 
@@ -202,7 +231,7 @@ def _no_parquet(path: Path | str, reason: Exception) -> ColumnError:
     if head.startswith(b"PAR1"):
         told = f"{path} is not readable: {' '.join(str(reason).split())}"
         return ColumnError(told, "a parquet file", "write it again; it may have been cut short while it was copied")
-    kind = _kind(head)
+    kind = kind_of(head)
     what = kind[0] if kind else "a text" if head[:1] in (b"{", b"[") or head.isascii() else "no parquet"
     remedy = "give a text of JSON lines a name that ends in .jsonl" if kind is None else f"{kind[1]} {path}"
     return ColumnError(f"{path} is not readable: it is {what}, beginning with {head[:20]!r}", "a parquet file", remedy)

@@ -112,7 +112,8 @@ class Lock:
 
     def _open(self) -> None:
         # Not to be truncated: the record is another's until the lock is ours.
-        self._file = self.path.open("a+b")
+        # Nothing is buffered: on a full disk closing would try once more what was refused, and raise again.
+        self._file = self.path.open("a+b", buffering=0)
 
     def _close(self) -> None:
         if self._file is not None:

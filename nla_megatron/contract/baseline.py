@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nla_megatron.contract.blocks import BaselineSpec
 from nla_megatron.contract.files import atomic_path
 from nla_megatron.errors import MissingFile, SidecarError
+from nla_megatron.reading import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,10 +47,9 @@ def read_baseline(parquet: Path | str, spec: BaselineSpec, d_model: int) -> np.n
 
     path = baseline_path(parquet)
     remedy = "copy it along with its table and sidecar, or build the table again"
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MissingFile(f"no file at {str(path)!r}", "the mean that FVE compares with", remedy) from error
+    if not path.is_file():
+        raise MissingFile(f"no file at {str(path)!r}", "the mean that FVE compares with", remedy)
+    content = read_bytes(path)
     found, told = hashlib.sha256(content).hexdigest(), spec.sha256
     if found != told:
         raise SidecarError(f"checksum {found[:12]}... of {str(path)!r}", f"{told[:12]}..., as its sidecar says", remedy)

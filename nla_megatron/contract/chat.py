@@ -54,8 +54,8 @@ def render(
         answer: False: the chat as it is, without the beginning of an answer.
 
     Raises:
-        ConfigError: no template, none that is the default, or whatever fails in it; a system message that it refuses or
-            leaves out.
+        ConfigError: no template, none that is the default, or whatever fails in it; a system message that it refuses; a
+            message that it leaves out.
     """
     options = dict(options or {})
     _check_there(fast, options)
@@ -64,15 +64,21 @@ def render(
         text = _rendered(fast, messages, options, clock, answer)
     except Exception as error:  # a template is foreign code, which can raise anything
         raise _failed(fast, messages, options, answer, error) from error
+    # What an assistant has said may be shortened, by its thinking.
     for message in messages:
-        if message["role"] == "system" and "".join(message["content"].split()) not in "".join(text.split()):
+        role = message["role"]
+        if role in ("system", "user") and "".join(message["content"].split()) not in "".join(text.split()):
             raise ConfigError(
-                f"the chat template of {name_of(fast)} leaves the system message out", "a template that writes it",
-                _WITHOUT_SYSTEM,
+                f"the chat template of {name_of(fast)} leaves the {role} message out", "a template that writes it",
+                _WITHOUT_SYSTEM if role == "system" else _MEND,
             )  # fmt: skip
     return Rendered(text, clock.read)
 
 
+_MEND = (
+    "mend chat_template.jinja (or chat_template in tokenizer_config.json) in the tokenizer's directory, or use "
+    "plain text: templates.format=plain for `build`, task.options.prompt.chat=false for a text task"
+)
 _WITHOUT_SYSTEM = (
     "put the system message's text into the user's message, or give no system message "
     "(a text task: task.options.prompt.system_role=user, or task.options.prompt.system='')"
@@ -142,6 +148,5 @@ def _failed(
     roles = ", ".join(message["role"] for message in messages)
     return ConfigError(
         f"the chat template of {name_of(fast)} fails on messages of {roles}: {what}", "a template that frames them",
-        "mend chat_template.jinja (or chat_template in tokenizer_config.json) in the tokenizer's directory, or use "
-        "plain text: templates.format=plain for `build`, task.options.prompt.chat=false for a text task",
+        _MEND,
     )  # fmt: skip

@@ -76,8 +76,20 @@ def check_finite(name: str, path: Path, values_NW: np.ndarray, rows_N: np.ndarra
     """Raises ColumnError where a number of a column is not finite; `rows_N` for the message."""
     bad = rows_N[~np.isfinite(values_NW).all(axis=1)]
     if bad.size:
-        raise ColumnError(
-            f"column {name!r} in {str(path)!r} is not finite in row {bad[0]}",
-            "finite numbers",
-            "extract the activations again, in a wider dtype if the model overflows",
-        )
+        raise _not_finite(name, path, bad[0])
+
+
+def check_finite_rows(name: str, path: Path, column: pa.Array, start: int) -> None:
+    """Raises ColumnError where a vector of a column's part, which begins at the row `start`, is not finite."""
+    values = column.flatten()  # of a row without a value there are none
+    if values.null_count or np.isfinite(values.to_numpy()).all():  # nulls are named by those who read the column
+        return
+    row = next(at for at, one in enumerate(column) if one.is_valid and not np.isfinite(one.values.to_numpy()).all())
+    raise _not_finite(name, path, start + row)
+
+
+def _not_finite(name: str, path: Path, row: int) -> ColumnError:
+    return ColumnError(
+        f"column {name!r} in {str(path)!r} is not finite in row {row}", "finite numbers",
+        "extract the activations again, in a wider dtype if the model overflows",
+    )  # fmt: skip

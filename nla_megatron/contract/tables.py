@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import glob
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,14 @@ import numpy as np
 
 from nla_megatron.contract.columns import EXPLANATION, PRECEDING, PROMPT, VECTOR, check_columns, positions_of, required
 from nla_megatron.contract.files import atomic_path
-from nla_megatron.contract.lists import Lists, check_finite
+from nla_megatron.contract.lists import Lists, check_finite, check_finite_rows
 from nla_megatron.contract.markers import INJECT
 from nla_megatron.errors import ColumnError, MissingFile
-from nla_megatron.reading import parquet_schema, python_values
+from nla_megatron.reading import parquet_errors, parquet_schema, python_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _ROWS_PER_GROUP = 2048  # 64 MiB of vectors at width 8192: large enough to scan fast, small enough to hold
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -297,8 +298,25 @@ def _mapped(path: Path) -> pa.Table:
         except OSError as error:
             if error.errno not in _READ_ONLY:
                 raise
-            return pq.ParquetFile(path).read()
+            with pq.ParquetFile(path) as source:
+                return pa.Table.from_batches(_batches(source, path), source.schema_arrow)
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
+
+
+def _batches(source: pq.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
+    """All rows, vectors known to be finite: a run would meet one that is not when its row is drawn, hours later.
+
+    Raises:
+        ColumnError: one is not, or bytes of the file are damaged.
+    """
+    start = 0
+    with parquet_errors(path):
+        for batch in source.iter_batches(batch_size=_ROWS_PER_GROUP):
+            for name in (VECTOR, PRECEDING):
+                if name in batch.schema.names:
+                    check_finite_rows(name, path, batch.column(name), start)
+            start += len(batch)
+            yield batch
 
 
 def _write_copy(path: Path, copy: Path) -> None:
@@ -306,9 +324,12 @@ def _write_copy(path: Path, copy: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source = pq.ParquetFile(path)
-    with atomic_path(copy) as temporary, pa.ipc.new_file(str(temporary), source.schema_arrow) as sink:
-        for batch in source.iter_batches(batch_size=_ROWS_PER_GROUP):
+    with (
+        pq.ParquetFile(path) as source,
+        atomic_path(copy) as temporary,
+        pa.ipc.new_file(str(temporary), source.schema_arrow) as sink,
+    ):
+        for batch in _batches(source, path):
             sink.write_batch(batch)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.arrow"):
         if stale != copy:

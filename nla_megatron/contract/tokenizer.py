@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nla_megatron.contract.chat import Messages, Rendered, name_of, render
 from nla_megatron.errors import ConfigError, MissingFile, NlaError
+from nla_megatron.reading import read_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 _PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.model",), ("vocab.txt",), ("tekken.json",))
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "chat_template.json",
+)  # fmt: skip
 _ANSWER = "zxqanswerqxz"  # stands for an answer; no template has it
 
 
@@ -195,11 +200,14 @@ def load_tokenizer(directory: str | Path) -> ModelTokenizer:
             f"no tokenizer.json in {directory}", "a Hugging Face directory with a fast tokenizer",
             "copy the tokenizer there",
         )  # fmt: skip
+    for path in sorted(directory.glob("*.jinja")):
+        read_text(path, ConfigError)  # any text is a template, that of a pointer to the file too
     try:
         fast = _loaded(directory)
     except NlaError:
         raise
     except Exception as error:  # the readers of tokenizer files raise whatever they come upon
+        _check_files(directory)
         raise ConfigError(
             f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}",
             "tokenizer.json and tokenizer_config.json as transformers saves them", "copy the tokenizer there again",
@@ -210,6 +218,16 @@ def load_tokenizer(directory: str | Path) -> ModelTokenizer:
             "save the tokenizer's fast form there",
         )  # fmt: skip
     return ModelTokenizer(fast, directory)
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ConfigError for a file of a tokenizer whose bytes are not what its name says. Not asked of those that
+    load: they are large."""
+    for path in sorted(directory.glob("*.json")):
+        if path.name in _TOKENIZER_FILES:
+            read_object(path, ConfigError, "copy it again", mark=False)
+    for path in sorted((*directory.glob("merges.txt"), *directory.glob("vocab.txt"))):
+        read_text(path, ConfigError)
 
 
 def _loaded(directory: Path) -> Any:
@@ -281,10 +299,4 @@ def _json(path: Path) -> dict[str, Any]:
     """The mapping of a file; empty where there is no file. Raises ConfigError."""
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "a JSON file", "copy it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__}", "a mapping", "copy it again")
-    return content
+    return read_object(path, ConfigError, "copy it again", mark=False)

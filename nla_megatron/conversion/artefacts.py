@@ -7,7 +7,6 @@ an AR's adapter      ar_lora_value_head.safetensors (adapter and head), ar_meta.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from nla_megatron.contract.sidecar import (
 )
 from nla_megatron.contract.tokenizer import keep_as_it_stands, load_tokenizer
 from nla_megatron.contract.tokens import live_bos_policy
+from nla_megatron.conversion.formats.json_file import read_json
 from nla_megatron.conversion.formats.weights import weight_files
 from nla_megatron.conversion.heads import check_head
 from nla_megatron.conversion.hf import (
@@ -152,7 +152,7 @@ def _given(base: str | Path | None, source: Path) -> Path:
 def _check_meta(source: Path) -> None:
     """Raises UnsupportedModel for an AR whose head reads the final norm's output."""
     path = source / AR_META
-    if path.is_file() and json.loads(path.read_text()).get("final_norm_stripped") is False:
+    if path.is_file() and read_json(path).get("final_norm_stripped") is False:
         raise UnsupportedModel(
             f"final_norm_stripped=false in {path}", "an AR whose head reads the residual stream",
             "train the AR again without the final norm",
@@ -161,7 +161,7 @@ def _check_meta(source: Path) -> None:
 
 def _merge_ar(source: Path, base: Path, target: Path, dtype: torch.dtype | None) -> None:
     """The first blocks of a base with an AR's adapter, and its head."""
-    meta = json.loads((source / AR_META).read_text()) if (source / AR_META).is_file() else {}
+    meta = read_json(source / AR_META) if (source / AR_META).is_file() else {}
     if missing := [key for key in ("ar_num_layers", "lora_r", "lora_alpha") if key not in meta]:
         raise MissingFile(f"no {missing[0]} in {source / AR_META}", "what the trainer writes there", "copy it again")
     depth = meta["ar_num_layers"]

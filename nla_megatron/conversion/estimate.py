@@ -15,6 +15,7 @@ from nla_megatron.conversion.hf import VALUE_HEAD
 from nla_megatron.conversion.manifest import read_manifest
 from nla_megatron.conversion.rules import Rule
 from nla_megatron.conversion.safetensors_file import plan_shards
+from nla_megatron.disk import size
 from nla_megatron.errors import ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -115,18 +116,11 @@ def run(config: ConvertConfig) -> None:
     kind = f"an AR of {model.shape.num_layers} blocks" if model.is_ar else f"{model.shape.num_layers} blocks"
     print(f"{config.direction} of a {model.shape.family} with {kind}, {told.parameters / 1e9:.2f} B parameters")
     for name, value in (
-        ("Hugging Face tensors", f"{told.tensors:,}, the largest {_size(told.largest_tensor_bytes)}"),
-        ("read", _size(told.read_bytes)),
-        ("written", f"{_size(told.written_bytes)} in {told.files} files"),
-        ("per worker", f"{_size(told.bytes_per_worker)} (of {told.workers})"),
-        ("peak memory", f"{_size(told.peak_bytes)} of tensors in each worker"),
+        ("Hugging Face tensors", f"{told.tensors:,}, the largest {size(told.largest_tensor_bytes)}"),
+        ("read", size(told.read_bytes)),
+        ("written", f"{size(told.written_bytes)} in {told.files} files"),
+        ("per worker", f"{size(told.bytes_per_worker)} (of {told.workers})"),
+        ("peak memory", f"{size(told.peak_bytes)} of tensors in each worker"),
         ("time", f"{told.seconds:,.0f} s of reading and writing at {config.disk_rate:g} GB/s"),
     ):
         print(f"  {name:<22}{value}")
-
-
-def _size(count: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count} bytes"

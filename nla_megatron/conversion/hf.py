@@ -29,6 +29,7 @@ from nla_megatron.conversion.formats.weights import (
     finite_tensors,
 )
 from nla_megatron.conversion.safetensors_file import Shard, ShardFile, TensorSpec, index_of, plan_shards
+from nla_megatron.errors import CheckpointError
 from nla_megatron.types import ModelShape
 
 __all__ = [
@@ -49,9 +50,15 @@ def read_shape(directory: str | Path) -> ModelShape:
 
 
 def read_value_head(directory: str | Path) -> Tensor | None:
-    """The AR's (d, d) head; None in a directory that has none."""
+    """The AR's (d, d) head; None in a directory that has none. Raises CheckpointError."""
     path = Path(directory) / VALUE_HEAD
-    return finite_tensors(path)["weight"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    tensors = finite_tensors(path)
+    if list(tensors) != ["weight"]:
+        found = f"{path} with tensors {', '.join(tensors) or 'none'}"
+        raise CheckpointError(found, "the one tensor `weight` of an AR's head", "copy the AR again")
+    return tensors["weight"]
 
 
 def write_value_head(directory: Path, weight: Tensor) -> None:

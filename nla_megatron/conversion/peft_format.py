@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nla_megatron.conversion.formats.companions import check_companions
 from nla_megatron.conversion.hf import read_json
 from nla_megatron.conversion.safetensors_file import read_header
 from nla_megatron.errors import CheckpointError, MissingFile, UnsupportedModel
@@ -89,6 +90,7 @@ def read_peft_config(directory: str | Path) -> PeftConfig:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise MissingFile(f"no {path}", "the directory of a peft adapter", "give the directory that peft saved")
+    check_companions(Path(directory))
     raw = read_json(path)
     refused = {
         key: value for key, value in raw.items() if key not in _SILENT | _HONOURED and _says_something(key, value)

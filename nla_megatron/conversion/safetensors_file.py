@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nla_megatron.errors import CheckpointError
+from nla_megatron.reading import kind_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -76,9 +77,9 @@ def read_header(path: Path) -> dict[str, Placed]:
             )
         length = int.from_bytes(start, "little")
         if size < 8 or not 2 <= length <= size - 8:
-            raise CheckpointError(
-                f"{path} of {size} bytes with a header of {length}", "a whole safetensors file", _DAMAGED
-            )
+            kind = kind_of(start + file.read(4088))
+            what = f"{path} is {kind[0]}" if kind else f"{path} of {size} bytes with a header of {length}"
+            raise CheckpointError(what, "a whole safetensors file", f"{kind[1]} {path}" if kind else _DAMAGED)
         raw = file.read(length)
     try:
         header = json.loads(raw)

@@ -21,7 +21,7 @@ from typing import Any
 from nla_megatron.config.lock import Lock
 from nla_megatron.contract.files import write_json
 from nla_megatron.conversion.hf import MANIFEST, read_json
-from nla_megatron.disk import flush_to_disk, room_on
+from nla_megatron.disk import flush_to_disk, room_on, size
 from nla_megatron.errors import DiskFull, RunDirectoryError
 
 JOURNAL = "journal"
@@ -99,7 +99,7 @@ class Work:
         free = shutil.disk_usage(place).free
         if needed - written > free:
             raise DiskFull(
-                f"{free / 1e9:.2f} GB free at {place}", f"{(needed - written) / 1e9:.2f} GB",
+                f"{size(free)} free at {place}", size(needed - written),
                 "make room, or choose another out=",
             )  # fmt: skip
 

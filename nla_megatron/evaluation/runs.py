@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_megatron.config.run_directory import DONE, RECORD, flat, is_free, read_record, same_value
+from nla_megatron.config.schema import SCHEMAS
 from nla_megatron.contract.journal import Row, read_object, read_rows
 from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError
 
@@ -105,13 +106,21 @@ def find_runs(root: Path, command: str, beside: Path) -> tuple[list[Run], list[s
 
 
 def _records(root: Path, beside: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    """Each run's directory and its record, None where that is no record."""
+    """Each run's directory and its record, None where that is no record. Hidden folders are other programs'."""
     for path in sorted(root.rglob(RECORD)):
-        if beside.resolve() not in path.resolve().parents:
-            try:
-                yield path.parent, read_record(path.parent)
-            except RunDirectoryError:
-                yield path.parent, None
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not hidden and beside.resolve() not in path.resolve().parents:
+            yield path.parent, _record(path.parent)
+
+
+def _record(directory: Path) -> dict[str, Any] | None:
+    """None where the file says not what a run's record always says: it is somebody else's, or cannot be read."""
+    try:
+        found = read_record(directory)
+    except (RunDirectoryError, MissingFile):
+        return None
+    counted = [key for key in (SEED, "steps") if hasattr(SCHEMAS.get(str(found["command"])), key)]
+    return found if all(isinstance(found.get(key), int) for key in counted) else None
 
 
 def check_alike(runs: Sequence[Run], same: Mapping[str, str] = SAME) -> None:

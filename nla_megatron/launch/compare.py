@@ -28,7 +28,7 @@ from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object
 from nla_megatron.contract.sidecar import model_sidecar_path, read_model_sidecar, write_model_sidecar
-from nla_megatron.errors import ConfigError, MissingFile, NlaError, RunDirectoryError, RunError
+from nla_megatron.errors import ConfigError, MissingFile, RunDirectoryError, RunError
 from nla_megatron.evaluation.comparison import FINAL, Comparison, Entry, chosen_metric, direction, write_tables
 from nla_megatron.evaluation.comparison_charts import curves, write_charts
 from nla_megatron.evaluation.comparison_page import PAGE, write_page
@@ -40,7 +40,7 @@ from nla_megatron.evaluation.evaluable import (
     will_have,
 )
 from nla_megatron.evaluation.runs import FIGURES, Run, check_alike, find_runs, numbers
-from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
+from nla_megatron.launch.jobs import FAILED, QUEUED, Job, Outcome, check_job, check_launcher, check_read, run_jobs
 from nla_megatron.launch.sweep import LAUNCHER_FILES, LOGS, table
 
 RECORD, EVALUATIONS, MODELS, CURVES = "compare.json", "evaluations", "models", "curves"
@@ -120,14 +120,9 @@ def check(config: CompareConfig, world_size: int) -> None:
             "checkpoints of runs with the objective rl", "use checkpoints=final, or evaluate=false",
         )  # fmt: skip
     check_read("eval", [(place.evaluation, config.overrides) for place in places])
-    import nla_megatron.evaluation.command as evaluation
-
     for place in places:
         if place.exported and not is_done(place.evaluation):
-            try:
-                evaluation.check(place.evaluation, place.evaluation.ranks)
-            except NlaError as error:
-                raise type(error)(f"{error.found} (evaluation of {place.name})", error.expected, error.remedy) from None
+            check_job(f"evaluation of {place.name}", "eval", place.evaluation, place.evaluation.ranks)
     jobs = [_eval_job(config, place) for place in places]
     for place in places:
         if not place.exported and not is_done(place.evaluation):

@@ -42,6 +42,7 @@ def exit_code_after(error: Exception) -> int:
 
 
 def _tell(error: Exception) -> None:
+    sys.stdout.flush()  # what is wrong is the last thing that is said
     if isinstance(error, NlaError):
         print(error, file=sys.stderr, flush=True)
     else:

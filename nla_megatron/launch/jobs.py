@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -14,8 +15,10 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from nla_megatron.config.hub_keys import with_paths
 from nla_megatron.config.schema import LauncherConfig
-from nla_megatron.errors import ConfigError
+from nla_megatron.conversion.formats.config_keys import admitting
+from nla_megatron.errors import ConfigError, NlaError
 from nla_megatron.launch import commands
 from nla_megatron.launch.local import PRELOAD, PRELOAD_TRAINING, command_process, interrupted_by_sigterm, launch
 
@@ -48,6 +51,21 @@ class Outcome:
 Report = Callable[[Outcome], None]
 
 
+def check_job(name: str, command: str, config: Any, ranks: int) -> Any:
+    """What the command itself would find before it starts; returns its configuration, names of the hub as paths.
+
+    Raises:
+        NlaError: of the command's own class, with the job's name.
+    """
+    try:
+        config = with_paths(command, config)
+        with admitting(getattr(config, "allow_unknown_config", ())):
+            importlib.import_module(commands.COMMANDS[command].module).check(config, ranks)
+        return config
+    except NlaError as error:
+        raise type(error)(f"{error.found} ({name})", error.expected, error.remedy) from None
+
+
 def check_launcher(jobs: Sequence[Job], at_once: int, launcher: LauncherConfig) -> None:
     """Raises ConfigError where the jobs cannot be run this way."""
     ranks = max((job.ranks for job in jobs), default=1)
@@ -73,7 +91,10 @@ def check_read(command: str, jobs: Sequence[tuple[Any, Sequence[str]]]) -> None:
     Raises:
         ConfigError: one that none of them reads.
     """
-    idle = [commands.idle_words(command, config, words) for config, words in jobs]
+    idle = []
+    for config, words in jobs:
+        with admitting(getattr(config, "allow_unknown_config", ())):
+            idle.append(commands.idle_words(command, config, words))
     for name, refusal in (idle[0] if idle else {}).items():
         if all(name in others for others in idle):
             raise refusal

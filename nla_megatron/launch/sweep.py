@@ -10,7 +10,6 @@ with more values it adds jobs, and those that are there keep their directories.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +24,9 @@ from nla_megatron.config.schema import SweepConfig
 from nla_megatron.config.typed import quoted
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object
-from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunError
+from nla_megatron.errors import ConfigError, RunDirectoryError, RunError
 from nla_megatron.launch.commands import COMMANDS, as_overrides
-from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_launcher, check_read, run_jobs
+from nla_megatron.launch.jobs import DONE, FAILED, QUEUED, Job, Outcome, check_job, check_launcher, check_read, run_jobs
 from nla_megatron.parallel import started
 
 MANIFEST, LOGS, LAUNCHER_FILES = "sweep.json", "logs", "launcher"
@@ -74,14 +73,11 @@ def check(config: SweepConfig, world_size: int) -> None:
     jobs = planned(config)
     _check_distinct(jobs)
     _check_directory(config)
-    module = importlib.import_module(COMMANDS[config.command].module)
-    for one in jobs:
+    configs = [one.config for one in jobs]
+    for at, one in enumerate(jobs):
         if not is_done(one.config) and not getattr(one.config, "dry_run", False):
-            try:
-                module.check(one.config, one.job.ranks)
-            except NlaError as error:
-                raise type(error)(f"{error.found} (job {one.job.name})", error.expected, error.remedy) from None
-    check_read(config.command, [(one.config, one.job.argv[1:]) for one in jobs])
+            configs[at] = check_job(f"job {one.job.name}", config.command, one.config, one.job.ranks)
+    check_read(config.command, [(of, one.job.argv[1:]) for of, one in zip(configs, jobs, strict=True)])
     check_launcher([one.job for one in jobs], config.jobs, config.launcher)
 
 

@@ -72,7 +72,20 @@ def _turn(message: Any, where: str, name: str) -> tuple[str, str]:
         raise ColumnError(
             f"{name!r} in {where} has {found}", f"role ({', '.join(_ROLES)}) and content", "correct the row"
         )
-    return message["role"], text_value(message.get("content"), where, "content", blank=False)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    return message["role"], text_value(content, where, "content", blank=False)
+
+
+def _part(part: Any, where: str) -> str:
+    """One of the parts that a message's content may be given in: a text. Raises ColumnError for a picture, say."""
+    part = object_of(part, f"'content' in {where}", ColumnError, "write {type: text, text} for each part")
+    more = sorted(key for key, value in part.items() if key not in ("type", "text") and value is not None)
+    if part.get("type") != "text" or more:
+        found = f"a key {more[0]!r}" if part.get("type") == "text" else f"of type {shown(part.get('type'))}"
+        raise ColumnError(f"'content' in {where} has a part {found}", "parts of text alone", "leave these rows out")
+    return text_value(part.get("text"), where, "text")
 
 
 def reference_of(row: Row, name: str, bare: bool) -> tuple[str | None, bool]:

@@ -47,6 +47,8 @@ def test_lines_are_read_with_a_mark_carriage_returns_and_blank_lines(tmp_path: P
         (LINES.encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE"),
         (LINES.encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE"),
         (LINES.encode("utf-32"), "UTF-32", "iconv -f UTF-32"),
+        (LINES.encode("utf-32-le"), "UTF-32LE", "iconv -f UTF-32LE"),
+        (LINES.encode("utf-32-be"), "UTF-32BE", "iconv -f UTF-32BE"),
         ('\n\n{"a": "café"}'.encode("latin-1"), r"byte 0xe9 in line 3", "WINDOWS-1252"),
         (gzip.compress(LINES.encode(), mtime=0), "gzip", "gunzip"),
         (bz2.compress(LINES.encode()), "bzip2", "bunzip2"),
@@ -95,6 +97,20 @@ def test_what_is_no_parquet_is_named(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ColumnError, match=f"{path} is .*readable"):
         parquet_schema(path)
+
+
+def test_two_columns_of_one_name_are_named(tmp_path: Path) -> None:
+    text = pa.array(["x"])
+    pq.write_table(pa.Table.from_arrays([text, text], names=["text", "text"]), tmp_path / "rows.parquet")
+    with pytest.raises(ColumnError, match="several columns 'text'"):
+        parquet_schema(tmp_path / "rows.parquet")
+
+
+def test_a_mark_that_other_libraries_refuse_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")
+    assert read_object(tmp_path / "config.json") == {}
+    with pytest.raises(CheckpointError, match="byte order mark"):
+        read_object(tmp_path / "config.json", CheckpointError, mark=False)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

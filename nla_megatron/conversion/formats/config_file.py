@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nla_megatron.conversion.formats.companions import check_companions
 from nla_megatron.conversion.formats.config_keys import QUANTIZATION, takes_null, without_empty
 from nla_megatron.conversion.formats.json_file import read_json
 from nla_megatron.conversion.formats.notes import say_once
@@ -26,13 +27,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     them are in floating point: the model was dequantised, and kept them.
 
     Raises:
-        MissingFile, CheckpointError.
+        MissingFile: there is none, or another file beside the weights is there by name alone.
+        CheckpointError: it is damaged.
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise MissingFile(
             f"no {path}", "a Hugging Face model directory", "give the path of a directory with config.json"
         )
+    check_companions(Path(directory))
     config = without_empty(read_json(path))
     notes = [key for key, value in config.items() if QUANTIZATION.fullmatch(key) and value]
     if notes and holds_floats_alone(Path(directory)):

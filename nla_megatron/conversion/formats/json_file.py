@@ -10,5 +10,5 @@ from nla_megatron.reading import read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises CheckpointError where it is damaged, or cannot be read at all."""
-    return read_object(path, CheckpointError, "download or write this file again")
+    """A file that holds a JSON object. Raises CheckpointError where it is damaged, or others cannot read it."""
+    return read_object(path, CheckpointError, "download or write this file again", mark=False)

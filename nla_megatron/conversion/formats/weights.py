@@ -209,6 +209,7 @@ def finite_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a small file beside the weights, in memory. Raises CheckpointError."""
     from safetensors.torch import load_file
 
+    read_header(path)  # a damaged file is named here
     tensors: dict[str, Any] = load_file(path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)

@@ -3,9 +3,10 @@ r"""Short answers made comparable: numbers as exact fractions, everything else a
 Numbers: `1,234`, `1{,}234`, `$5`, `50\%`, `3/4`, `\frac{3}{4}`, `1\frac{1}{2}`, `.5`, `1.5e3`, `1.5\times10^{3}`, with
 units or words behind them, and with `x=` in front. A percent sign and a unit say nothing of the value: 50\% is 50. A
 word that says something of it is read: `$5 million` is 5,000,000, `2 thirds` is 2/3; one that makes it another thing
-(`5 squared`, `5 or more`) leaves no number. Of a time of day, `6 p.m.` is 6, and is not `6 a.m.`. Two numbers are equal
-within a relative 1e-6; tuples, intervals and sets in brackets are compared part by part; all else has to be the same
-text after normalisation. Braces and boxes around the whole are not there. Nothing is simplified: `\sqrt{4}` is not 2.
+(`5 squared`, `5 or more`) leaves no number. Of a time of day, `6 p.m.` is 6, and is not `6 a.m.`. Two whole numbers are
+equal where they are the same, others within a relative 1e-6; tuples and intervals in brackets are compared part by
+part, sets in any order; all else has to be the same text after normalisation, a word with or without a capital.
+Braces, boxes and parentheses around the whole are not there: `(A)` is A. Nothing is simplified: `\sqrt{4}` is not 2.
 
 math-verify would simplify. It is not asked: what it does within its limit of time depends on the machine's load, while
 every rank has to give a response the same reward; it also takes `$5 million` for 5, `50\%` for 0.5, `1 1/2` for 1.
@@ -56,8 +57,12 @@ _NO_UNIT = frozenset(
 _TIME = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\b\.?(?=\s*$)", re.IGNORECASE)
 _BOXED = ("\\boxed", "\\fbox")
 _MOST_WRAPPED = 8
+_LARGEST_SET = 50
+_WORD = re.compile(r"[A-Za-z]{2,}")
 _GROUPED_BY_SPACE = re.compile(r"([+-]?\d{1,3})((?: \d{3})+)(?![\d/])")
-_ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*=\s*([^=]+)")
+_ASSIGNED = re.compile(r"(?:[A-Za-z](?:_\{?\w+\}?)?\s*)?=\s*([^=]+)")
+_PARENTHESISED = re.compile(r"\([^(),;]*\)")
+_SENTENCE_ENDS = ("}.", "$.", ").", "].")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _BRACKETS = {"(": ")]", "[": ")]", "\\{": ("\\}",)}
 
@@ -68,16 +73,35 @@ def equal(answer: str, reference: str) -> bool:
         return False
     first, second = number(answer), number(reference)
     if first is not None and second is not None:
-        return abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
+        whole = first.denominator == second.denominator == 1
+        return first == second if whole else abs(first - second) <= TOLERANCE * max(abs(first), abs(second))
     if first is not None or second is not None:
         return False
     one, other = normalised(answer), normalised(reference)
-    if one == other:
+    if one == other or (_WORD.fullmatch(one) and _uncapitalised(one) == _uncapitalised(other)):
         return bool(one)
     ours, theirs = _parts(one), _parts(other)
     if ours is None or theirs is None or ours[0] != theirs[0] or len(ours[1]) != len(theirs[1]):
         return False
+    if ours[0].startswith("\\{"):
+        return _same_set(ours[1], theirs[1])
     return all(equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def _same_set(ours: list[str], theirs: list[str]) -> bool:
+    if len(ours) > _LARGEST_SET:
+        return False
+    left = list(theirs)
+    for one in ours:
+        found = next((at for at, other in enumerate(left) if equal(one, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _uncapitalised(word: str) -> str:
+    return word[:1].lower() + word[1:]
 
 
 def number(answer: str) -> Fraction | None:
@@ -104,7 +128,8 @@ def normalised(answer: str) -> str:
         return _SPACES.sub("", answer)
     text = _spelled(answer)
     unit = _TEXT_UNIT.fullmatch(text)
-    return _SPACES.sub("", _TEXT.sub(r"\1", unit[1] if unit and _scale(unit[2]) == 1 else text)).rstrip(".")
+    bare = _SPACES.sub("", _TEXT.sub(r"\1", unit[1] if unit and _scale(unit[2]) == 1 else text)).rstrip(".")
+    return _without_parentheses(bare)
 
 
 def readable(reference: str | None) -> bool:
@@ -118,7 +143,7 @@ def readable(reference: str | None) -> bool:
 def _spelled(answer: str) -> str:
     """The answer without what only sets or decorates it; spaces stay, because units begin behind one."""
     text = _unwrapped(answer)
-    text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])", "", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|bf|rm|it)(?![a-zA-Z])", "", text)
     text = re.sub(r"\\[;: ]|\\q?quad(?![a-zA-Z])|~", " ", text).replace("\\,", "")
     text = text.replace("{,}", ",").replace("−", "-").replace("–", "-").replace("\\!", "").replace("\u00a0", " ")
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
@@ -131,14 +156,19 @@ def _spelled(answer: str) -> str:
     text = re.sub(r"\\?[$£€%]", "", text)
     text = _TIME.sub("", text)
     assigned = _ASSIGNED.fullmatch(text)
-    return (assigned[1] if assigned else text).strip()
+    return _without_parentheses((assigned[1] if assigned else text).strip())
+
+
+def _without_parentheses(text: str) -> str:
+    """`(5)` as 5; `(1,2)` is a pair, and stays."""
+    return text[1:-1].strip() if _PARENTHESISED.fullmatch(text) else text
 
 
 def _without_unit(text: str) -> tuple[str, Fraction | None]:
     """The number before a unit or words, the text itself where it does not begin with one; and what the words multiply
     it by, None where they make something else of it.
     """
-    text = text.rstrip(". ")
+    text = text.rstrip(".,; ")
     unit = _TEXT_UNIT.fullmatch(text)
     words = unit[2] if unit else ""
     text = _TEXT.sub(r"\1", unit[1] if unit else text)
@@ -168,7 +198,7 @@ def _spelled_time(text: str) -> str:
 
 
 def _unwrapped(answer: str) -> str:
-    """The answer without dollars, braces and boxes around the whole of it."""
+    """The answer without dollars, braces and boxes around the whole of it, and a full stop behind them."""
     text = answer.strip()
     for _ in range(_MOST_WRAPPED):
         before = text
@@ -181,6 +211,8 @@ def _unwrapped(answer: str) -> str:
                 text = inner
         if text.startswith("{") and closes_at_end(text):
             text = text[1:-1].strip()
+        if text.endswith(_SENTENCE_ENDS):
+            text = text[:-1]
         if text == before:
             break
     return text

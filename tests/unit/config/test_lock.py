@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import stat
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from nla_megatron.config.lock import Lock, Owner
-from nla_megatron.errors import RunDirectoryError
+from nla_megatron.errors import DiskFull, RunDirectoryError
 
 FORK = multiprocessing.get_context("fork")
 NAME = ".lock"
@@ -133,6 +134,17 @@ def test_a_job_that_slurm_has_started_again_follows_itself(tmp_path: Path, monke
         Lock(tmp_path, NAME).take()
     record(tmp_path, replace(Owner.here(), host="node17", restart=0))
     Lock(tmp_path, NAME).take()
+
+
+def test_a_disk_that_takes_no_record_is_named_with_the_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        with pytest.raises(DiskFull, match=r"\.lock"):
+            Lock(tmp_path, ".lock").take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    Lock(tmp_path, ".lock").take()
 
 
 @pytest.mark.parametrize(

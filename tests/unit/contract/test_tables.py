@@ -93,14 +93,22 @@ def test_bad_rows_are_refused(large: tuple[Path, np.ndarray], rows: list[object]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_vector_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path, value: float) -> None:
-    v_ND = random_vectors(20)
-    v_ND[13, 2] = value
+def test_a_vector_that_is_not_finite_is_named_before_a_run_draws_its_row(tmp_path: Path, value: float) -> None:
+    v_ND = random_vectors(3000)
+    v_ND[2613, 2] = value
     write_table(tmp_path / "t.parquet", [batch(v_ND)], SCHEMA)
-    table = Table.open(tmp_path / "t.parquet", "base")
-    table.vectors([12, 14])
-    with pytest.raises(ColumnError, match=r"t\.parquet' is not finite in row 13"):
-        table.vectors([19, 13])
+    with pytest.raises(ColumnError, match=r"t\.parquet' is not finite in row 2613"):
+        Table.open(tmp_path / "t.parquet", "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+@pytest.mark.parametrize("at", [5, 300])
+def test_bytes_that_are_damaged_behind_a_whole_footer_are_named(tmp_path: Path, at: int) -> None:
+    write_table(tmp_path / "t.parquet", [batch(random_vectors(200))], SCHEMA)
+    data = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "t.parquet").write_bytes(data[:at] + b"\xef\xbb\xbf" * 9 + data[at:])
+    with pytest.raises(ColumnError, match=r"t\.parquet is not readable"):
+        Table.open(tmp_path / "t.parquet", "base")
 
 
 def test_null_vectors_are_refused_when_opened(tmp_path: Path) -> None:
@@ -268,10 +276,8 @@ def test_a_table_of_single_vectors_has_none_before_them(large: tuple[Path, np.nd
 def test_a_number_that_is_none_before_a_row_s_own_vector_is_named(tmp_path: Path) -> None:
     v_NKD = np.ones((4, 3, D), dtype=np.float32)
     v_NKD[2, 0, 1] = np.nan
-    table = stacked(tmp_path / "base.parquet", v_NKD)
     with pytest.raises(ColumnError, match=r"'preceding_vectors' in .* is not finite in row 2"):
-        table.inputs([0, 2])
-    table.vectors([0, 2])
+        stacked(tmp_path / "base.parquet", v_NKD)
 
 
 def test_nulls_before_a_row_s_own_vector_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 from datetime import date
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_extra_special_tokens_as_a_list_are_read(tmp_path: Path) -> None:
         ("tokenizer.json", '{"model": {"type": "BPE"}}', ConfigError),
         ("tokenizer_config.json", "[]", ConfigError),
         ("tokenizer_config.json", "{", ConfigError),
+        ("tokenizer_config.json", "\ufeff{}", ConfigError),
     ],
 )
 def test_a_tokenizer_that_cannot_be_read_is_named(
@@ -224,6 +226,23 @@ def test_a_tokenizer_that_cannot_be_read_is_named(
     if content is not None:
         path.write_text(content)
     with pytest.raises(error, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (gzip.compress(b"{}"), "gzip"),
+        ("{}".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_foreign_bytes_in_a_tokenizers_files_are_named_by_their_kind(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    (saved(qwen(), tmp_path) / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}.*{kind}"):
         load_tokenizer(tmp_path)
 
 
@@ -288,6 +307,13 @@ def test_a_system_message_that_a_template_refuses_or_drops_is_named(template: st
 
 
 # Plain text
+
+
+def test_a_question_that_a_template_leaves_out_is_named() -> None:
+    tokenizer = qwen()
+    tokenizer.chat_template = "<!DOCTYPE html><html>404</html>"
+    with pytest.raises(ConfigError, match="leaves the user message out"):
+        render(tokenizer, USER)
 
 
 def test_a_base_model_has_a_plain_prompt(tmp_path: Path) -> None:

@@ -293,6 +293,28 @@ def test_a_config_of_foreign_bytes_is_named(what: str, tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "nla_meta.yaml"])
+@pytest.mark.parametrize("what", ["dangling", "loop", "directory"])
+def test_a_file_that_is_there_by_name_alone_is_named_before_it_is_copied(what: str, name: str, tmp_path: Path) -> None:
+    path = tiny_config(tmp_path) / name
+    path.unlink(missing_ok=True)
+    if what == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere" if what == "dangling" else path.name)
+    with pytest.raises(MissingFile, match=name):
+        read_shape(tmp_path)
+
+
+def test_a_mark_before_config_json_is_named_as_transformers_refuses_it(tmp_path: Path) -> None:
+    path = tiny_config(tmp_path) / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    with pytest.raises((OSError, ValueError)):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="byte order mark"):
+        read_shape(tmp_path)
+
+
 def test_links_are_followed(models: tuple[Path, Path], tmp_path: Path) -> None:
     """As in the cache of the hub, where all files of a snapshot are links."""
     for path in models[1].iterdir():

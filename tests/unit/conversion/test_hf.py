@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -289,3 +290,18 @@ def test_the_tiny_model_is_the_same_every_time(tmp_path: Path) -> None:
     name = "model.layers.3.mlp.up_proj.weight"
     one, other = (SafetensorsReader(tiny_model(tmp_path / folder)).read(name, 0, 0, 96) for folder in "ab")
     assert torch.equal(one, other) and one.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "0 bytes"),
+        (gzip.compress(b"{}"), "gzip"),
+        (b"\x02" + bytes(7) + b"{}", "tensors none"),
+        (b"PAR1" + bytes(40), "parquet"),
+    ],
+)
+def test_a_head_that_is_none_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / VALUE_HEAD).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{VALUE_HEAD}.*{told}"):
+        read_value_head(tmp_path)

@@ -50,6 +50,22 @@ def refused(root: Path, out: Path, *words: str) -> NlaError:
     return caught.value
 
 
+def test_records_of_others_below_the_folder_are_told_and_passed_over(root: Path, tmp_path: Path) -> None:
+    for name, content in {
+        "foreign": "command: rl\nsteps: many\n", "keys": "command: rl\n", "list": "[1]", "nobody": "command: [rl]\n",
+        "binary": "\0\1", ".hidden": "]",
+    }.items():  # fmt: skip
+        left_run(tmp_path / "in" / name, *STEPS)
+        (tmp_path / "in" / name / "run.yaml").write_text(content)
+    (tmp_path / "in" / "folder" / "run.yaml").mkdir(parents=True)
+    left_run(tmp_path / "in" / "ours", *STEPS)
+    runs, others = find_runs(tmp_path / "in", "rl", tmp_path / "out")
+    assert [run.name for run in runs] == ["ours"]
+    named = [other.partition(" ")[0] for other in others]
+    assert named == ["binary", "folder", "foreign", "keys", "list"]
+    assert all("another program's" in other for other in others)
+
+
 def test_seeds_of_a_configuration_are_taken_together(root: Path, tmp_path: Path) -> None:
     found = compared(root, tmp_path / "out", "metric=reward", "last=5")
     assert [group["label"] for group in found["groups"]] == ["lr=0.001", "lr=0.0003", "lr=0.0001"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from nla_megatron.config.run_directory import mark_done
 from nla_megatron.config.schema import LauncherConfig
@@ -14,6 +15,7 @@ from nla_megatron.errors import ConfigError, NlaError, RunDirectoryError, RunErr
 from nla_megatron.launch import sweep
 from nla_megatron.launch.commands import execute
 from nla_megatron.launch.jobs import Job, Outcome, check_read, last_words, run_alone, run_jobs
+from tests.support.hub import cached
 from tests.support.tiny import tiny_config, tiny_model
 
 
@@ -53,6 +55,25 @@ def test_each_job_has_its_directory_and_its_configuration(tmp_path: Path) -> Non
             ("003_optim.lr=0.0003,seed=1", 3e-4, 1),
         )
     }
+
+
+def test_jobs_are_checked_as_the_command_would_check_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of the hub are paths in its cache, and unknown keys are admitted, before the first job starts."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "soft_landing": 3.5}))
+    cached(tmp_path, "some/model", {path.name: path.read_bytes() for path in model.iterdir()})
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"doc_id": "a", "text": "word " * 90}) + "\n")
+
+    def extract(*words: str) -> Any:
+        source = (f"corpus={tmp_path / 'docs.jsonl'}", f"out={tmp_path / 'out'}", "max_length=64", "seed=0,1")
+        return sweep.configured(["extract", *source, *words])
+
+    sweep.check(extract("model=some/model", "allow_unknown_config=[soft_landing]"), 1)
+    assert "soft_landing" in refused(extract("model=some/model")).found
+    assert "some/other" in refused(extract("model=some/other")).found
 
 
 def test_the_sweeps_own_keys_are_not_the_commands(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nla_megatron.errors import ColumnError, MissingFile
-from nla_megatron.tasks.rows import read_rows
+from nla_megatron.tasks.rows import question_of, read_rows
 
 ENDS = "one\u2028two\u2029three\x85four\x0bfive"
 
@@ -53,3 +55,32 @@ def test_nothing_to_read_is_named_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(MissingFile) as caught:
         read_rows(tmp_path, ["prompt"], "held_out")
     assert str(tmp_path) in caught.value.found and caught.value.remedy == "correct held_out="
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_messages_content_may_be_parts_of_text(tmp_path: Path, kind: str) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "two?"}]
+    row = {"prompt": [{"role": "user", "content": parts}]}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    assert question_of(read_rows(path, ["prompt"])[0], "prompt").text == "What is two?"
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image_url"),
+        ({"type": "text", "text": None}, "null"),
+        ({"type": "text", "text": "a", "image": "b"}, "image"),
+        ("a", "no object"),
+        (None, "null"),
+    ],
+)
+def test_a_part_that_is_no_text_is_named(tmp_path: Path, part: object, found: str) -> None:
+    row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
+    (tmp_path / "rows.jsonl").write_text("\n" + json.dumps(row))
+    with pytest.raises(ColumnError, match=f"(?s)line 2.*{found}|{found}.*line 2"):
+        question_of(read_rows(tmp_path / "rows.jsonl", ["prompt"])[0], "prompt")

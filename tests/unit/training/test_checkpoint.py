@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -175,3 +176,9 @@ def test_a_disk_that_is_full_is_named_and_the_checkpoint_before_stays(world: Wor
     assert resumed(checkpoints) == (2, 2.0)
     checkpoints.save(4, {"av": Number(4.0)}, {}, {})
     assert resumed(checkpoints) == (4, 4.0)
+
+
+def test_a_save_leaves_no_process_that_would_outlive_a_killed_run(tmp_path: Path, world: World) -> None:
+    saved(tmp_path, world, 1, 2)
+    assert resumed(saved(tmp_path, world)) == (2, 2.0)
+    assert multiprocessing.active_children() == []

@@ -25,6 +25,7 @@ setup(
         "transformers",
         "tokenizers",
         "huggingface_hub",
+        "filelock",
         "safetensors",
         "xxhash",
         "pyarrow",
@@ -54,6 +55,7 @@ setup(
             "peft",
             "trl",
             "submitit",
+            "gguf",
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },

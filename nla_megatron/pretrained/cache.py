@@ -1,7 +1,7 @@
 """A cache of made models. What lies in it under its name is whole: made beside it, sealed with checksums, then renamed.
 
-    CACHE/SmolLM2-135M-Instruct-1a2b3c4d/   a model, with `packaged.json`: where it is from, size and checksum of each file
-    CACHE/.smollm2/                         wheels that wait for the others, and the lock of who makes the model
+CACHE/SmolLM2-135M-Instruct-1a2b3c4d/   a model, with `packaged.json`: where it is from, size and checksum of each file
+CACHE/.smollm2/                         wheels that wait for the others, and the lock of who makes the model
 """
 
 from __future__ import annotations

@@ -92,7 +92,10 @@ def dequantise(gguf: Path, out: Path, title: str) -> None:
     config._name_or_path = title
     config.architectures, config.dtype = [type(model).__name__], torch.float32
     out.mkdir(parents=True)
-    save_torch_state_dict(model.state_dict(), out, max_shard_size=_SHARD)
+    # Of a tied pair of names the library keeps the first, and most readers look for the embedding's.
+    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(weights, out, max_shard_size=_SHARD)
     config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)

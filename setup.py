@@ -25,6 +25,7 @@ setup(
         "transformers",
         "tokenizers",
         "huggingface_hub",
+        "filelock",
         "safetensors",
         "xxhash",
         "pyarrow",
@@ -56,6 +57,7 @@ setup(
             "peft",
             "trl",
             "submitit",
+            "gguf",
         ],  # fmt: skip
         "logging": ["wandb", "tensorboard"],
     },

@@ -73,6 +73,14 @@ class DiskFull(NlaError):
     """There is no room for what a command writes."""
 
 
+class IndexUnreachable(NlaError):
+    """The Python index cannot be reached, or has no such package."""
+
+
+class DamagedPackage(NlaError):
+    """A package of the Python index holds something else than it should."""
+
+
 class ProviderError(NlaError):
     """Who was asked for explanations or judgements refused, or failed too often."""
 

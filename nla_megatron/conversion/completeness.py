@@ -15,14 +15,13 @@ from typing import Any
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object
 from nla_megatron.conversion.torch_dist_reader import TorchDistReader
-from nla_megatron.disk import flush_to_disk, room_on
+from nla_megatron.disk import checksum, flush_to_disk, room_on
 from nla_megatron.errors import CheckpointError, NlaError
 from nla_megatron.parallel.collectives import barrier, broadcast_object, gather_objects
 from nla_megatron.parallel.world import World
 
 MANIFEST, STATE, GENERATOR = "files.json", "state.json", "rng.pt"
 _CHECKSUM = "xxh3_128"
-_READ_BYTES = 16 << 20
 _WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 _SHOWN = 3
 
@@ -37,7 +36,7 @@ def seal(directory: Path, world: World) -> None:
         for file in mine:
             flush_to_disk(directory / file)
     entries: dict[str, Any] = {}
-    for share in gather_objects({file: _entry(directory / file) for file in mine}, world):
+    for share in gather_objects({file: checksum(directory / file) for file in mine}, world):
         entries |= share
     if world.is_main:
         with room_on(directory):
@@ -83,17 +82,6 @@ def _writer(file: str, number: int) -> int:
     return int(named[1]) if named else number
 
 
-def _entry(path: Path) -> list[Any]:
-    import xxhash
-
-    digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-            size += len(part)
-    return [size, digest.hexdigest()]
-
-
 def _manifest(directory: Path) -> dict[str, list[Any]] | str | None:
     """What the files were, None of an older checkpoint; in words, why it cannot be read."""
     path = directory / MANIFEST
@@ -109,12 +97,12 @@ def _manifest(directory: Path) -> dict[str, list[Any]] | str | None:
 
 
 def _difference(path: Path, file: str, entry: list[Any]) -> str | None:
-    size, checksum = entry
+    size = entry[0]
     if not path.is_file():
         return f"no {file}"
     if path.stat().st_size != size:
         return f"{file} has {path.stat().st_size} bytes, not {size}"
-    return None if _entry(path)[1] == checksum else f"{file} holds other bytes than were written"
+    return None if checksum(path) == list(entry) else f"{file} holds other bytes than were written"
 
 
 def _faults_of_older(directory: Path) -> list[str]:

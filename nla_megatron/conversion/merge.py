@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nla_megatron.config.lock import Lock
 from nla_megatron.config.schema import MergeConfig
-from nla_megatron.conversion.families import FAMILIES
+from nla_megatron.conversion import families
 from nla_megatron.conversion.formats.config_keys import QUANTIZATION
 from nla_megatron.conversion.formats.weights import check_finite, weight_files
 from nla_megatron.conversion.hf import (
@@ -92,12 +92,8 @@ def merge(
 
 def is_tied(config: Mapping[str, Any], reader: SafetensorsReader) -> bool:
     """Whether a model's output layer is its embedding: as config.json says, or its family where it does not."""
-    if "tie_word_embeddings" in config:
-        return bool(config["tie_word_embeddings"])
-    family = FAMILIES.get(str(next(iter(config.get("architectures") or ()), "")))
-    if family is not None:
-        return family.shape_from_config(config).tied_embeddings
-    return f"{HEAD}.weight" not in reader.names()
+    known = families.is_tied(config)
+    return known if known is not None else f"{HEAD}.weight" not in reader.names()
 
 
 def _plan(base: Path, adapter: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:

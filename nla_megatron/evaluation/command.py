@@ -37,7 +37,7 @@ def check(config: EvalConfig, world_size: int) -> None:
 def unread(config: EvalConfig) -> Iterator[Unread]:
     """What this evaluation does not read."""
     name = config.task.name
-    keys: tuple[str, ...] = ("model",) if name == "nla" else ("av", "ar")
+    keys: tuple[str, ...] = ("model",) if name == "nla" else ("av", "ar", "frozen_ar", "quote_words")
     if name == "sae":
         keys += tuple(f"task.options.{key}" for key in ("objective", "reference", "prompt_column"))
     elif name != "nla":

@@ -54,8 +54,13 @@ def check(config: EvalConfig, world_size: int) -> None:
     task = NlaTask.open(config.data, "rl", config.av)
     task.check_model(config.av, "av")
     task.check_model(config.ar, "ar")
-    writer, reader = read_shape(config.av), _reader_shape(config, task)
+    writer, reader = read_shape(config.av), _reader_shape(config.ar, task)
     check_layout(reader, config.parallel, "forward")
+    if config.frozen_ar is not None:
+        task.check_model(config.frozen_ar, "ar")
+        frozen = _reader_shape(config.frozen_ar, task)
+        check_layout(frozen, config.parallel, "forward")
+        check_directory(config.frozen_ar, frozen, with_head=False)
     check_rollout_layout(writer, config.rollout.tp, world_size, config.rollout.expert_parallel)
     check_directory(config.av, writer)
     check_directory(config.ar, reader, with_head=False)
@@ -88,17 +93,24 @@ def run(config: EvalConfig, world: World) -> None:
     rows, baseline = held_out_rows(task, config.rows, config.seed), Baseline.of(task)
     if world.is_main and (note := baseline.note(task)) is not None:
         print(note, file=sys.stderr, flush=True)
-    reader = _reader(config, task, world)
+    reader = _reader(config, config.ar, task, world)
     ends = task.tokenizer.end_ids
     shape, places = read_shape(config.av), task.interventions
     project = projector(read_projections(config.av, places, shape.hidden_size))
     engine = Engine(config.av, shape, config.rollout, places, world, ends, config.seed, task.marker, project)
+    conditions: dict[str, Condition] = {}
     work: dict[str, Callable[[], Condition]] = {
         "av": lambda: _verbalised(task, engine, reader, rows, rows, config.seed),
         "shuffled": lambda: _verbalised(task, engine, reader, rows, deranged(rows, config.seed), config.seed),
-        "gold": lambda: _gold(task, reader, rows),
+        "gold": lambda: _read(task, reader, rows, [task.gold_explanations[row] for row in rows]),
     }
-    conditions = {}
+    if config.quote_words:
+        contexts = task.table.column(columns.TEXT)
+        quoted = [last_words(contexts[row], config.quote_words) for row in rows]
+        work["quoted"] = lambda: _read(task, reader, rows, quoted)
+    if config.frozen_ar is not None:
+        frozen = _reader(config, config.frozen_ar, task, world)
+        work["frozen_ar"] = lambda: _read(task, frozen, rows, conditions["av"].texts)
     with progress("eval", active=world.is_main, total=len(work), bar=config.logger.progress, unit="condition") as bar:
         for name, condition in work.items():
             conditions[name] = condition()
@@ -118,12 +130,18 @@ def deranged(rows: Sequence[int], seed: int) -> list[int]:
     return turned
 
 
-def _reader_shape(config: EvalConfig, task: NlaTask) -> ModelShape:
-    return reconstructor_shape(config.ar, resolved_spec(config.ar, None, task.sidecar.extraction.layer_index))
+def last_words(text: str, count: int) -> str:
+    """The end of a text from its `count`-th last word on, as it stands."""
+    words = [match.start() for match in re.finditer(r"\S+", text)]
+    return text[words[-count:][0] :].rstrip() if words else ""
 
 
-def _reader(config: EvalConfig, task: NlaTask, world: World) -> RowRunner:
-    model = load_reconstructor(config.ar, _reader_shape(config, task), world, config.dtype)
+def _reader_shape(ar: str, task: NlaTask) -> ModelShape:
+    return reconstructor_shape(ar, resolved_spec(ar, None, task.sidecar.extraction.layer_index))
+
+
+def _reader(config: EvalConfig, ar: str, task: NlaTask, world: World) -> RowRunner:
+    model = load_reconstructor(ar, _reader_shape(ar, task), world, config.dtype)
     return lambda batch, collect: forward_rows(model, batch, world, config.micro_batch_size, collect)
 
 
@@ -140,8 +158,8 @@ def _verbalised(
     return Condition(mse_N, tuple(texts), batch.injections)
 
 
-def _gold(task: NlaTask, reader: RowRunner, rows: list[int]) -> Condition:
-    texts = [task.gold_explanations[row] for row in rows]
+def _read(task: NlaTask, reader: RowRunner, rows: list[int], texts: Sequence[str | None]) -> Condition:
+    """What the AR makes of texts that are there already."""
     mse_N, _ = task.score(reader, rows, texts)
     return Condition(mse_N, tuple(texts))
 

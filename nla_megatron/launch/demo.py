@@ -12,12 +12,16 @@ from typing import Any
 from nla_megatron.config.compose import compose
 from nla_megatron.config.run_directory import check_run_directory, claim_run_directory, mark_done
 from nla_megatron.config.schema import DemoConfig
+from nla_megatron.config.unread import Unread
 from nla_megatron.contract.files import write_json
 from nla_megatron.contract.journal import read_object, read_rows
 from nla_megatron.contract.splits import held_out
-from nla_megatron.errors import ConfigError, RunError
-from nla_megatron.launch import commands
+from nla_megatron.errors import ConfigError, MissingFile, RunError
+from nla_megatron.launch import commands, forecast
 from nla_megatron.launch.local import command_process, warm_up
+from nla_megatron.pretrained import cache
+from nla_megatron.pretrained.catalogue import MODELS
+from nla_megatron.types import ModelShape
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Stage:
     inputs: tuple[str, ...]
 
 
-def stages(out: Path) -> list[Stage]:
-    """The demo's commands, in order."""
-    base, table = out / "pretrain" / "hf", out / "build"
+def stages(config: DemoConfig) -> list[Stage]:
+    """The demo's commands, in order; without `pretrain` where there is a model."""
+    out, base = Path(config.out), base_model(config)
+    table = out / "build"
     av, ar = out / "sft_av" / "hf", out / "sft_ar" / "hf"
     rl, held_out_table = out / "rl", table / "held_out.parquet"
     held = f"data={held_out_table}"
+    pretrain = Stage("pretrain", "pretrain", (f"corpus={out / 'corpus.parquet'}", f"tokenizer={out / 'tokenizer'}"))
     return [
-        Stage("pretrain", "pretrain", (f"corpus={out / 'corpus.parquet'}", f"tokenizer={out / 'tokenizer'}")),
+        *([pretrain] if config.model is None else []),
         Stage("extract", "extract", (f"model={base}", f"corpus={out / 'corpus.parquet'}")),
         Stage("explain", "explain", (f"input={out / 'extract' / 'base.parquet'}",)),
         Stage("build", "build", (f"input={out / 'explain' / 'explained.parquet'}", f"model={base}")),
@@ -44,27 +50,78 @@ def stages(out: Path) -> list[Stage]:
         Stage("sft_ar", "sft", ("role=ar", f"model={base}", f"data={table / 'ar_sft.parquet'}")),
         Stage("eval_sft", "eval", (f"av={av}", f"ar={ar}", held)),
         Stage("rl", "rl", (f"av={av}", f"ar={ar}", f"data={table / 'rl.parquet'}", f"held_out={held_out_table}")),
-        Stage("eval", "eval", (f"av={rl / 'av'}", f"ar={rl / 'ar'}", held, f"compare={out / 'eval_sft'}")),
-    ]
+        Stage(
+            "eval", "eval",
+            (f"av={rl / 'av'}", f"ar={rl / 'ar'}", f"frozen_ar={ar}", held, f"compare={out / 'eval_sft'}"),
+        ),
+    ]  # fmt: skip
+
+
+def base_model(config: DemoConfig) -> Path:
+    """Where the model is, or will be."""
+    if config.model is None:
+        return Path(config.out) / "pretrain" / "hf"
+    if config.model in MODELS:
+        return cache.cache_directory() / MODELS[config.model].directory
+    return Path(config.model)
 
 
 def check(config: DemoConfig, world_size: int) -> None:
     """Every stage's overrides are composed before the first one runs; raises ConfigError."""
     check_run_directory("demo", config)
-    known = {stage.name for stage in stages(Path(config.out))}
+    if config.model is not None and config.model not in MODELS and not Path(config.model).is_dir():
+        raise MissingFile(
+            f"model={config.model}, which is no directory", f"a model's directory, or one of {', '.join(MODELS)}",
+            "correct model=",
+        )  # fmt: skip
+    # A scale's overrides of `pretrain` are idle where there is a model.
+    known = {"pretrain", *(stage.name for stage in stages(config))}
     if unknown := sorted(set(config.stages) - known):
         raise ConfigError(f"stages.{unknown[0]}", f"one of {', '.join(sorted(known))}", "correct the stage's name")
-    for stage in stages(Path(config.out)):
+    for stage in stages(config):
         compose(stage.command, _overrides(config, stage))
+
+
+def _tell_how_long(config: DemoConfig, seconds: dict[str, float]) -> None:
+    left = [stage for stage in stages(config) if not _is_done(config, stage.name, seconds)]
+    if left:
+        extract = next(stage for stage in stages(config) if stage.name == "extract")
+        layer = compose("extract", _overrides(config, extract)).layer
+        sizes = forecast.Sizes.of(_shape(config), layer, config.corpus_limit)
+        told = forecast.told([(stage.name, stage.command, _overrides(config, stage)) for stage in left], sizes)
+        print(told, file=sys.stderr, flush=True)
+
+
+def _is_done(config: DemoConfig, name: str, seconds: dict[str, float]) -> bool:
+    return (Path(config.out) / name / "done").is_file() and name in seconds
+
+
+def _shape(config: DemoConfig) -> ModelShape:
+    """Of the model, or of the one that will be trained."""
+    from nla_megatron.conversion.hf import read_shape
+
+    if config.model is not None:
+        return read_shape(base_model(config))
+    shape: ModelShape = compose("pretrain", _overrides(config, stages(config)[0])).architecture.shape(config.vocab_size)
+    return shape
+
+
+def unread(config: DemoConfig) -> Iterator[Unread]:
+    """What is not read where nothing is trained from nothing."""
+    if config.model is not None:
+        yield "vocab_size", "with model="
 
 
 def run(config: DemoConfig) -> None:
     out = Path(config.out)
     claim_run_directory("demo", config)
     started, seconds = time.monotonic(), _read_seconds(out)
+    if config.model in MODELS:
+        cache.model_directory(MODELS[config.model])  # also on a resume: a cache may have been emptied
+    _tell_how_long(config, seconds)
     warm_up()
     for name, work in _work(config):
-        if (out / name / "done").is_file() and name in seconds:
+        if _is_done(config, name, seconds):
             continue
         print(f"── {name}", file=sys.stderr, flush=True)
         begun = time.monotonic()
@@ -87,7 +144,7 @@ def finished(config: DemoConfig) -> None:
 
 def _work(config: DemoConfig) -> Iterator[tuple[str, Any]]:
     yield "corpus", lambda: _make_corpus(config)
-    for stage in stages(Path(config.out)):
+    for stage in stages(config):
         yield stage.name, lambda stage=stage: _run_stage(config, stage)
 
 
@@ -125,15 +182,16 @@ def _make_corpus(config: DemoConfig) -> None:
 
     out = Path(config.out)
     write_corpus(out / "corpus.parquet", config.corpus_limit)
-    fraction = _held_out_fraction(config)
-    seen = [text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, fraction)]
-    train_tokenizer(seen, config.vocab_size, out / "tokenizer")
+    if config.model is None:
+        fraction = _held_out_fraction(config)
+        seen = [text for doc_id, text in read_corpus(out / "corpus.parquet") if not held_out(doc_id, fraction)]
+        train_tokenizer(seen, config.vocab_size, out / "tokenizer")
     (out / "corpus").mkdir(exist_ok=True)
     (out / "corpus" / "done").write_text("")
 
 
 def _held_out_fraction(config: DemoConfig) -> float:
-    build = next(stage for stage in stages(Path(config.out)) if stage.name == "build")
+    build = next(stage for stage in stages(config) if stage.name == "build")
     return compose("build", _overrides(config, build)).held_out
 
 
@@ -142,7 +200,7 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
     out = Path(config.out)
     before, after = (read_object(out / name / "eval.json") for name in ("eval_sft", "eval"))
     steps = read_rows(out / "rl" / "metrics.jsonl", ("step",))
-    rl_stage = next(stage for stage in stages(out) if stage.name == "rl")
+    rl_stage = next(stage for stage in stages(config) if stage.name == "rl")
     rl = compose("rl", _overrides(config, rl_stage))
     evaluated = (before["injected"] + after["injected"], before["expected_injections"] + after["expected_injections"])
     return {
@@ -157,6 +215,13 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "fve_gold_text": after["fve_gold"],
         "fve_gold_text_sft": before["fve_gold"],
         "fve_shuffled": after["fve_shuffled"],
+        "fve_frozen_ar": after["fve_frozen_ar"],
+        "fve_frozen_ar_ci95": after["fve_frozen_ar_ci95"],
+        **{
+            f"fve_text_only{name}": one["fve_quoted"]
+            for name, one in (("", after), ("_sft", before))
+            if "fve_quoted" in one
+        },
         "steps": len(steps),
         "world": {"tp": rl.parallel.tp, "pp": rl.parallel.pp, "dp": rl.parallel.dp or 1, "rollout_tp": rl.rollout.tp},
         "seconds": {

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from nla_megatron.conversion.formats.weights import COMPUTED, INDEX, check_finite, weight_files
+from nla_megatron.conversion.formats.weights import COMPUTED, INDEX, SafetensorsReader, check_finite, weight_files
 
 FORMAT = "nla_megatron"
 """Our name among vLLM's `load_format`."""
@@ -29,7 +29,8 @@ class ModelDirectoryLoader(DefaultModelLoader):
         return model_name_or_path, [str(path) for path in weight_files(model_name_or_path)[0]], True, INDEX
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Generator[tuple[str, Tensor], None, None]:
+        renamed = SafetensorsReader(source.model_or_path).renamed
         for name, tensor in super()._get_weights_iterator(source):
             if not COMPUTED.fullmatch(name):
                 check_finite(tensor, name, source.model_or_path)
-                yield name, tensor
+                yield renamed.get(name, name), tensor

@@ -27,22 +27,7 @@ from nla_megatron.types import ModelShape
 
 
 def shape_of(config: PretrainConfig, vocab_size: int) -> ModelShape:
-    a = config.architecture
-    return ModelShape(
-        family="Qwen3ForCausalLM",
-        num_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        ffn_hidden_size=a.intermediate_size,
-        num_heads=a.num_heads,
-        num_kv_heads=a.num_kv_heads,
-        head_dim=a.head_dim,
-        vocab_size=vocab_size,
-        rope_theta=a.rope_theta,
-        norm_eps=1e-6,
-        tied_embeddings=a.tie_word_embeddings,
-        qk_norm=True,
-        max_positions=a.max_position_embeddings,
-    )
+    return config.architecture.shape(vocab_size)
 
 
 def check(config: PretrainConfig, world_size: int) -> None:

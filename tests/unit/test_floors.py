@@ -15,7 +15,7 @@ PACKAGE = ROOT / "nla_megatron"
 FLOORS = (
     ("types", "errors"),
     ("disk", "reading"),
-    ("hub",),
+    ("hub", "pretrained"),
     ("config", "contract", "geometry"),
     ("messages",),
     ("judging",),

@@ -16,7 +16,11 @@ class DemoConfig:
 
     out: str = "runs/demo"
     seed: int = 0
+    model: str | None = None
+    """What the NLA is of: `smollm2` or `gemma3`, made of packages of the Python index (`tools/real_model.py`), or a
+    directory of yours. None: a small model that the demo trains first."""
     vocab_size: int = 2048
+    """Of the tokenizer that is trained for the small model."""
     corpus_limit: int | None = None
     """Documents; None takes all."""
     stages: dict[str, list[str]] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from nla_megatron.config.schema.shared import (
     TrainingStageConfig,
 )
 from nla_megatron.errors import ConfigError
+from nla_megatron.types import ModelShape
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ class ArchitectureConfig:
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 512
     tie_word_embeddings: bool = True
+
+    def shape(self, vocab_size: int) -> ModelShape:
+        """With a vocabulary of this size."""
+        return ModelShape(
+            family="Qwen3ForCausalLM",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.intermediate_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=vocab_size,
+            rope_theta=self.rope_theta,
+            norm_eps=1e-6,
+            tied_embeddings=self.tie_word_embeddings,
+            qk_norm=True,
+            max_positions=self.max_position_embeddings,
+        )
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,11 @@ class EvalConfig(StageConfig):
     bootstrap: int = 1000
     compare: str | None = None
     """Another evaluation's directory: the paired difference in FVE (or in the task's own figure) is reported too."""
+    frozen_ar: str | None = None
+    """`nla`: another AR that reads the AV's texts too, such as the one that an RL run began with: what of the FVE does
+    not hang on what AV and AR have agreed on since."""
+    quote_words: int = 0
+    """`nla`: the AR also reads the last so many words of the row's own text, as they stand: what text alone gives."""
     names: dict[str, list[str]] = field(default_factory=dict)
     """`nla`: words to look for in the explanations, whole and in any case, by their figure's name: of how many rows the
     text names one of them."""
@@ -207,6 +231,7 @@ class EvalConfig(StageConfig):
         at_least("bootstrap", self.bootstrap, 1)
         at_least("samples", self.samples, 1)
         at_least("examples", self.examples, 0)
+        at_least("quote_words", self.quote_words, 0)
 
 
 @dataclass(frozen=True)

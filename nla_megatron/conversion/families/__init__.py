@@ -52,3 +52,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def rules_of(shape: ModelShape, with_head: bool) -> list[Rule]:
     """The rules of a model; `with_head=False` leaves out the final norm and the output layer, as the AR does."""
     return FAMILIES[shape.family].rules(shape, with_head)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether output layer and embedding are one tensor: as config.json says, or its family where it does not. None of
+    a family that is not known.
+    """
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    family = FAMILIES.get(str(next(iter(config.get("architectures") or ()), "")))
+    return None if family is None else family.shape_from_config(config).tied_embeddings

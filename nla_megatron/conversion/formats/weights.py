@@ -20,6 +20,7 @@ from nla_megatron.conversion.formats.notes import say_once
 from nla_megatron.conversion.safetensors_file import Placed, TensorSpec, mapped, read_header
 from nla_megatron.errors import CheckpointError, MissingFile
 
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 VALUE_HEAD = "value_head.safetensors"
 HEAD_FILE = "reconstructor_head.safetensors"
@@ -33,6 +34,7 @@ COMPUTED = re.compile(
 )
 """Names of buffers that a model computes from its configuration, which some tools save: they are no weights."""
 _OF_QUANTIZATION = re.compile(r".*(scales?|scale_inv|zeros?|zero_point|absmax|quant_map|SCB|g_idx)")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PIECE = 1 << 24
 
@@ -123,9 +125,24 @@ class SafetensorsReader:
             computed += self._add(path)
         if file_of is not None:
             self._check_index(file_of)
+        self.renamed = {OUTPUT: EMBEDDING} if self._keeps_the_outputs_name() else {}
+        """Names in the files of tensors that go by another one here."""
+        for stored, name in self.renamed.items():
+            self._placed[name], self._files[name] = self._placed.pop(stored), self._files.pop(stored)
         if computed:
             say_once(f"{self.directory} has {len(computed)} tensors that a model computes itself, first {computed[0]}: "
                      "they are passed over")  # fmt: skip
+
+    def _keeps_the_outputs_name(self) -> bool:
+        """Whether one tensor is embedding and output layer, and is here under the output layer's name alone.
+
+        So safetensors itself saves a tied pair, and transformers reads it.
+        """
+        if OUTPUT not in self._placed or EMBEDDING in self._placed or not (self.directory / CONFIG).is_file():
+            return False
+        from nla_megatron.conversion.families import is_tied
+
+        return is_tied(read_json(self.directory / CONFIG)) or False
 
     def _check_index(self, file_of: dict[str, str]) -> None:
         for name, file in file_of.items():
@@ -218,7 +235,7 @@ def finite_tensors(path: Path) -> dict[str, Tensor]:
 
 def check_tied(reader: SafetensorsReader) -> None:
     """Raises CheckpointError where a checkpoint of tied embeddings has another output layer of its own."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    embedding, head = EMBEDDING, OUTPUT
     if head not in reader.names():
         return
     pieces = (reader.whole(name).reshape(-1).split(_PIECE) for name in (embedding, head))

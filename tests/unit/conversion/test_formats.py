@@ -19,6 +19,7 @@ from nla_megatron.conversion.formats.config_keys import admitting
 from nla_megatron.conversion.formats.notes import _SAID
 from nla_megatron.conversion.formats.weights import check_finite
 from nla_megatron.conversion.hf import INDEX, SafetensorsReader, check_vocabulary, copy_companions, read_shape
+from nla_megatron.conversion.source import HuggingFaceSide
 from nla_megatron.errors import CheckpointError, MissingFile, NlaError, UnsupportedModel
 from tests.support.families import MODELS
 from tests.support.tiny import tiny_config, tiny_model
@@ -182,6 +183,23 @@ def by_vllm(directory: Path) -> dict[str, torch.Tensor]:
 
     loader = ModelDirectoryLoader(LoadConfig(load_format=FORMAT, use_tqdm_on_load=False))
     return dict(loader._get_weights_iterator(loader.Source(str(directory), None)))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_tied_pair_may_be_kept_under_the_output_layers_name(said: bool, tmp_path: Path) -> None:
+    """As safetensors saves it: of several names of a tensor it keeps the first. Alike for every reader."""
+    model = tiny_model(tmp_path, tied_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    edited(model, tie_word_embeddings=said)
+    names = {"model.embed_tokens.weight"} if said else {"lm_head.weight"}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} & SafetensorsReader(model).names() == names
+    if said:
+        theirs = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
+        for found in (SafetensorsReader(model).whole("model.embed_tokens.weight"), *map(by_vllm(model).get, names)):
+            assert torch.equal(found, theirs)
+        assert HuggingFaceSide(model).model.shape.tied_embeddings
 
 
 COMPUTED = (

@@ -74,7 +74,20 @@ class TestRegistry:
 
     @pytest.mark.parametrize(
         "options",
-        [{"n_keywords": -1}, {"n_before": "2"}, {"n_keywords": 0, "n_before": 0}, {"max_words": 0}, {"n_before": True}],
+        [
+            {"n_keywords": -1},
+            {"n_before": "2"},
+            {"n_keywords": 0, "n_before": 0},
+            {"max_words": 0},
+            {"n_before": True},
+            {"lines": "last"},
+            {"lines": []},
+            {"lines": ["last", "last"]},
+            {"lines": ["first", "last"]},
+            {"lines": [["last"]]},
+            {"final_space": 1},
+            {"pieces": "yes"},
+        ],
     )
     def test_keywords_option_out_of_range_is_refused(self, options: dict[str, object]) -> None:
         with pytest.raises(ConfigError, match=next(iter(options))):
@@ -113,6 +126,46 @@ class TestKeywords:
         assert one(text, n_before=3, n_keywords=1).text == "last: delta\nbefore: alpha beta gamma\nabout: alpha"
         assert one(text, n_before=0).text == "last: delta\nabout: alpha, beta, delta"
         assert one(text, n_keywords=0).text == "last: delta\nbefore: beta gamma"
+
+    def test_lines_are_written_in_the_order_asked_for(self) -> None:
+        text = "alpha beta gamma delta"
+        order = ["about", "before", "last"]
+        assert one(text, n_keywords=1, lines=order).text == "about: alpha\nbefore: beta gamma\nlast: delta"
+        assert one(text, lines=["before", "last"]).text == "before: beta gamma\nlast: delta"
+        ends = one(text, n_keywords=1, n_before=1, lines=["last", "about", "ends"])
+        assert ends.text == "last: delta\nabout: alpha\nends: gamma delta"
+        assert one(text, lines=["last"]).text is None, "one line is too few"
+
+    @pytest.mark.parametrize(
+        ("text", "ending"),
+        [
+            ("alpha beta\n   ", "last: newline\nbefore: alpha beta"),
+            ("alpha beta  ", "last: space\nbefore: alpha beta"),
+            ("alpha beta", "last: beta\nbefore: alpha"),
+            (" \n", None),
+        ],
+    )
+    def test_space_at_the_end_is_a_word_where_that_is_asked_for(self, text: str, ending: str | None) -> None:
+        assert one(text, n_keywords=0, final_space=True).text == ending
+        assert one(text, n_keywords=0).text == (ending and "last: beta\nbefore: alpha")
+
+    @pytest.mark.parametrize(
+        ("text", "lines"),
+        [
+            ("exit = type(manager).", ["last: ).", "before: ( manager", "ends: (manager)."]),
+            ("it is __del__\n  ", ["last: newline", "before: del __", "ends: del__ newline"]),
+            ("a 3.14", ["last: 14", "before: 3 .", "ends: 3.14"]),
+        ],
+    )
+    def test_pieces_are_what_a_tokenizer_takes_apart(self, text: str, lines: list[str]) -> None:
+        names = ["last", "before", "ends"]
+        assert one(text, lines=names, pieces=True, final_space=True).text == "\n".join(lines)
+
+    def test_the_summary_says_which_lines_are_written(self) -> None:
+        summary = make_provider("keywords", n_keywords=1, n_before=1, lines=["about", "ends"], pieces=True).summary()
+        assert summary["max_tokens"] == 3
+        assert summary["instruction_prompt"].startswith("the 1 words of four letters or more")
+        assert summary["instruction_prompt"].endswith("; the last 2 pieces")
 
     def test_max_words_looks_at_the_last_words_only(self) -> None:
         text = "ocean ocean ocean desert storm"

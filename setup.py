@@ -46,7 +46,6 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
-            "filelock",
             "hypothesis",
             "ruff",
             "mypy",

@@ -68,7 +68,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Where the time went: seconds of set-up, tests and tear-down of each folder, and of the slowest files."""
+    """Where the time went: seconds of set-up, tests and tear-down of each folder, and of the slowest files.
+
+    Those of several workers are added up.
+    """
     folders, files = Counter[str](), Counter[str]()
     for report in (one for kind in terminalreporter.stats.values() for one in kind if hasattr(one, "duration")):
         file = report.nodeid.partition("::")[0]

@@ -19,7 +19,7 @@ from nla_megatron.parallel.collectives import barrier
 from nla_megatron.parallel.world import World, initialise
 from nla_megatron.training.clock import PhaseClock
 from nla_megatron.training.rl import RlTrainer, check
-from tests.support.credited import RUNS, STEPS, WrittenSampler, out_of, overrides, write_files
+from tests.support.credited import RUNS, SPREAD, STEPS, WrittenSampler, out_of, overrides, write_files
 
 
 def trained(config: Any, world: World, out: Path) -> list[dict[str, float]]:
@@ -44,7 +44,7 @@ def main(result: str, scratch: str, layout: str) -> None:
     if world.is_main and not (folder / "prompts.jsonl").exists():
         write_files(folder)
     barrier(world)
-    for case, task in RUNS:
+    for case, task in RUNS if layout == "single" else [run for run, where in SPREAD if where == layout]:
         print(f"{task}: {case}", flush=True)
         config, out = compose("rl", overrides(folder, layout, case, task)), out_of(folder, layout, case, task)
         found[f"{case} {task}"] = trained(config, world, out)

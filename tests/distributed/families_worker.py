@@ -32,6 +32,7 @@ from nla_megatron.training.checkpoint import save_sharded
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.module import TrainModule
 from nla_megatron.types import Microbatch, ModelShape
+from tests.support.covering import chosen
 from tests.support.families import MIXTURES, MODELS, family_model
 
 ROWS, LENGTH, BLOCKS = 2, 14, 3
@@ -79,11 +80,32 @@ RESHARDED = {"gemma2": ("tp2 pp2", "pp2 vpp2"), "qwen3-moe": ("pp2 ep2", "tp4 ep
 """Saved in megatron-core's distributed format on the first layout, loaded on the second."""
 
 
-def layouts_of(name: str) -> list[str]:
+def possible_layouts_of(name: str) -> list[str]:
     if name in VARIANTS:
         return ["tp1", "tp4", "tp2 pp2", *(["ep2"] if name in MIXTURES else [])]
     dense = [*PLAIN, *(SPECIAL if name in THOROUGH else ())]
     return [*dense, *EXPERT, *(SPECIAL_EXPERT if name in THOROUGH else ())] if name in MIXTURES else dense
+
+
+def _factors(run: tuple[str, str]) -> tuple[object, ...]:
+    sizes = LAYOUTS[run[1]]
+    return (run[0], *(sizes.get(axis, 1) for axis in ("tp", "pp", "ep", "vpp")), "etp" in sizes, "stages" in sizes)
+
+
+RUNS = chosen(
+    [(name, layout) for name in MODELS for layout in possible_layouts_of(name)],
+    _factors,
+    [
+        *((name, "tp2 pp2") for name in MODELS),
+        *TRAINED,
+        *((name, layout) for name, layouts in RESHARDED.items() for layout in layouts),
+    ],
+)
+"""Families and layouts of four ranks; each family computes what transformers does on one of them at least."""
+
+
+def layouts_of(name: str) -> list[str]:
+    return [layout for one, layout in RUNS if one == name]
 
 
 def wide_layouts_of(name: str) -> list[str]:

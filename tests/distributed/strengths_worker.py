@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.losses import cross_entropy
 from nla_megatron.training.strengths import StrengthPolicy
 from tests.support import strengths as by_hand
+from tests.support.covering import chosen
 from tests.support.strengths import CASES, LENGTHS, PROMPTS
 
 LAYOUTS = {
@@ -29,15 +31,25 @@ LAYOUTS = {
     "tp2 pp2 sequence parallel recomputed": ParallelConfig(tp=2, pp=2, sequence_parallel=True, recompute="full"),
     "pp2 vpp2 dp2": ParallelConfig(pp=2, vpp=2),
 }
+WATCHED = ("tp2 pp2", "layers")
+
+
+def _factors(run: tuple[str, str]) -> tuple[object, ...]:
+    layout = LAYOUTS[run[0]]
+    return (run[1], layout.tp, layout.pp, layout.vpp, layout.sequence_parallel, layout.recompute)
+
+
+RUNS = chosen(product(LAYOUTS, CASES), _factors, [WATCHED])
+"""Layouts, and what is predicted on them."""
 LEARNING = OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant", clip_grad=1.0)
 
 
-def on_layout(world: World, directory: Path, sae: Path) -> dict[str, Any]:
+def on_layout(name: str, world: World, directory: Path, sae: Path) -> dict[str, Any]:
     """Of every case: log-probs, gradients and whether all ranks have the same; what changed of the model."""
     out: dict[str, Any] = {}
     batch = by_hand.batch()
     loss = cross_entropy(float(batch.fields["mask"].sum()))
-    for case in CASES:
+    for case in (case for layout, case in RUNS if layout == name):
         policy = by_hand.policy_of(case, directory, sae, world)
         before = by_hand.checksum(policy)
         logprobs = policy.rows(batch, response_logprobs(1.0), max(LENGTHS))
@@ -91,7 +103,7 @@ def main(result: str, scratch: str) -> None:
             by_hand.prepare(Path(scratch))
         barrier(world)
         directory, sae = Path(scratch) / "model", Path(scratch) / "sae"
-        found[name] = on_layout(world, directory, sae)
+        found[name] = on_layout(name, world, directory, sae)
         policy = learning(world, directory, sae)
         checkpoints = Checkpoints(Path(scratch) / "run", "rl", world, keep=2)
         if name == "dp4":
@@ -105,12 +117,14 @@ def main(result: str, scratch: str) -> None:
     if world.is_main:
         reference = by_hand.ByHand(directory, sae)
         out: dict[str, Any] = {
-            name: {case: compare(numbers[case], reference, case) for case in CASES} for name, numbers in found.items()
+            name: {case: compare(each, reference, case) for case, each in numbers.items()}
+            for name, numbers in found.items()
         }
         out["resumed"] = resumed
-        wrong = {**found["tp2 pp2"]["layers"]}
+        layout, case = WATCHED
+        wrong = {**found[layout][case]}
         wrong["weights"] = {name: values * 1.01 for name, values in wrong["weights"].items()}
-        out["wrong weights"] = compare(wrong, reference, "layers")
+        out["wrong weights"] = compare(wrong, reference, case)
         Path(result).write_text(json.dumps(out, indent=1))
     barrier(world)
 

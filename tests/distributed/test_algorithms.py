@@ -1,4 +1,4 @@
-"""Every algorithm preset gives the numbers of one process at TP 2 and at PP 2, on plain text and on activations.
+"""Every algorithm preset gives the numbers of one process at TP 2 and at PP 2, on plain text or on activations.
 
 All of `rl`'s trainer runs: rewards, AR, critic, reference, greedy baseline, minibatches. Only vLLM is left out: the
 same responses are written on every layout, whatever the policy learns. `tests/end_to_end/test_rl_layouts.py` has it in.
@@ -19,13 +19,14 @@ from torch import Tensor
 from nla_megatron.config.compose import compose
 from nla_megatron.config.schema import AlgorithmConfig
 from nla_megatron.conversion.projections import PROJECTION_FILE
-from tests.support.credited import CASES, LAYOUTS, PROJECTED, RUNS, SAMPLES, TASKS, out_of, overrides
+from tests.support.credited import CASES, LAYOUTS, PROJECTED, RUNS, SAMPLES, SPREAD, TASKS, out_of, overrides
 from tests.support.ranks import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 Found = dict[str, list[dict[str, float]]]
 WEIGHTS = {"lexical": ("hf",), "nla": ("av", "ar")}
 """Where a run's directory has the weights that learned, the policy's first."""
+spread_run = pytest.mark.parametrize(("run", "layout"), SPREAD)
 every_run = pytest.mark.parametrize(("case", "task"), RUNS)
 every_task = pytest.mark.parametrize("task", TASKS)
 
@@ -41,15 +42,13 @@ def alone(folder: Path) -> Any:
     return torchrun("algorithms_worker", LAYOUTS["single"], str(folder), "single", timeout=700)
 
 
-@pytest.fixture(scope="module", params=[layout for layout in LAYOUTS if layout != "single"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
-def spread(alone: Found, folder: Path, layout: str) -> Any:
-    """The same on several ranks; the files that they read are those of the process alone."""
-    return torchrun("algorithms_worker", LAYOUTS[layout], str(folder), layout, timeout=700)
+def spread(alone: Found, folder: Path) -> dict[str, Found]:
+    """The same on several ranks, by layout; the files that they read are those of the process alone."""
+    return {
+        layout: torchrun("algorithms_worker", LAYOUTS[layout], str(folder), layout, timeout=700)
+        for layout in dict.fromkeys(layout for _, layout in SPREAD)
+    }
 
 
 @cache
@@ -80,29 +79,31 @@ def algorithm_of(folder: Path, case: str, task: str) -> AlgorithmConfig:
     return config
 
 
-@every_run
-def test_steps_have_the_numbers_of_a_single_process(alone: Found, spread: Found, case: str, task: str) -> None:
-    for one, other in zip(alone[f"{case} {task}"], spread[f"{case} {task}"], strict=True):
+@spread_run
+def test_steps_have_the_numbers_of_a_single_process(
+    alone: Found, spread: dict[str, Found], run: tuple[str, str], layout: str
+) -> None:
+    for one, other in zip(alone[" ".join(run)], spread[layout][" ".join(run)], strict=True):
         assert set(one) == set(other)
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
 
 
-@every_run
+@spread_run
 def test_weights_are_those_of_a_single_process(
-    alone: Found, spread: Found, folder: Path, layout: str, case: str, task: str
+    spread: dict[str, Found], folder: Path, run: tuple[str, str], layout: str
 ) -> None:
     # Adam's first steps have the gradient's sign alone; a gradient that is rounding may go either way by a step's size.
     # Here no element was further off than 1e-4.
-    assert off(weights(folder, layout, case, task), weights(folder, "single", case, task)) <= 1e-3
+    assert off(weights(folder, layout, *run), weights(folder, "single", *run)) <= 1e-3
 
 
-@every_run
+@spread_run
 def test_the_next_steps_credit_is_that_of_a_single_process(
-    alone: Found, spread: Found, folder: Path, layout: str, case: str, task: str
+    spread: dict[str, Found], folder: Path, run: tuple[str, str], layout: str
 ) -> None:
     """Rewards, log-probs of policy and reference, values, returns and advantages, token by token."""
-    one, other = (tensors(out_of(folder, name, case, task) / "sampled.safetensors") for name in ("single", layout))
+    one, other = (tensors(out_of(folder, name, *run) / "sampled.safetensors") for name in ("single", layout))
     assert set(one) == set(other)
     for name, values in one.items():
         assert torch.allclose(other[name].double(), values.double(), rtol=2e-4, atol=1e-4), name

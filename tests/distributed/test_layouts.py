@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.layouts_worker import EVEN, KEYS
 from tests.support.ranks import torchrun
-
-EVEN = [f"{name} tp{tp} pp{pp}" for name in ("tied", "untied") for tp in (1, 2) for pp in (1, 2)]
-# Of the AV's 5 blocks the first stage has 1, and 1 of the AR's 3.
-LAYOUTS = [*EVEN, *(f"untied tp{tp} pp2 uneven" for tp in (1, 2))]
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +15,22 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torchrun("layouts_worker", 4, str(tmp_path_factory.mktemp("layouts")))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KEYS)
 def test_import_then_export_is_bit_exact(found: Any, layout: str) -> None:
     assert found[layout]["exact"] is True
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KEYS)
 def test_injected_logprobs_equal_a_hooked_transformers_model(found: Any, layout: str) -> None:
     assert found[layout]["logprob"] <= 2e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KEYS)
 def test_reconstructions_are_the_hidden_states_of_transformers(found: Any, layout: str) -> None:
     assert found[layout]["error"] <= 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KEYS)
 def test_updates_equal_adamw_on_transformers(found: Any, layout: str) -> None:
     assert found[layout]["loss"] <= 2e-5
     assert found[layout]["norm"] <= 1e-4
@@ -41,7 +38,7 @@ def test_updates_equal_adamw_on_transformers(found: Any, layout: str) -> None:
     assert found[layout]["weight"] <= 1e-4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", KEYS)
 def test_the_ar_learns_alike_on_every_layout(found: Any, layout: str) -> None:
     single = found[f"{layout.split()[0]} tp1 pp1"]
     assert found[layout]["ar_losses"] == pytest.approx(single["ar_losses"], rel=2e-5)

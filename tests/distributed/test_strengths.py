@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.strengths_worker import LAYOUTS, RUNS
 from tests.support.ranks import torchrun
-from tests.support.strengths import CASES
-
-LAYOUTS = ("dp4", "tp2 dp2", "pp2 dp2", "tp2 pp2", "tp2 pp2 recomputed", "tp2 pp2 sequence parallel recomputed")
-LAYOUTS += ("pp2 vpp2 dp2",)
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +15,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return torchrun("strengths_worker", 4, str(tmp_path_factory.mktemp("strengths")))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("layout", "case"), RUNS)
 def test_logprobs_and_the_predictors_gradient_equal_a_hooked_transformers_model(
     found: Any, layout: str, case: str
 ) -> None:
@@ -34,7 +30,7 @@ def test_other_weights_would_be_seen(found: Any) -> None:
     assert found["wrong weights"]["gradient"] > 1e-3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "dp4"])
 def test_a_checkpoint_of_one_layout_goes_on_alike_on_another(found: Any, layout: str) -> None:
     straight = found["resumed"]["straight"]
     assert found["resumed"][layout] == pytest.approx(straight[2:], rel=1e-5)

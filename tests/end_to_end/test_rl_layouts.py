@@ -11,15 +11,10 @@ from safetensors.torch import load_file
 
 from tests.support.ranks import command
 from tests.support.recorded import record
+from tests.support.spread import layouts_of
 
 STEPS, PROMPTS, SAMPLES, SEED = 2, 3, 4, 5
-LAYOUTS = {
-    "single": [],
-    "tp2": ["parallel=tp2", "rollout=tp2"],
-    "pp2": ["parallel=pp2", "rollout=tp2"],
-    "dp2": ["parallel=dp2", "rollout=single"],
-    "tp2pp2": ["parallel=tp2pp2", "rollout=tp2"],
-}
+LAYOUTS = {"single": [], **layouts_of("nla")}
 COMPARED = (
     "reward",
     "batch_fve",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from nla_megatron.errors import NlaError
 from tests.support.ranks import command
+from tests.support.spread import layouts_of
 from tests.support.tiny import tiny_model
 
 PROMPTS, SAMPLES = 2, 3
@@ -89,14 +90,18 @@ def test_a_resumed_run_ends_where_the_straight_one_does(model: Path, straight: P
     assert all(bool((resumed[name] == whole[name]).all()) for name in whole)
 
 
-@pytest.mark.parametrize(
-    "layout", [["parallel=tp2", "rollout=tp2"], ["parallel=pp2", "rollout=tp2"]], ids=["tp2", "pp2"]
-)
-def test_layouts_give_the_numbers_of_one_process(
-    model: Path, straight: Path, tmp_path: Path, layout: list[str]
-) -> None:
+@pytest.mark.parametrize("layout", layouts_of("lexical"))
+def test_layouts_give_the_numbers_of_one_process(model: Path, straight: Path, tmp_path: Path, layout: str) -> None:
     out = tmp_path / "rl"
-    train(model, out, *LEXICAL, "steps=2", f"rollout.replay={straight}", "rollout.record=false", *layout)
+    train(
+        model,
+        out,
+        *LEXICAL,
+        "steps=2",
+        f"rollout.replay={straight}",
+        "rollout.record=false",
+        *layouts_of("lexical")[layout],
+    )
     for alone, spread in zip(metrics(straight), metrics(out), strict=True):
         assert spread["reward"] == pytest.approx(alone["reward"], rel=1e-5)
         assert spread["logprob_gap_max"] <= 1e-3

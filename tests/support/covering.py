@@ -17,7 +17,7 @@ WHOLE = "NLA_MEGATRON_WHOLE_PRODUCTS"
 """Set where whole products are wanted; processes that tests start inherit it."""
 
 
-def covering(product: Iterable[Case], factors: Factors[Case]) -> list[Case]:
+def covering(product: Iterable[Case], factors: Factors[Case], given: Iterable[Case] = ()) -> list[Case]:
     """Of the cases that there are, as few as a greedy choice needs for each pair of values that occurs in any.
 
     Combinations that make no sense are left out of `product`. The choice is the same every time, in the product's
@@ -25,10 +25,12 @@ def covering(product: Iterable[Case], factors: Factors[Case]) -> list[Case]:
 
     Args:
         factors: the values of a case, as many for each.
+        given: cases of the product that are wanted whatever else is.
     """
     cases = list(product)
     pairs = [set(combinations(enumerate(factors(case)), 2)) for case in cases]
-    missing, chosen = set[object]().union(*pairs), set[int]()
+    chosen = {cases.index(case) for case in given}
+    missing = set[object]().union(*pairs).difference(*(pairs[index] for index in chosen))
     while missing:
         best = max(range(len(cases)), key=lambda index: len(pairs[index] & missing))
         chosen.add(best)
@@ -36,6 +38,6 @@ def covering(product: Iterable[Case], factors: Factors[Case]) -> list[Case]:
     return [cases[index] for index in sorted(chosen)]
 
 
-def chosen(product: Iterable[Case], factors: Factors[Case]) -> list[Case]:
+def chosen(product: Iterable[Case], factors: Factors[Case], given: Iterable[Case] = ()) -> list[Case]:
     """`covering`, or everything where whole products are wanted."""
-    return list(product) if WHOLE in os.environ else covering(product, factors)
+    return list(product) if WHOLE in os.environ else covering(product, factors, given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nla_megatron.conversion.projections import write_projections
 from nla_megatron.interventions.projection import Projection
 from nla_megatron.rollout.requests import PromptRequest, Vectors
 from nla_megatron.types import InjectionCount, Rollout, RolloutBatch
+from tests.support.covering import chosen
 from tests.support.tiny import INJECTION, LAYER, SHAPE, tiny_model, tiny_model_sidecar, tiny_table
 
 STEPS, PROMPTS, SAMPLES, ROWS = 3, 4, 3, 48
@@ -43,6 +45,8 @@ PROJECTED = {"ppo projected": ("algorithm=ppo",)}
 RUNS = tuple((case, task) for task in TASKS for case in CASES if task == "lexical" or case not in SEVERAL)
 """What a ratio is made of does not depend on the task."""
 RUNS += tuple((case, "nla") for case in PROJECTED)
+SPREAD = chosen(product(RUNS, [layout for layout in LAYOUTS if layout != "single"]), lambda run: (*run[0], run[1]))
+"""Runs, and the layouts of several ranks on which they are repeated."""
 PROJECT = InjectionSpec("project", 1, 1.0, None, ProjectionSpec("norm_add", 2))
 _WORDS = "a token of the class is not an object but any other name that its value may have in this block".split()
 

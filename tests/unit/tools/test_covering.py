@@ -31,6 +31,12 @@ def test_pairs_of_what_is_possible_are_met_and_nothing_else_is_tried(possible: s
     assert few == [case for case in cases if case in few] == covering(cases, tuple)
 
 
+def test_what_is_given_is_chosen_and_its_pairs_are_not_looked_for_again() -> None:
+    given = [("d", 3, False, "y"), ("a", 1, True, "x")]
+    few = covering(CUBE, tuple, given)
+    assert set(given) <= set(few) and pairs(few) == pairs(CUBE) and len(few) <= 15
+
+
 def test_of_two_factors_everything_is_needed() -> None:
     square = [*product("abc", (1, 2))]
     assert covering(square, tuple) == square

@@ -291,6 +291,13 @@ def _refusals(name: Name, key: str) -> Iterator[None]:
     # The client's other refusals, and those of the HTTP library that it was built on, whichever that is.
     except (errors.HTTPError, OSError) as error:
         raise MissingFile(f"{cannot}: {str(error).splitlines()[0]}", expected, elsewhere) from error
+    # A proxy's page, or another service, in place of the hub's answer: the client takes it apart all the same.
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = f"{cannot}: {constants.ENDPOINT} answers what is none of the hub's ({type(error).__name__}: {error})"
+        remedy = (
+            f"look what answers there (a proxy, HF_ENDPOINT); set HF_HUB_OFFLINE=1 to use the cache, or {elsewhere}"
+        )
+        raise MissingFile(found, expected, remedy) from error
 
 
 def _why(error: BaseException) -> str:

@@ -29,8 +29,14 @@ def cached(home: Path, repository: str, files: Mapping[str, bytes], kind: str = 
 
 
 @contextmanager
-def served(repositories: Mapping[str, Mapping[str, bytes]], gated: tuple[str, ...] = ()) -> Iterator[str]:
-    """The address of a hub with these files by repository, as `models/owner/name`; of `gated` ones it gives none."""
+def served(
+    repositories: Mapping[str, Mapping[str, bytes]], gated: tuple[str, ...] = (), instead: bytes | None = None
+) -> Iterator[str]:
+    """The address of a hub with these files by repository, as `models/owner/name`; of `gated` ones it gives none.
+
+    Args:
+        instead: what a proxy answers to whatever is asked.
+    """
 
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -41,6 +47,8 @@ def served(repositories: Mapping[str, Mapping[str, bytes]], gated: tuple[str, ..
 
         def answer(self) -> None:
             path = self.path.partition("?")[0].strip("/")
+            if instead is not None:
+                return self.send(200, instead)
             for repository, files in repositories.items():
                 place = repository.removeprefix("models/")
                 if path in (f"api/{repository}", *(f"api/{repository}/revision/{one}" for one in ("main", COMMIT))):

@@ -122,6 +122,14 @@ def test_a_hub_that_cannot_be_reached_is_named_and_a_cache_serves_without_it(tmp
         assert one[0] == "MissingFile" and "no/such cannot be fetched" in one[1] and "hf download no/such" in one[3]
 
 
+@pytest.mark.parametrize("page", [b"<html>Log in to this network</html>", b'{"status": "ok"}', b"[1]", b""])
+def test_what_answers_in_place_of_a_hub_is_named(page: bytes, tmp_path: Path) -> None:
+    with served({}, instead=page) as address:
+        found = answers([("model", "some/model"), ("data", "some/data")], tmp_path, HF_ENDPOINT=address)
+    for one in found:
+        assert one[0] == "MissingFile" and "cannot be fetched" in one[1] and "HF_HUB_OFFLINE" in one[3]
+
+
 def test_a_place_in_the_cache_is_the_same_commit_wherever_the_cache_is(tmp_path: Path) -> None:
     one, other = (cached(tmp_path / home, "a/b", MODEL) for home in ("one", "other"))
     newer = cached(tmp_path / "one", "a/b", MODEL, commit="f" * 40)

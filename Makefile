@@ -1,4 +1,5 @@
 # make demo   install what is missing, run the whole loop, print where the report is   (OUT=runs/demo)
+# make demo-real   the same on a model that was really pretrained: two to three hours on two idle cores   (OUT=runs/demo-real)
 # make test   install what is missing, run the tests but for the slow ones
 # make test-slow  the slow ones: more layouts, Slurm (from Debian, where this may install it), sweeps
 # make check  style, formatting, types
@@ -7,9 +8,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OUT ?= runs/demo
+OUT ?= runs/$@
 
-.PHONY: setup demo test test-slow slurm check clean
+.PHONY: setup demo demo-real test test-slow slurm check clean
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -25,6 +26,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/nla-megatron demo out=$(OUT)
+
+demo-real: $(STAMP)
+	$(BIN)/nla-megatron demo scale=real out=$(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

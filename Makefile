@@ -1,4 +1,5 @@
 # make demo   install what is missing, run the whole loop, print where the report is   (OUT=runs/demo)
+# make demo-real   the same on a model that was really pretrained: two to three hours on two idle cores   (OUT=runs/demo-real)
 # make test   install what is missing, run the tests but for the slow ones, in as many workers as JOBS says
 # make test-slow  the slow ones: more layouts, Slurm (from Debian, where this may install it), sweeps
 # make test-full  all of them, with whole products of layouts, families and algorithms in place of their pairs
@@ -8,12 +9,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OUT ?= runs/demo
+OUT ?= runs/$@
 # Each takes up to 6 GiB: not as many as there are cores.
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-slow test-full slurm check clean
+.PHONY: setup demo demo-real test test-slow test-full slurm check clean
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -29,6 +30,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/nla-megatron demo out=$(OUT)
+
+demo-real: $(STAMP)
+	$(BIN)/nla-megatron demo scale=real out=$(OUT)
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"

@@ -23,6 +23,7 @@ LAST_WORDS, LAST_CHARACTERS = 6, 60
 SHOWN_KEYS = (
     *("run_name", "steps", "world", "seconds", "logprob_gap_max", "injected", "expected_injections"),
     *("fve_sft", "fve_rl", "fve_rl_ci95", "fve_gold_text", "fve_shuffled", "fve_gain", "fve_gain_ci95"),
+    *("fve_frozen_ar", "fve_frozen_ar_ci95", "fve_text_only"),
     *("fve_rl_in_sample", "fve_baseline", "fve_baseline_rows"),
 )
 STAGES = {"sft_av": "AV, supervised", "sft_ar": "AR, supervised", "rl": "RL", "pretrain": "Pre-training"}
@@ -125,6 +126,11 @@ def _fve_table(summary: Row) -> str:
         ("AV, vectors shuffled", summary.get("fve_shuffled"), None),
         ("Mean predictor", 0.0, None),
     )
+    others = (
+        ("AV after RL, read by the AR of SFT", summary.get("fve_frozen_ar"), summary.get("fve_frozen_ar_ci95")),
+        ("The context’s last words, quoted", summary.get("fve_text_only"), None),
+    )
+    rows = (*rows[:3], *(row for row in others if row[1] is not None), *rows[3:])
     low = max(-1.0, math.floor(10 * min(value for _, value, _ in rows if value is not None)) / 10)
     body = ""
     for name, value, bounds in rows:

@@ -204,6 +204,11 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
     rl = compose("rl", _overrides(config, rl_stage))
     evaluated = (before["injected"] + after["injected"], before["expected_injections"] + after["expected_injections"])
     return {
+        **(
+            {}
+            if config.model is None
+            else {"model": MODELS[config.model].title if config.model in MODELS else config.model}
+        ),
         "fve_sft": before["fve_av"],
         "fve_rl": after["fve_av"],
         "fve_rl_ci95": after["fve_av_ci95"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -48,6 +49,33 @@ def test_summary_holds_the_measured_figures(toy: Path) -> None:
     evaluated = json.loads((toy / "eval" / "eval.json").read_text())
     assert (summary["fve_rl"], summary["fve_shuffled"]) == (evaluated["fve_av"], evaluated["fve_shuffled"])
     assert evaluated["fve_mean_predictor"] == 0.0
+    assert (
+        summary["fve_frozen_ar"] == evaluated["fve_frozen_ar"] and summary["fve_text_only"] == evaluated["fve_quoted"]
+    )
+
+
+def test_the_frozen_ar_reads_the_texts_that_were_written_after_rl(toy: Path) -> None:
+    """It is the AR that RL began with: what it makes of the same texts is what an evaluation with it alone finds."""
+    found, rows = (json.loads((toy / "eval" / name).read_text()) for name in ("eval.json", "rows.json"))
+    done = command(
+        "eval", f"out={toy.parent / 'frozen'}", f"av={toy / 'rl' / 'av'}", f"ar={toy / 'sft_ar' / 'hf'}",
+        f"data={toy / 'build' / 'held_out.parquet'}", "rollout.max_new_tokens=8", "rows=16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = json.loads((toy.parent / "frozen" / "rows.json").read_text())
+    assert rows["mse_frozen_ar"] == pytest.approx(alone["mse_av"], abs=1e-5) and rows["mse_frozen_ar"] != rows["mse_av"]
+    assert found["fve_quoted"] != found["fve_gold"] and found["extraction_failed_quoted"] == 0
+
+
+def test_a_demo_of_a_model_that_is_there_trains_none(toy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a b=c,ü"
+    done = command("demo", f"out={out}", "scale=toy", f"model={toy / 'pretrain' / 'hf'}", "seed=1", timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "This is going to take about" in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert "pretrain" not in summary["seconds"] and not (out / "pretrain").exists() and not (out / "tokenizer").exists()
+    assert summary["model"] == str(toy / "pretrain" / "hf") and (out / "report.html").is_file()
+    assert read_model_sidecar(out / "rl" / "av").base_checkpoint.startswith(str(toy / "pretrain" / "hf"))
 
 
 def test_every_step_injected_what_it_should_and_sampler_and_trainer_agree(toy: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(
     ("content", "kind"),
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (gzip.compress(b"{}"), "gzip"),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
         ("{}".encode("utf-16"), "UTF-16"),
     ],
 )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from nla_megatron import __version__
 from nla_megatron.evaluation import told
@@ -119,7 +120,7 @@ def _gain(summary: Row) -> str:
 
 
 def _fve_table(summary: Row) -> str:
-    rows = (
+    rows: tuple[tuple[str, float | None, Any], ...] = (
         ("AV after RL", summary.get("fve_rl"), summary.get("fve_rl_ci95")),
         ("AV after SFT", summary.get("fve_sft"), None),
         ("Gold text", summary.get("fve_gold_text"), None),

@@ -6,14 +6,16 @@ engine that an external launcher starts: two runs on one machine would write int
 It draws a token for every request of a batch, also for those whose prompt is cut and goes on in the next one, and winds
 the generator of a seeded one back by an offset, which a CPU's generator does not have: the step would end there.
 
-It compiles the count of likelier tokens, one comparison and one sum, in every process anew. On a CPU that takes seconds
-and a C++ compiler, and saves less in hours of sampling.
+Where nothing is to be compiled, it still compiles small functions in every process anew: the count of likelier tokens,
+the mask of a rank's part of the vocabulary. On a CPU that takes seconds and a C++ compiler, and saves less in hours of
+sampling.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +38,25 @@ class IsolatedCpuWorker(InterveningWorker, CPUWorker):
         self.distributed_init_method = f"env://:{os.environ[SEGMENT_VARIABLE]}"
         return super().init_device()
 
-    def load_model(self, **options: Any) -> None:
-        super().load_model(**options)
-        self.model_runner.sampler.__class__ = _uncompiled(type(self.model_runner.sampler))
+    def execute_model(self, *given: Any, **named: Any) -> Any:
+        with self._as_written():
+            return super().execute_model(*given, **named)
+
+    def sample_tokens(self, *given: Any, **named: Any) -> Any:
+        with self._as_written():
+            return super().sample_tokens(*given, **named)
+
+    def compile_or_warm_up_model(self) -> Any:
+        with self._as_written():
+            return super().compile_or_warm_up_model()
+
+    def _as_written(self) -> AbstractContextManager[Any]:
+        """Inside, nothing is compiled where the engine is to run eagerly."""
+        eager = self.vllm_config.model_config.enforce_eager
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     def runner_class(self, base: Any) -> Any:
         return _rewinding(marking(base))
-
-
-def _uncompiled(base: Any) -> Any:
-    class UncompiledSampler(base):
-        """Counts the tokens that are likelier than the drawn one as it is written down."""
-
-        @staticmethod
-        def gather_logprobs(*given: Any, **named: Any) -> Any:
-            with torch.compiler.set_stance("force_eager"):
-                return base.gather_logprobs(*given, **named)
-
-    return UncompiledSampler
 
 
 def _rewinding(base: Any) -> Any:

@@ -37,7 +37,9 @@ from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
 POSITION, EOS, GROUPS = 4, 2, 4
-CONFIG = RolloutConfig(max_new_tokens=10, max_num_seqs=8, kv_block_size=32, max_model_len=128, lora="adapter")
+CONFIG = RolloutConfig(
+    max_new_tokens=10, max_num_seqs=8, kv_block_size=32, max_model_len=128, lora="adapter", cpu_kv_cache_gib=0.1
+)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "first": {
         "r": 4, "lora_alpha": 8,

@@ -22,7 +22,7 @@ def main(scratch: str) -> None:
     if world.is_main:
         tiny_model(directory, num_layers=2)
     barrier(world)
-    config = RolloutConfig(tp=2, max_new_tokens=4, max_num_seqs=2, max_model_len=64)
+    config = RolloutConfig(tp=2, max_new_tokens=4, max_num_seqs=2, max_model_len=64, cpu_kv_cache_gib=0.1)
     engine = Engine(str(directory), read_shape(directory), config, Intervention(0), world, 2, 0)
 
     def fails(*streams: Any) -> None:

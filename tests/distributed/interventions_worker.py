@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from nla_megatron.training.checkpoint import Checkpoints
 from nla_megatron.training.losses import cross_entropy, reconstruction
 from nla_megatron.training.module import TrainModule
 from tests.support import hooked
+from tests.support.covering import chosen
 from tests.support.refusals import named
 from tests.support.tiny import tiny_model
 
@@ -89,6 +91,24 @@ SEVERAL, OTHERS = (len(NAMES), len(NAMES) + 1), (len(NAMES) + 2, len(NAMES) + 3)
 CASES |= {"all": tuple(range(len(NAMES))), "none": (), "several vectors": (0, *SEVERAL), "one to three": (0, *OTHERS)}
 FEWER = ("replace", "add", "project", "global", "all", "several vectors", "one to three")
 """Where chunks or shards are new and the modes are not."""
+
+
+def _factors(run: tuple[str, str]) -> tuple[object, ...]:
+    layout = LAYOUTS[run[0]]
+    return (run[1], layout.recompute, layout.vpp, layout.sequence_parallel)
+
+
+RUNS = chosen(
+    [
+        (layout, case)
+        for layout, sizes in LAYOUTS.items()
+        for case in CASES
+        if case in FEWER or (sizes.vpp == 1 and not sizes.sequence_parallel)
+    ],
+    _factors,
+    [("tp2 pp2", case) for case in CASES],
+)
+"""Layouts, and what intervenes on them."""
 
 
 class Reference:
@@ -245,16 +265,13 @@ class InFlight:
         self.most = max(self.most, self.now)
 
 
-def on_layout(directory: Path, sae: Path, world: World, reference: Reference) -> dict[str, Any]:
+def on_layout(layout: str, directory: Path, sae: Path, world: World, reference: Reference) -> dict[str, Any]:
     """Log-probs and gradients of every case, and of three updates with all interventions."""
     module, width = module_of(directory, world, interventions(sae)), max(LENGTHS)
     out: dict[str, Any] = {}
     counter = InFlight(module)
-    simple = world.vpp == 1 and not world.sequence_parallel
-    for name, only in CASES.items():
-        if not simple and name not in FEWER:
-            continue
-        batch = batch_of(reference, only)
+    for name in (case for where, case in RUNS if where == layout):
+        batch = batch_of(reference, CASES[name])
         logprobs = module.rows(batch, response_logprobs(1.0), width)
         counter.now = 0
         out[name] = (logprobs, gradients(module, batch, world))
@@ -304,10 +321,12 @@ def faults(directory: Path, scratch: Path, world: World, reference: Reference) -
     wide = {"vectors": lambda rows: np.ones((len(rows), 7), np.float32)}
     nan = {"vectors": lambda rows: np.full((len(rows), 64), np.nan, np.float32)}
 
-    def build(*wanted: Intervention) -> TrainModule:
-        return module_of(directory, world, wanted)
+    @cache
+    def build(wanted: Intervention) -> TrainModule:
+        return module_of(directory, world, [wanted])
 
     def run(wanted: Intervention, **options: Any) -> str:
+        """What one model says to one batch after another: a refusal leaves nothing behind."""
         batch = Batch(**{**vars(batch_of(reference, (0,))), "only": None, "strengths": None, **options})
         module = build(wanted)
         return named(lambda: module.rows(batch, response_logprobs(1.0), max(LENGTHS)))
@@ -356,7 +375,7 @@ def main(result: str, scratch: str) -> None:
         if name in PROJECTED:
             out[f"projecting {name}"] = projecting(directory, Path(scratch), name, world, reference)
         if name in LAYOUTS:
-            found[name] = on_layout(directory, sae, world, reference)
+            found[name] = on_layout(name, directory, sae, world, reference)
         if name == "tp2 pp2":
             out["faults"] = gather_objects(faults(directory, Path(scratch), world, reference), world)
         parallel_state.destroy_model_parallel()

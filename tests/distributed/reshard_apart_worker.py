@@ -32,7 +32,7 @@ def main(result: str, scratch: str) -> None:
     full = {name: tensor * 0.1 for name, tensor in tensors(shape).items()}
     other = {name: tensor * -0.07 for name, tensor in tensors(shape).items()}
     part = part_of(world, (TRAINERS, SAMPLERS))
-    config = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16)
+    config = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16, cpu_kv_cache_gib=0.1)
     engine, found = None, dict[str, Any]()
     if world.rank in SAMPLERS:
         engine = Engine(str(directory), shape, config, Intervention(1), part, 2, 0)

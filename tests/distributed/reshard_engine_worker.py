@@ -144,7 +144,7 @@ def in_a_running_engine(scratch: Path) -> dict[str, Any]:
         tiny_model(directory)
     barrier(world)
     shape = read_shape(directory)
-    rollout = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16)
+    rollout = RolloutConfig(tp=2, max_new_tokens=12, max_num_batched_tokens=512, max_num_seqs=16, cpu_kv_cache_gib=0.1)
     Transforms.register()
     engine = Engine(str(directory), shape, rollout, InterventionConfig("norm_add", 1, 1.0), world, 2, 0)
     full = {name: tensor * 0.1 for name, tensor in tensors(shape).items()}

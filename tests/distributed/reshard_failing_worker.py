@@ -33,7 +33,7 @@ def main(scratch: str, how: str) -> None:
         tiny_model(directory)
     barrier(world)
     shape = read_shape(directory)
-    config = RolloutConfig(tp=2, max_new_tokens=4, max_num_seqs=2, max_model_len=64)
+    config = RolloutConfig(tp=2, max_new_tokens=4, max_num_seqs=2, max_model_len=64, cpu_kv_cache_gib=0.1)
     engine = Engine(str(directory), shape, config, Intervention(0), world, 2, 0)
     resharder = Resharder(build_verbalizer(shape, world, "float32"), shape, engine.llm, shape, world, STAGING)
     # A load that nothing goes wrong in comes first, so that what fails is a later step's.

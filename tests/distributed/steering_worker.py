@@ -50,7 +50,7 @@ def config_of(scratch: Path) -> RlConfig:
         reward=RewardConfig(terms={"planted": {"term": "tests.support.planted:share_of_class"}}),
         optim=OptimConfig(lr=3e-3, warmup_steps=0, schedule="constant"), eval_every=STEPS, eval_rows=16,
         algorithm=AlgorithmConfig(kl_coef=0.001),
-        rollout=RolloutConfig(max_new_tokens=12, max_model_len=128, max_num_seqs=32),
+        rollout=RolloutConfig(max_new_tokens=12, max_model_len=128, max_num_seqs=32, cpu_kv_cache_gib=0.1),
     )  # fmt: skip
 
 

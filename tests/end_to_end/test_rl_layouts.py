@@ -55,6 +55,7 @@ def runs(toy: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) ->
             f"samples_per_prompt={SAMPLES}",
             "micro_batch_size=2",
             "rollout.max_new_tokens=64",
+            "rollout.cpu_kv_cache_gib=0.1",
             "optim.lr=1e-3",
             "optim.warmup_steps=0",
             "ar_optim.lr=1e-3",

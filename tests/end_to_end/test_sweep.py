@@ -18,14 +18,21 @@ from nla_megatron.contract.sidecar import read_model_sidecar
 from tests.support.ranks import command, command_line, start
 
 pytestmark = pytest.mark.slow
-EVAL = ("eval.rows=16", "eval.rollout.max_new_tokens=8", "eval.bootstrap=20", "eval.examples=2")
+EVAL = (
+    "eval.rows=16",
+    "eval.rollout.max_new_tokens=8",
+    "eval.rollout.cpu_kv_cache_gib=0.1",
+    "eval.bootstrap=20",
+    "eval.examples=2",
+)
 
 
 def rl_words(toy: Path, out: Path, *extra: str) -> list[str]:
     return [
         f"av={toy / 'sft_av' / 'hf'}", f"ar={toy / 'sft_ar' / 'hf'}", f"data={toy / 'build' / 'rl.parquet'}",
         f"held_out={toy / 'build' / 'held_out.parquet'}", f"out={out}", "rollout.max_new_tokens=8", "steps=2",
-        "batch_size=2", "samples_per_prompt=2", "micro_batch_size=2", "optim.lr=1e-2", "optim.weight_decay=10", *extra,
+        "rollout.cpu_kv_cache_gib=0.1", "batch_size=2", "samples_per_prompt=2", "micro_batch_size=2", "optim.lr=1e-2",
+        "optim.weight_decay=10", *extra,
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import logging
@@ -21,6 +22,7 @@ Entry = Callable[[Sequence[str]], int]
 
 PRELOAD, PRELOAD_TRAINING = "nla_megatron.launch.preload", "nla_megatron.launch.preload_training"
 _LAST_WORDS_SECONDS = 2.0
+_PR_SET_PDEATHSIG = 1  # of prctl, which Linux alone has
 
 
 def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[str]) -> int:
@@ -51,8 +53,9 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
         pids: list[int] = []
         try:
             ranks = start_processes(
-                _rank, (entry, argv, processes, port), processes, join=False, start_method="fork" if forks else "spawn"
-            )
+                _rank, (entry, argv, processes, port, os.getpid()), processes, join=False,
+                start_method="fork" if forks else "spawn",
+            )  # fmt: skip
             pids += ranks.pids()
             # The store lives here, so that it outlives every rank; its threads start after the forks.
             store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
@@ -66,7 +69,18 @@ def launch(entry: Entry, argv: Sequence[str], processes: int, preload: Sequence[
     return 0
 
 
-def _rank(rank: int, entry: Entry, argv: Sequence[str], processes: int, port: int) -> None:
+def _end_with(launcher: int) -> None:
+    """From now on this process is killed when its launcher ends, even by SIGKILL.
+
+    Torch asks for SIGINT, which whatever a script has started in the background ignores.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it has ended already
+        os._exit(1)
+
+
+def _rank(rank: int, entry: Entry, argv: Sequence[str], processes: int, port: int, launcher: int) -> None:
+    _end_with(launcher)
     # A group of its own holds the rank and every helper it starts; the launcher ends them together.
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

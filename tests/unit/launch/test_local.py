@@ -90,3 +90,21 @@ def test_a_stopped_launcher_ends_its_ranks(tmp_path: Path, stop: signal.Signals)
     os.kill(child.process.pid, stop)
     assert child.wait(60).returncode != 0
     wait_until_gone(everybody)
+
+
+def launched_in_the_background(arguments: Sequence[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return launch(globals()[arguments[0]], arguments[1:], 2, [])
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """As a script starts it in the background, where SIGINT is ignored."""
+    child = start("all_stay", str(tmp_path), entry=launched_in_the_background)
+    ranks, helpers = pids(tmp_path)[:2], pids(tmp_path)[2:]
+    assert child.process.pid is not None
+    os.kill(child.process.pid, signal.SIGKILL)
+    try:
+        wait_until_gone(ranks)
+    finally:
+        for helper in helpers:  # a rank that is killed cannot end what it has started
+            os.kill(helper, signal.SIGKILL)

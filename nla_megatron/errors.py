@@ -81,6 +81,10 @@ class DamagedPackage(NlaError):
     """A package of the Python index holds something else than it should."""
 
 
+class MemoryShort(NlaError):
+    """There is no room in memory for what a command keeps there."""
+
+
 class ProviderError(NlaError):
     """Who was asked for explanations or judgements refused, or failed too often."""
 

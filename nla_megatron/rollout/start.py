@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nla_megatron.conversion.formats.config_file import settled_directory
-from nla_megatron.errors import ConfigError, LayoutError
+from nla_megatron.errors import ConfigError, LayoutError, MemoryShort
 from nla_megatron.interventions.spec import Intervention
 from nla_megatron.parallel.collectives import broadcast_object
 from nla_megatron.parallel.world import World
 from nla_megatron.rollout import adapter, plugin
 from nla_megatron.types import ModelShape
 
+_MEMORY = re.compile(r"memory.*(?:less than|kv cache)|kv cache.*memory", re.IGNORECASE)
 SEGMENT_VARIABLE = "NLA_MEGATRON_SEGMENTS"
 """Tells a CPU worker what its engine's shared memory is called."""
 
@@ -34,11 +37,27 @@ def start(
     Raises:
         VersionError: no vLLM, or a version that the plug-in was not tested with.
         ConfigError: expert parallelism on a CPU.
+        MemoryShort: other programs, or the models of this one, have left too little.
     """
     options = _options(model, shape, config, interventions, world, seed)
     import vllm
 
-    return vllm.LLM(**options)
+    with memory_named():
+        return vllm.LLM(**options)
+
+
+@contextmanager
+def memory_named() -> Iterator[None]:
+    """Inside, what vLLM refuses for want of memory on a CPU raises MemoryShort."""
+    try:
+        yield
+    except ValueError as error:
+        if not _MEMORY.search(str(error)):
+            raise
+        raise MemoryShort(
+            str(error).partition(". ")[0], "memory for the sampler's weights and its cache of keys and values",
+            "end what else takes memory, take fewer processes, or lower rollout.cpu_kv_cache_gib",
+        ) from error  # fmt: skip
 
 
 def stand_by(model: str, shape: ModelShape, config: RolloutConfig, world: World) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from nla_megatron.contract import columns
 from nla_megatron.contract.corpus import read_corpus
+from nla_megatron.contract.sidecar import read_dataset_sidecar
 from nla_megatron.contract.tables import Table
 from nla_megatron.conversion.hf import SafetensorsReader, read_shape
 from nla_megatron.tasks.nla import NlaTask
@@ -58,7 +59,7 @@ def test_activations_are_the_hidden_states_behind_block_k(real: Real, extracted:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     table = Table.open(extracted / "base.parquet", "base")
-    layer = table.sidecar.extraction.layer_index
+    layer = read_dataset_sidecar(extracted / "base.parquet").extraction.layer_index
     assert layer == 2 * read_shape(real.directory).num_layers // 3
     texts = dict(read_corpus(real.out / "corpus.parquet"))
     tokenizer = AutoTokenizer.from_pretrained(real.directory)

@@ -190,7 +190,8 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     assert all(step["logprob_gap_max"] <= 2e-4 for step in steps)
     assert [read_model_sidecar(tmp_path / "rl" / role).pool for role in ("av", "ar")] == [PoolSpec("stack", 3)] * 2
     trained = (f"av={tmp_path / 'rl' / 'av'}", f"ar={tmp_path / 'rl' / 'ar'}")
-    done = command("eval", *trained, f"data={held_out}", f"out={tmp_path / 'eval'}", "rows=8", *LONGER)
+    frozen = f"frozen_ar={stacked / 'sft' / 'ar'}"
+    done = command("eval", *trained, frozen, f"data={held_out}", f"out={tmp_path / 'eval'}", "rows=8", *LONGER)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert found["injected"] == found["expected_injections"] == 16 and found["extraction_failed_gold"] == 0
@@ -203,6 +204,12 @@ def test_sampler_and_trainer_inject_each_activation_at_its_marker(stacked: Path,
     assert abs(found["fve_av"] - found["fve_in_sample_av"]) > 1e-2, "what each is a fraction of makes a difference"
     assert found["fve_baseline"] == "training_rows"
     assert found["fve_baseline_rows"] == 48 - Table.open(held_out, "rl").n_rows
+    # The frozen AR is the one that RL began with: it makes of the same texts what an evaluation with it alone finds.
+    before = f"ar={stacked / 'sft' / 'ar'}"
+    done = command("eval", trained[0], before, f"data={held_out}", f"out={tmp_path / 'frozen'}", "rows=8", *LONGER)
+    assert done.returncode == 0, done.stderr
+    rows, alone = (json.loads((tmp_path / out / "rows.json").read_text()) for out in ("eval", "frozen"))
+    assert rows["mse_frozen_ar"] == pytest.approx(alone["mse_av"], abs=1e-5) and rows["mse_frozen_ar"] != rows["mse_av"]
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,7 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def _controls(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Figures that not every evaluation has: the texts read by the AR that RL began with, and the context's own words."""
+    """What not every evaluation has: the texts read by the AR that RL began with, and the context's own words."""
     names = {
         "fve_frozen_ar": "fve_frozen_ar",
         "fve_frozen_ar_ci95": "fve_frozen_ar_ci95",

@@ -61,6 +61,7 @@ def check(config: EvalConfig, world_size: int) -> None:
         frozen = _reader_shape(config.frozen_ar, task)
         check_layout(frozen, config.parallel, "forward")
         check_directory(config.frozen_ar, frozen, with_head=False)
+        check_vocabulary(Path(config.av), frozen.vocab_size)
     check_rollout_layout(writer, config.rollout.tp, world_size, config.rollout.expert_parallel)
     check_directory(config.av, writer)
     check_directory(config.ar, reader, with_head=False)

@@ -220,13 +220,7 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "fve_gold_text": after["fve_gold"],
         "fve_gold_text_sft": before["fve_gold"],
         "fve_shuffled": after["fve_shuffled"],
-        "fve_frozen_ar": after["fve_frozen_ar"],
-        "fve_frozen_ar_ci95": after["fve_frozen_ar_ci95"],
-        **{
-            f"fve_text_only{name}": one["fve_quoted"]
-            for name, one in (("", after), ("_sft", before))
-            if "fve_quoted" in one
-        },
+        **_controls(before, after),
         "steps": len(steps),
         "world": {"tp": rl.parallel.tp, "pp": rl.parallel.pp, "dp": rl.parallel.dp or 1, "rollout_tp": rl.rollout.tp},
         "seconds": {
@@ -239,6 +233,17 @@ def summary(config: DemoConfig, seconds: dict[str, float]) -> dict[str, Any]:
         "held_out_rows": after["rows"],
         "held_out_documents": after["documents"],
     }
+
+
+def _controls(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What not every evaluation has: the texts read by the AR that RL began with, and the context's own words."""
+    names = {
+        "fve_frozen_ar": "fve_frozen_ar",
+        "fve_frozen_ar_ci95": "fve_frozen_ar_ci95",
+        "fve_text_only": "fve_quoted",
+    }
+    found = {name: after[key] for name, key in names.items() if key in after}
+    return found | ({"fve_text_only_sft": before["fve_quoted"]} if "fve_quoted" in before else {})
 
 
 def _read_seconds(out: Path) -> dict[str, float]:

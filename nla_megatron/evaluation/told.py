@@ -8,9 +8,11 @@ from typing import Any
 
 from nla_megatron.config.run_directory import flat
 from nla_megatron.evaluation.charts import format_value
+from nla_megatron.evaluation.denominator import denominator
 
 _NAMES = {name: name.upper() for name in ("fve", "av", "ar", "rl", "sft", "mse", "kl", "sae")}
 _INTERVAL = "_ci95"
+_BASELINE = "fve_baseline"
 _DIGITS = 3
 
 
@@ -48,10 +50,13 @@ def facts(figures: Mapping[str, Any]) -> dict[str, str]:
     values = flat(figures)
     found: dict[str, str] = {}
     for key, value in values.items():
-        if key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in values:
+        beside = key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in values
+        if beside or (key == f"{_BASELINE}_rows" and _BASELINE in values):
             continue
         bounds = values.get(f"{key}{_INTERVAL}")
-        if key.endswith(_INTERVAL) and _is_interval(value):
+        if key == _BASELINE:
+            found["FVE compares with"] = denominator(value, values.get(f"{_BASELINE}_rows"))
+        elif key.endswith(_INTERVAL) and _is_interval(value):
             found[f"{words(key.removesuffix(_INTERVAL))}, 95 % interval"] = interval(value)
         else:
             found[words(key)] = shown(value) + (f" (95 %: {interval(bounds)})" if _is_interval(bounds) else "")

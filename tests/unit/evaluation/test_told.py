@@ -16,3 +16,10 @@ def test_figures_are_rounded_and_named_and_intervals_stand_beside_their_estimate
         "FVE RL, 95 % interval": "−0.25 to 0.5", "Names: sport": "0.123", "Compared": "not measured", "Enough": "yes",
     }  # fmt: skip
     assert table({"fve": 0.25, "rows": 3}) == "FVE   0.25\nRows  3"
+
+
+def test_what_an_fve_compares_with_is_said_in_words() -> None:
+    figures = {"fve_av": 0.5, "fve_baseline": "training_rows", "fve_baseline_rows": 12345}
+    assert facts(figures) == {
+        "FVE AV": "0.5", "FVE compares with": "the mean activation of the 12,345 training rows",
+    }  # fmt: skip

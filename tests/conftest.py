@@ -28,7 +28,6 @@ FIRST = (
     # What it begins with, the toy run, others wait for: they come later.
     "end_to_end/test_rl_layouts", "distributed/test_interventions",
     # Slow ones.
-    "real/test_real_models",
     "end_to_end/test_sweep", "distributed/test_slurm", "distributed/test_algorithms", "end_to_end/test_nla_variants",
     "end_to_end/test_rl_algorithms", "end_to_end/test_lora", "end_to_end/test_rl_sae",
     "distributed/test_reshard", "end_to_end/test_rl_tasks", "unit/training/test_sft", "end_to_end/test_resume",
